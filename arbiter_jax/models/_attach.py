@@ -60,7 +60,8 @@ def attach(
 
     Raises:
       ValueError: If the head does not exist, is called not exactly once, is called with an array
-        that has no row for each example, or is not the only way from the inputs to the outputs.
+        that has no row for each example, is not the only way from the inputs to the outputs, or is
+        followed by dropout, BatchNorm or anything else that differs between training and inference.
 
     Reference:
       Flax, "NNX basics", https://flax.readthedocs.io/en/latest/nnx_basics.html, on splitting a

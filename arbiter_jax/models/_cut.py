@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,30 +52,31 @@ def cut(network: Network, head: str, sample_input: PyTree) -> Model:
         _, recorded, new_state = run(params, model_state, inputs, train=train, mask=mask, key=key)
         return recorded[0], new_state if train else model_state
 
-    def head_fn(params, model_state, features):
-        # The whole network on inputs of zeros, less everything that the outputs do not need: what
-        # remains is what follows the head's input.
+    def rest(params, model_state, features, train=False):
+        """What follows the head's input: its program, constants, operands, form of the outputs."""
+        # The whole network on inputs of zeros, less everything that the outputs do not need.
         rows = features.shape[0] * num_rows // sample_features.shape[0]
         leaves, treedef = jax.tree.flatten(sample)
         dummies = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in leaves]
 
-        def rest(dummies, params, model_state, features):
+        def outputs(dummies, params, model_state, features):
             inputs = treedef.unflatten(dummies)
-            return run(params, model_state, inputs, features=features)[0]
+            return run(params, model_state, inputs, train=train, features=features)[0]
 
-        closed, shapes = jax.make_jaxpr(rest, return_shape=True)(
-            dummies, params, model_state, features
-        )
+        operands = (dummies, params, model_state, features)
+        closed, shapes = jax.make_jaxpr(outputs, return_shape=True)(*operands)
         jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
         if any(used[: len(dummies)]):
             raise ValueError(
                 f"head={head!r} must be the only way from the inputs to the outputs, but the "
                 "outputs depend on the inputs by another way, too: name a later layer."
             )
-        operands = [*leaves, *jax.tree.leaves((params, model_state, features))]
-        operands = [x for x, needed in zip(operands, used, strict=True) if needed]
-        outputs = jax.core.eval_jaxpr(jaxpr, closed.consts, *operands)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        needed = [x for x, n in zip(jax.tree.leaves(operands), used, strict=True) if n]
+        return jaxpr, closed.consts, needed, jax.tree.structure(shapes)
+
+    def head_fn(params, model_state, features):
+        jaxpr, consts, operands, structure = rest(params, model_state, features)
+        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, consts, *operands))
 
     # Shapes only: whatever is wrong with the head's name shows now, and nothing is computed.
     variables = jax.eval_shape(network.init, jax.random.PRNGKey(0))
@@ -90,7 +92,22 @@ def cut(network: Network, head: str, sample_input: PyTree) -> Model:
             f"head={head!r} must be called with float[M, ..., num_features] on a batch of M "
             f"examples, was called with shape {sample_features.shape} on {num_rows} examples."
         )
-    jax.eval_shape(head_fn, *variables, sample_features)
+
+    def program(train):
+        texts = []
+        jax.eval_shape(
+            lambda *args: texts.append(str(rest(*args, train=train)[0])),
+            *variables,
+            sample_features,
+        )
+        # Without the addresses of functions, which are made anew each time.
+        return re.sub(r"0x[0-9a-f]+", "", texts[0])
+
+    if program(train=True) != program(train=False):
+        raise ValueError(
+            f"head={head!r} must be followed by nothing that differs between training and "
+            "inference, such as dropout or BatchNorm: name a later layer."
+        )
     return Model(network.init, features_fn, head_fn, sample_features.shape[-1])
 
 

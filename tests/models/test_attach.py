@@ -364,9 +364,45 @@ class Branching(nnx.Module):
         return self.b(self.b(self.a(x))) + x
 
 
+class LateDropout(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.b = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.b(self.dropout(self.a(x)))
+
+
+class LinenLateNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(nn.Dense(3)(x)))
+
+
+class Tricky(nnx.Module):
+    """Behind its head are functions that every call makes anew, but nothing that trains otherwise."""
+
+    def __init__(self, rngs):
+        self.a = nnx.Linear(4, 4, rngs=rngs)
+        self.b = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        double = jax.custom_vjp(lambda x: 2 * x)
+        double.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+        x = jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), self.a(x))
+        return jax.lax.scan(lambda x, _: (nnx.silu(x), None), double(self.b(x)), None, length=2)[0]
+
+
+def test_functions_behind_the_head_are_no_difference_between_training_and_inference():
+    assert models.attach(Tricky, "a", jax.ShapeDtypeStruct((2, 4), jnp.float32)).num_features == 4
+
+
 @pytest.mark.parametrize(
     ("model", "head", "kwargs", "message"),
     [
+        (LateDropout, "a", {}, "head='a' must be followed by nothing that differs"),
+        (LinenLateNorm(), "Dense_1", {}, "head='Dense_1' must be followed by nothing that differs"),
         (Branching, "c", {}, "head must be one of a, b, unused, got 'c'"),
         (Branching, "a.kernel", {}, "head must be one of"),
         (Branching, "a", {}, "head='a' must be the only way"),
