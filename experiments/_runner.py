@@ -253,6 +253,7 @@ def train(
     window: int,
     learning_rate: float,
     callbacks: Sequence[Any] = (),
+    transform_batch: Callable[[jax.Array, Any], Any] | None = None,
     milestones: Sequence[tuple[int, int]] = (),
     **columns: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], aj.FitResult]:
@@ -267,6 +268,7 @@ def train(
       window: Steps between two decisions.
       learning_rate: Of the optimizer.
       callbacks: For `fit`.
+      transform_batch: For `fit`: augmentation.
       milestones: (examples, batch size): where an Arbiter is anchored anew, and at which size.
       **columns: More columns of the row.
 
@@ -288,6 +290,7 @@ def train(
             window=window,
             state=state,
             callbacks=callbacks,
+            transform_batch=transform_batch,
         )
         state = result.state
         if size is not None:
