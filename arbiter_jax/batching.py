@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.typing
+import numpy as np
 
 from arbiter_jax.base import PyTree, WeightedLoss
 
@@ -126,6 +127,7 @@ def sample_batch(
     takes the rest from the next permutation. So does a batch larger than the data set, as often as
     it must: no example is used twice before every other one has been used once. Padding repeats
     the first row of the batch, so that it is a real example whatever the rest of the data holds.
+    Examples are dealt out to the rows (see :func:`deal`): half a bucket holds half of them.
 
     Args:
       state: The sampler of this data.
@@ -142,14 +144,40 @@ def sample_batch(
     >>> int(mask.sum()), int(sampler.cursor)
     (3, 3)
     """
-    n = num_rows(data)
     batch_size = jnp.minimum(jnp.asarray(batch_size, jnp.int32), bucket_size)
-    mask = batch_mask(batch_size, bucket_size)
-    position = state.cursor + jnp.arange(bucket_size, dtype=jnp.int32)
+    position = jnp.asarray(deal(bucket_size))
+    mask = position < batch_size
+    batch = peek(state, data, jnp.where(mask, position, 0))
+    return advance(state, batch_size, num_rows(data)), batch, mask
+
+
+def peek(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
+    """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
+    n = num_rows(data)
+    position = state.cursor + position
     rows = shuffled(state.key, state.epoch + position // n, position % n, n)
-    rows = jnp.where(mask, rows, rows[0])
-    batch = jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
-    return advance(state, batch_size, n), batch, mask
+    return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
+
+
+def deal(bucket_size: int) -> np.ndarray:
+    """The example that each row of a bucket gets: its own number with the bits reversed.
+
+    The B examples of a batch are then spread evenly: each half, quarter and so on of the rows holds
+    its share of them, so that contiguous pieces of a batch can be compared with one another.
+
+    Args:
+      bucket_size: Number of rows.
+
+    Returns:
+      int32[bucket_size], a permutation that starts with 0.
+
+    >>> deal(8).tolist()
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    order = np.zeros(1, np.int32)
+    while len(order) < bucket_size:
+        order = np.concatenate([2 * order, 2 * order + 1])
+    return order[order < bucket_size]
 
 
 def advance(state: SamplerState, used: jax.typing.ArrayLike, num_examples: int) -> SamplerState:

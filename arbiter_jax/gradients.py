@@ -17,6 +17,8 @@ from arbiter_jax import _validate
 from arbiter_jax.base import GradStats, LossFn, PyTree, tree_where
 from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
 
+_SMALL_LEAF = 2**14  # elements
+
 
 class Gradient(NamedTuple):
     """What a gradient function returns: the gradient of one batch, and what came with it."""
@@ -51,15 +53,15 @@ def _value_grad_and_weight(loss_fn: Any) -> Callable[..., tuple[Gradient, jax.Ar
     return gradient_fn
 
 
-def masked_value_and_grad(loss_fn: LossFn, *, padding_is_real: bool = False) -> GradientFn:
+def masked_value_and_grad(loss_fn: LossFn, *, sampled: bool = False) -> GradientFn:
     """The mean loss of the real examples of a batch, and its gradient.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``; for a model with state (BatchNorm, dropout)
         ``loss_fn(params, batch, model_state, mask, key) -> (float[M], model_state)``, which is what
         is called where a model state is given.
-      padding_is_real: True where the masked rows repeat real examples, as those of `sample_batch`
-        do: it saves the pass over the batch that makes any other padding harmless.
+      sampled: True for the batches of `sample_batch`, whose masked rows repeat a real example: it
+        saves the pass over the batch that makes any other padding harmless.
 
     Returns:
       ``gradient_fn(params, batch, mask, model_state=None, key=None) -> Gradient``.
@@ -74,16 +76,21 @@ def masked_value_and_grad(loss_fn: LossFn, *, padding_is_real: bool = False) -> 
     weighted = _value_grad_and_weight(loss_fn)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None):
-        if not padding_is_real:
+        if not sampled:
             batch = replace_padding(batch, mask)
         return weighted(params, batch, mask, model_state, key)[0]
 
     return gradient_fn
 
 
-def _split(tree: PyTree, num_pieces: int, piece: int) -> PyTree:
-    # Rows are dealt out in turn: the real examples come first, and every piece gets its share.
-    return jax.tree.map(lambda x: x.reshape((-1, num_pieces, *x.shape[1:]))[:, piece], tree)
+def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTree:
+    def rows(x):
+        if contiguous:
+            return x.reshape((num_pieces, -1, *x.shape[1:]))[piece]
+        # Dealt out in turn: where the real examples come first, every piece gets its share.
+        return x.reshape((-1, num_pieces, *x.shape[1:]))[:, piece]
+
+    return jax.tree.map(rows, tree)
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:
@@ -94,6 +101,17 @@ def _dot(a: PyTree, b: PyTree) -> jax.Array:
         return jnp.vdot(x.astype(dtype), y.astype(dtype))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), start=jnp.zeros(()))
+
+
+def _pack(tree: PyTree) -> list[jax.Array]:
+    """The leaves of a tree, the small ones joined to one: inner products then cost few operations.
+
+    A large leaf stays what it is, for joining would copy it.
+    """
+    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
+    small = [x.ravel() for x in leaves if x.size <= _SMALL_LEAF]
+    large = [x for x in leaves if x.size > _SMALL_LEAF]
+    return large + ([jnp.concatenate(small)] if small else [])
 
 
 def _weighted_mean(trees: Sequence[PyTree], weights: jax.Array) -> PyTree:
@@ -131,7 +149,7 @@ def stats_from_pieces(
     if preconditioner is not None:
         pieces = [jax.tree.map(jnp.multiply, piece, preconditioner) for piece in pieces]
     # All the statistics follow from the k x k inner products: one pass over the gradients.
-    k = len(pieces)
+    k, pieces = len(pieces), [_pack(piece) for piece in pieces]
     upper = {(i, j): _dot(pieces[i], pieces[j]) for i in range(k) for j in range(i, k)}
     gram = jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
     return _stats_from_gram(gram, sizes.astype(gram.dtype))
@@ -170,7 +188,7 @@ def value_grad_and_stats(
     method: str = "pieces",
     num_pieces: int = 2,
     micro_batch_size: int = 32,
-    padding_is_real: bool = False,
+    sampled: bool = False,
 ) -> GradientFn:
     """A gradient function that estimates the gradient's mean and covariance on the way.
 
@@ -181,7 +199,8 @@ def value_grad_and_stats(
         "per_example": one gradient an example, `micro_batch_size` of them in memory at once.
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
       micro_batch_size: Per-example gradients held at once, a power of two >= 1.
-      padding_is_real: As in :func:`masked_value_and_grad`.
+      sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,
+        and contiguous pieces need no copy.
 
     Returns:
       ``gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None) ->
@@ -206,7 +225,7 @@ def value_grad_and_stats(
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         k = min(num_pieces, mask.shape[0])
         # Here, not piece by piece: an empty piece has no real row that could stand in for padding.
-        if not padding_is_real:
+        if not sampled:
             batch = replace_padding(batch, mask)
         if k == 1:  # a single row has no spread
             out = weighted(params, batch, mask, model_state, key)[0]
@@ -217,9 +236,8 @@ def value_grad_and_stats(
         pieces, weights = [], []
         for j in range(k):
             piece_key = None if key is None else jax.random.fold_in(key, j)
-            out, weight = weighted(
-                params, _split(batch, k, j), _split(mask, k, j), model_state, piece_key
-            )
+            rows, real = _split((batch, mask), k, j, contiguous=sampled)
+            out, weight = weighted(params, rows, real, model_state, piece_key)
             piece = (out.value, out.grads)  # exactly zero for an empty piece, but for BatchNorm:
             if model_state is not None:  # statistics of nothing are 0 / 0
                 zeros = jax.tree.map(jnp.zeros_like, piece)

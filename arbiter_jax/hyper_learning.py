@@ -47,6 +47,7 @@ class ArbiterState(NamedTuple):
     meta_batch_size: jax.Array  # shape=(), dtype=int32, B_s, in examples
     meta_loss: jax.Array  # shape=(), dtype=float, F
     window_step: jax.Array  # shape=(), dtype=int32, updates since the window began
+    signals_due: jax.Array | None  # shape=(), dtype=bool, next is a hyper-step; None: always is
     num_clipped: jax.Array  # shape=(), dtype=int32, hyper-steps with B_s larger than the meta batch
     num_skipped: jax.Array  # shape=(), dtype=int32, hyper-steps skipped for a non-finite number
     key: jax.Array  # shape=(2,), dtype=uint32
@@ -208,6 +209,7 @@ def arbiter(
             meta_batch_size=int32(start),
             meta_loss=jnp.zeros_like(logit),
             window_step=int32(0),
+            signals_due=None if hyper_every == 1 else jnp.array(True),
             num_clipped=int32(0),
             num_skipped=int32(0),
             key=key,
@@ -305,7 +307,7 @@ def arbiter(
         if hyper_every == 1:
             state = learn(state)
         else:
-            state = _do_if(state.window_step % hyper_every == 0, learn, state)
+            state = _do_if(state.signals_due, learn, state)
         state = state._replace(window_step=state.window_step + 1)
         # Only the few small fields that change: whatever passes through a condition is copied.
         fields = ("batch_size", "mixture_logits", "mixture_opt_state", "window_step", "key")
@@ -315,7 +317,10 @@ def arbiter(
             lambda state: tuple(getattr(state, field) for field in fields),
             state,
         )
-        return updates, state._replace(**dict(zip(fields, values, strict=True)))
+        state = state._replace(**dict(zip(fields, values, strict=True)))
+        if hyper_every > 1:
+            state = state._replace(signals_due=state.window_step % hyper_every == 0)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -408,6 +413,7 @@ def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> Py
             anchor_batch_size=size,
             mixture_logits=mixture_logits,
             window_step=jnp.zeros_like(node.window_step),
+            signals_due=jax.tree.map(jnp.ones_like, node.signals_due),
             key=key,
         )
 

@@ -28,7 +28,14 @@ from arbiter_jax.base import (
     nodes,
     required_signals,
 )
-from arbiter_jax.batching import SamplerState, advance, init_sampler, num_rows, sample_batch
+from arbiter_jax.batching import (
+    SamplerState,
+    advance,
+    init_sampler,
+    num_rows,
+    peek,
+    sample_batch,
+)
 from arbiter_jax.bucketing import next_bucket
 from arbiter_jax.gradients import (
     Gradient,
@@ -36,6 +43,8 @@ from arbiter_jax.gradients import (
     masked_value_and_grad,
     value_grad_and_stats,
 )
+
+VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
 
 
 class Data(NamedTuple):
@@ -243,8 +252,8 @@ def _with_extra_args(
 
 def _pick_gradient_fn(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
     if needed & {"grad_stats", "gradient_noise", "update_noise"}:
-        return value_grad_and_stats(loss_fn, padding_is_real=True)
-    return masked_value_and_grad(loss_fn, padding_is_real=True)
+        return value_grad_and_stats(loss_fn, sampled=True)
+    return masked_value_and_grad(loss_fn, sampled=True)
 
 
 @functools.partial(
@@ -325,7 +334,7 @@ def run_window(
         raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
     tx = _with_extra_args(tx)
     needed = required_signals(state.opt_state)
-    if needed & {"agent_inputs", "meta_batch"}:
+    if needed & VALIDATION_SIGNALS:
         if data.validation is None:
             raise ValueError(
                 "data.validation must be given: a rule in the chain looks at validation examples, "
@@ -385,21 +394,49 @@ def _validation_signals(
     num_rows_of = {name: n for name, n in wanted.items() if name in needed}
     if not num_rows_of:
         return sampler, signals
-    # One draw for both: a step is short enough for the number of its operations to count.
     total = sum(num_rows_of.values())
-    _, batch, _ = sample_batch(sampler, validation, total, total)
-    used = 0
+    # Only the examples that a rule looks at count as used.
+    sizes = _meta_batch_sizes(state.opt_state)
+    used = num_rows_of.get("agent_inputs", 0)
+    if "meta_batch" in needed:
+        used = used + (jnp.minimum(sizes[0], bucket_size) if sizes else bucket_size)
+
+    def draw(sampler):
+        # One draw for both: a step is short enough for the number of its operations to count.
+        batch = peek(sampler, validation, jnp.arange(total, dtype=jnp.int32))
+        return advance(sampler, used, num_rows(validation)), batch
+
+    due = _signals_due(state.opt_state)
+    if due is None:
+        sampler, batch = draw(sampler)
+    else:
+        shapes = jax.eval_shape(draw, sampler)[1]
+        idle = lambda sampler: (
+            sampler,
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        )
+        sampler, batch = jax.lax.cond(due, draw, idle, sampler)
     if "agent_inputs" in needed:
         inputs = batch[0] if isinstance(batch, tuple) else batch
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
-        used = num_agent_inputs
     if "meta_batch" in needed:
         signals["meta_batch"] = jax.tree.map(lambda x: x[total - bucket_size :], batch)
-        # Only the examples that the rule looks at count as used.
-        sizes = _meta_batch_sizes(state.opt_state)
-        used = used + (jnp.minimum(sizes[0], bucket_size) if sizes else bucket_size)
-    sampler = advance(sampler, used, num_rows(validation))
     return sampler, signals
+
+
+def _signals_due(opt_state: PyTree) -> jax.Array | None:
+    """Whether any rule looks at the validation examples of the next step; None where always.
+
+    A state that does so now and then tells in a field `signals_due`, bool[].
+    """
+    due = [
+        getattr(node, "signals_due", None)
+        for node in nodes(opt_state)
+        if VALIDATION_SIGNALS & set(getattr(node, "requires", ()))
+    ]
+    if any(flag is None for flag in due):
+        return None
+    return functools.reduce(jnp.logical_or, due)
 
 
 def _meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:

@@ -12,6 +12,7 @@ import arbiter_jax as aj
 from arbiter_jax.batching import (
     advance,
     batch_mask,
+    deal,
     masked_mean,
     num_rows,
     replace_padding,
@@ -33,12 +34,12 @@ def epochs(key, num_examples, num_epochs):
 
 
 def draw(sampler, num_examples, batch_sizes, bucket_size):
-    """The indices drawn by a sequence of batches, one list a batch, and the sampler after them."""
-    data = np.arange(num_examples)
+    """The indices in the order of drawing, one list a batch, and the sampler after them."""
+    data, order = np.arange(num_examples), np.argsort(deal(bucket_size))
     drawn = []
     for size in batch_sizes:
         sampler, batch, mask = sample_batch(sampler, data, size, bucket_size)
-        drawn.append(np.asarray(batch)[np.asarray(mask)].tolist())
+        drawn.append(np.asarray(batch)[order][: np.sum(mask)].tolist())
     return drawn, sampler
 
 
@@ -122,8 +123,21 @@ def test_a_batch_larger_than_the_data_repeats_as_evenly_as_it_can(num_examples, 
 def test_padding_repeats_a_row_that_was_drawn(key):
     data = jnp.arange(100)
     _, batch, mask = sample_batch(init_sampler(key), data, 5, 16)
-    assert mask.tolist() == [True] * 5 + [False] * 11
-    assert set(batch[5:].tolist()) == {int(batch[0])}
+    assert mask.sum() == 5 and mask[0]
+    assert set(batch[~mask].tolist()) == {int(batch[0])}
+
+
+@pytest.mark.parametrize("bucket_size", [1, 2, 16, 48])
+def test_every_piece_of_a_bucket_gets_its_share_of_a_batch(bucket_size, key):
+    assert sorted(deal(bucket_size)) == list(range(bucket_size))
+    data = np.arange(bucket_size)
+    for batch_size in range(bucket_size + 1):
+        _, _, mask = sample_batch(init_sampler(key), data, batch_size, bucket_size)
+        assert mask.sum() == batch_size
+        for num_pieces in (2, 4, 8, 16):
+            if bucket_size % num_pieces == 0 and bucket_size & (bucket_size - 1) == 0:
+                shares = mask.reshape(num_pieces, -1).sum(axis=1)
+                assert shares.max() - shares.min() <= 1
 
 
 def test_a_batch_size_above_the_bucket_is_clipped_to_it(key):
@@ -172,7 +186,7 @@ def test_sampling_runs_in_a_scan_with_a_state_of_stable_types(key):
     scan = jax.jit(lambda sampler: jax.lax.scan(step, sampler, None, length=11))
     _, batches = scan(init_sampler(key))
     drawn, _ = draw(init_sampler(key), 11, [4] * 11, 4)
-    assert batches.tolist() == drawn
+    assert batches[:, np.argsort(deal(4))].tolist() == drawn
     np.testing.assert_array_equal(np.bincount(batches.ravel()), np.full(11, 4))
 
 

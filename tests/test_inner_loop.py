@@ -337,13 +337,14 @@ def test_update_noise_is_the_response_of_the_optimizer_to_the_noise_of_the_gradi
     np.testing.assert_allclose(state.opt_state[1].ratio, [-0.25, -0.25], rtol=1e-4)
 
 
-def test_the_validation_sampler_moves_by_what_was_looked_at():
-    tx = optax.chain(optax.sgd(0.1), arbiter(window=100))
+@pytest.mark.parametrize("hyper_every", [1, 3])
+def test_the_validation_sampler_moves_by_what_was_looked_at(hyper_every):
+    tx = optax.chain(optax.sgd(0.1), arbiter(window=100, hyper_every=hyper_every))
     state, info = aj.run_window(
         start(tx), data(), loss_fn=loss_fn, tx=tx, bucket_size=16, window=4, num_agent_inputs=6
     )
     looked_at = [13, *info.logged["meta_batch_size"].tolist()[:-1]]
-    used = sum(6 + min(size, 16) for size in looked_at)
+    used = sum(6 + min(size, 16) for size in looked_at[::hyper_every])
     sampler = state.validation_sampler
     assert int(sampler.epoch) * NUM_EXAMPLES + int(sampler.cursor) == used
 
