@@ -147,6 +147,29 @@ def window_sizes(opt_state: PyTree, max_batch_size: int | None = None) -> tuple[
     return sizes[0], next_bucket(max(sizes))
 
 
+def decision_steps(opt_state: PyTree, window: int) -> int:
+    """How many steps the next window should have: fewer than `window` where a rule asks. Host side.
+
+    A state asks with a field `window_steps`, int32[]: apply my decision after so many steps at most.
+    A shorter window runs in the same program.
+
+    Args:
+      opt_state: State of a chain.
+      window: T, int >= 1.
+
+    Returns:
+      int in [1, window].
+
+    >>> import arbiter_jax as aj
+    >>> rule = aj.schedulers.noise_floor(num_examples=10**6)
+    >>> decision_steps(rule.init(None), 20), decision_steps(None, 20)
+    (5, 20)
+    """
+    rules = [node for rule in find_rules(opt_state) for node in nodes(rule)]
+    asked = [node.window_steps for node in rules if hasattr(node, "window_steps")]
+    return min([window, *(max(1, int(steps.min())) for steps in jax.device_get(asked))])
+
+
 def inner_step(
     state: TrainState,
     batch: PyTree,
@@ -238,7 +261,11 @@ def update_noise(
     def updates_of(grads):
         return tx.update(grads, opt_state, params, **signals)[0]
 
-    return jax.jvp(updates_of, (grads,), (gradient_noise,))[1]
+    response = jax.jvp(updates_of, (grads,), (gradient_noise,))[1]
+    # Adam's square root has no derivative at 0. Where there was never a gradient, there is no noise.
+    return jax.tree.map(
+        lambda du, xi: jnp.where((xi == 0) & jnp.isnan(du), 0, du), response, gradient_noise
+    )
 
 
 def _with_extra_args(

@@ -24,6 +24,7 @@ from arbiter_jax.inner_loop import (
     Data,
     TrainState,
     copy_state,
+    decision_steps,
     init_state,
     run_window,
     window_sizes,
@@ -99,7 +100,7 @@ def fit(
       num_examples: Budget, in training examples, an integer >= 1. Counts those that `state` has
         already seen.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
-        same.
+        same. A rule may ask for shorter windows at the start.
       key: PRNG key or an int. The run is a pure function of it.
       callbacks: Called as ``callback(record, state)`` after every window; a true result ends the
         run.
@@ -142,7 +143,7 @@ def fit(
     start = time.perf_counter()
     while True:
         size, bucket_size = window_sizes(state.opt_state)
-        num_steps = min(window, (num_examples - seen) // size)
+        num_steps = min(decision_steps(state.opt_state, window), (num_examples - seen) // size)
         if num_steps < 1:
             break
         before = time.perf_counter()

@@ -6,6 +6,7 @@ Rules swap in one line, and read what they need from the extra arguments of `upd
 * from the loss: :func:`adadamp`; from loss and gradient noise: :func:`cabs`;
 * from gradient noise: :func:`gradient_noise_scale`, :func:`norm_test`, :func:`inner_product_test`,
   :func:`simigrad`, :func:`dive_batch`; with the measured speed as well: :func:`goodput`;
+* from what noise costs: :func:`noise_floor`; on validation examples: :func:`expected_gain`;
 * around any of them: :func:`hysteresis`, :func:`shadow`.
 
 A decision may change at every step and is applied when the caller likes: once per window by the
@@ -13,12 +14,16 @@ engine, which passes the size in force as `batch_size`. Without it a rule takes 
 applied.
 """
 
+from arbiter_jax._noise_statistics import FloorState, GainState
 from arbiter_jax.schedulers._adabatch import adabatch, adabatch_learning_rate
 from arbiter_jax.schedulers._adadamp import AdadampState, adadamp
 from arbiter_jax.schedulers._cabs import CABSState, cabs
 from arbiter_jax.schedulers._dive_batch import DiveBatchState, dive_batch
+from arbiter_jax.schedulers._expected_gain import ExpectedGainState, expected_gain
 from arbiter_jax.schedulers._fixed import ConstantState, ScheduleState, constant, from_schedule
 from arbiter_jax.schedulers._goodput import GoodputState, StepTimes, goodput
+from arbiter_jax.schedulers._noise_floor import NoiseFloorState, noise_floor
+from arbiter_jax.schedulers._noise_rule import MeasuredCost
 from arbiter_jax.schedulers._noise_scale import GradientNoiseScaleState, gradient_noise_scale
 from arbiter_jax.schedulers._norm_test import (
     InnerProductTestState,
@@ -41,10 +46,15 @@ __all__ = [
     "CABSState",
     "ConstantState",
     "DiveBatchState",
+    "ExpectedGainState",
+    "FloorState",
+    "GainState",
     "GoodputState",
     "GradientNoiseScaleState",
     "HysteresisState",
     "InnerProductTestState",
+    "MeasuredCost",
+    "NoiseFloorState",
     "NormTestState",
     "ScheduleState",
     "ShadowState",
@@ -56,11 +66,13 @@ __all__ = [
     "cabs",
     "constant",
     "dive_batch",
+    "expected_gain",
     "from_schedule",
     "goodput",
     "gradient_noise_scale",
     "hysteresis",
     "inner_product_test",
+    "noise_floor",
     "norm_test",
     "shadow",
     "shadow_batch_sizes",

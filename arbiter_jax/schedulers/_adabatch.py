@@ -65,7 +65,7 @@ def adabatch(
     )
     return from_schedule(
         lambda num_examples: start * ratio ** (num_examples // interval),
-        of="examples",
+        of="num_examples",
         min_batch_size=low,
         max_batch_size=high,
     )

@@ -1,4 +1,4 @@
-"""Batch sizes that are known in advance: one constant, or a function of the steps or examples seen.
+"""Batch sizes that are known in advance: one constant, or a function of what a run has seen.
 
 Every published schedule is a case of `from_schedule`; `_adabatch` and `_smith` hold two.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax.base import require
 from arbiter_jax.schedulers import _rule
 
 _UNLIMITED = 2**30
@@ -29,7 +30,7 @@ class ScheduleState(NamedTuple):
     """State of :func:`from_schedule`, `adabatch` and `smith`."""
 
     batch_size: jax.Array  # shape=(), dtype=int32
-    count: jax.Array  # shape=(), dtype=int32, steps or examples seen; stops at its largest value
+    count: jax.Array  # shape=(), dtype=int32, what a run has seen; stops at its largest value
     num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
 
 
@@ -87,12 +88,12 @@ def constant(
 def from_schedule(
     schedule: Callable[[jax.Array], jax.Array],
     *,
-    of: str = "steps",
+    of: str = "num_steps",
     min_batch_size: int = 1,
     max_batch_size: int = _UNLIMITED,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A batch size that is a function of the steps taken or of the examples seen.
+    r"""A batch size that is a function of the steps, the examples or the progress of a run.
 
     .. math:: B_t = clip(round(schedule(n_t)), b_{min}, b_{max})
 
@@ -102,8 +103,10 @@ def from_schedule(
     Args:
       schedule: Maps a count, int32[], to a batch size in examples. Not a number keeps the last
         size.
-      of: What is counted: "steps", or "examples" (the sum of the batch sizes in force, up to
-        2^31 - 1), which makes a schedule in epochs independent of the sizes it passes through.
+      of: What is counted, as in :func:`arbiter_jax.scale_by_ledger`: "num_steps"; "num_examples"
+        (the sum of the batch sizes in force, up to 2^31 - 1), which makes a schedule in epochs
+        independent of the sizes it passes through; or "progress" (scale-invariant steps, rounded
+        down), the extra argument of that name, which the engine supplies.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size before the first step, in [min_batch_size, max_batch_size];
@@ -114,6 +117,7 @@ def from_schedule(
 
     Raises:
       ValueError: If an argument is out of its range, or the schedule is no function.
+      TypeError: If `update` is not given the `progress` that a schedule of it needs.
 
     *Guarantees*:
       * Updates unchanged: they are returned as they came.
@@ -132,7 +136,7 @@ def from_schedule(
     """
     if not callable(schedule):
         raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
-    _validate.one_of(("steps", "examples"), of=of)
+    _validate.one_of(("num_steps", "num_examples", "progress"), of=of)
     low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
 
     def size_at(count, fallback):
@@ -148,10 +152,16 @@ def from_schedule(
             size = _rule.counter(initial_batch_size)
         return ScheduleState(batch_size=size, count=_rule.counter(), num_skipped=_rule.counter())
 
-    def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
+    def count_after(state, batch_size, progress):
+        if of == "progress":
+            require("from_schedule", "aj.run_window and aj.fit supply it.", progress=progress)
+            return jnp.floor(progress).astype(jnp.int32)
+        step = _rule.counter(1) if of == "num_steps" else _rule.size_in_force(batch_size, state)
+        return jnp.minimum(state.count, LARGEST_COUNT - step) + step
+
+    def update_fn(updates, state, params=None, *, batch_size=None, progress=None, **extra_args):
         del params, extra_args
-        step = _rule.counter(1) if of == "steps" else _rule.size_in_force(batch_size, state)
-        counted = state._replace(count=jnp.minimum(state.count, LARGEST_COUNT - step) + step)
+        counted = state._replace(count=count_after(state, batch_size, progress))
         size, usable = size_at(counted.count, state.batch_size)
         return updates, _rule.accept(usable, counted._replace(batch_size=size), counted)
 

@@ -22,7 +22,7 @@ def smith(
     dataset_size: int,
     *,
     factor: float = 5.0,
-    of: str = "examples",
+    of: str = "num_examples",
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -40,7 +40,7 @@ def smith(
         integers >= 1.
       dataset_size: N, number of training examples, an integer >= 1.
       factor: a, > 1.
-      of: What the boundaries count, "examples" or "steps".
+      of: What the boundaries count: "num_steps", "num_examples" or "progress".
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest where it is None.

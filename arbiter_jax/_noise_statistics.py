@@ -1,0 +1,313 @@
+"""What gradient noise costs, measured on the run: the statistics behind `aj.noise_response`.
+
+Two objectives stand on them, each with a closed form and, for an agent, a function of the batch
+size to descend. Equation numbers refer to ``experiments/NOISE.md``, where they are derived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax.base import PyTree, all_finite, tree_where
+from arbiter_jax.batching import masked_mean, num_rows
+
+Persistence = Any  # a number >= 1, or an optax.GradientTransformation
+
+
+class NoiseObjective(NamedTuple):
+    """An objective whose gradient depends on the batch size; from :func:`noise_response`.
+
+    ``init() -> state``; ``update(state, updates, params, batch_size, signals) -> (state, usable)``
+    takes in one step, unless its signals say nothing; ``objective(state, b) -> J`` is what an agent
+    descends, a smooth function of a real batch size b; ``best(state) -> b`` is where J is least,
+    infinite where noise is all there is and nan before anything is known. Both take the cost of a
+    step in examples as a last argument, if it is not the one of the factory. ``signals`` names what
+    `update` reads.
+    """
+
+    init: Callable[[], Any]
+    update: Callable[..., tuple[Any, jax.Array]]
+    objective: Callable[..., jax.Array]
+    best: Callable[..., jax.Array]
+    signals: tuple[str, ...]
+
+
+class GainState(NamedTuple):
+    """What a step gains and what its noise costs: averages of A0 and q."""
+
+    progress: jax.Array  # shape=(), dtype=float, average of A0, the decrease of the loss in a step
+    noise_cost: jax.Array  # shape=(), dtype=float, average of q, in loss times examples
+    weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+
+    logged = ("progress", "noise_cost")
+
+
+class FloorState(NamedTuple):
+    """The loss that noise sustains, and the pace at which the loss falls."""
+
+    noise: jax.Array  # shape=(), dtype=float, average of B times the noise floor
+    recent_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t^3
+    older_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t
+    num_steps: jax.Array  # shape=(), dtype=int32, steps in these averages
+    num_examples: jax.Array  # shape=(), dtype=int32, examples seen, of the budget
+    held_batch_size: jax.Array  # shape=(), dtype=float, what is held, before it grows; 0: unknown
+
+    logged = ("noise", "recent_loss", "older_loss", "held_batch_size")
+
+
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner product over all leaves, in the default float type."""
+    products = jax.tree.map(
+        lambda x, y: jnp.vdot(jnp.asarray(x, float), jnp.asarray(y, float)), a, b
+    )
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), float))
+
+
+def impulse_response(tx: optax.GradientTransformation, num_steps: int = 1000) -> float:
+    r"""How much longer than one step the noise of a gradient acts: k of the equations.
+
+    .. math:: k = \frac{\sum_{j \ge 0} \langle \xi, \partial u_{t+j} / \partial g_t \, \xi\rangle}
+      {\langle \xi, \partial u_t / \partial g_t \, \xi\rangle}
+
+    measured on gradients that are nothing but noise, from the transformation alone: 1 / (1 -
+    momentum) for heavy-ball momentum, 1 / (1 - b1) for Adam.
+
+    Args:
+      tx: A differentiable optax chain without a rule in it.
+      num_steps: Steps over which the response is summed, an integer >= 1; it should outlast the
+        momentum.
+
+    Returns:
+      k, a float; 1 where the first response is zero.
+    """
+    num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    warm = 100  # running second moments have settled by then
+    noise = jax.random.rademacher(jax.random.PRNGKey(0), (warm + num_steps, 64), float)
+    params, direction = jnp.ones(64), noise[warm]
+    tx = optax.with_extra_args_support(tx)
+
+    def step(state, grads):
+        updates, state = tx.update(grads, state, params)
+        return state, updates
+
+    def response(bump):
+        state, _ = jax.lax.scan(step, tx.init(params), noise[:warm])
+        grads = noise[warm:].at[0].add(bump)
+        return jax.lax.scan(step, state, grads)[1] @ direction
+
+    with jax.ensure_compile_time_eval():
+        _, responses = jax.jit(
+            lambda: jax.jvp(response, (jnp.zeros_like(direction),), (direction,))
+        )()
+        first, total = float(responses[0]), float(jnp.sum(responses))
+    return total / first if first else 1.0
+
+
+def as_persistence(persistence: Persistence) -> float:
+    """A number >= 1 as it is; of a transformation, the number that it is measured to have."""
+    if isinstance(persistence, optax.GradientTransformation):
+        return max(1.0, impulse_response(persistence))
+    if _validate.positive(persistence=persistence) < 1:
+        raise ValueError(f"persistence must be >= 1, or an optimizer, got {persistence!r}.")
+    return float(persistence)
+
+
+def gain_objective(
+    loss_fn: Callable[..., Any],
+    *,
+    decay: float = 0.9,
+    persistence: Persistence = 1.0,
+    step_cost: float = 0.0,
+) -> NoiseObjective:
+    """Expected gain a step, per cost: Eqs. 1 to 6. See :func:`arbiter_jax.noise_response`."""
+    _validate.in_range(0, 1, closed="left", decay=decay)
+    k, cost = as_persistence(persistence), _validate.non_negative(step_cost=step_cost)
+
+    def init():
+        zero = jnp.zeros((), float)
+        return GainState(zero, jnp.array(zero), jnp.array(zero))  # no two fields share a buffer
+
+    def update(state, updates, params, batch_size, signals):
+        progress, noise_cost = gain_and_noise_cost(
+            loss_fn, params, updates, batch_size, signals, persistence=k
+        )
+        weight = decay * state.weight + (1 - decay)
+        rate = (1 - decay) / weight
+        new = state._replace(
+            progress=(1 - rate) * state.progress + rate * progress,
+            noise_cost=(1 - rate) * state.noise_cost + rate * noise_cost,
+            weight=weight,
+        )
+        # 0 and 0: gradients without size, which say nothing about any batch size.
+        usable = ((progress != 0) | (noise_cost != 0)) & all_finite(new)
+        return tree_where(usable, new, state), usable
+
+    def best(state, cost=cost):
+        progress, q = state.progress, jnp.maximum(state.noise_cost, 0)
+        root = jnp.sqrt(q * q + jnp.maximum(progress, 0) * q * cost)
+        beyond = jnp.where(q > 0, jnp.inf, jnp.nan)
+        return jnp.where(progress > 0, (q + root) / progress, beyond)  # Eq. 6
+
+    def objective(state, b, cost=cost):
+        q = jnp.maximum(state.noise_cost, 0)
+        scale = jnp.maximum(jnp.maximum(state.progress, q / b), jnp.finfo(q.dtype).tiny)
+        gain = (state.progress - q / b) / jax.lax.stop_gradient(scale)  # Eq. 4, of order one
+        # Where a step is expected to lose, the logarithm goes on as a line: more examples.
+        edge = 0.05
+        log_gain = jnp.where(
+            gain > edge,
+            jnp.log(jnp.maximum(gain, edge)),
+            jnp.log(edge) + (gain - edge) / edge,
+        )
+        return jnp.log(cost + b) - log_gain  # Eq. 5, as a loss
+
+    return NoiseObjective(
+        init, update, objective, best, ("gradient_noise", "update_noise", "meta_batch")
+    )
+
+
+def gain_and_noise_cost(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    updates: PyTree,
+    batch_size: jax.Array,
+    signals: dict[str, Any],
+    persistence: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """One sample of A0 and q, from two `jvp`s of one gradient function on the validation batch.
+
+    Args:
+      loss_fn: As for training; with a model state it is called with it, and the state it returns is
+        dropped.
+      params: Before the update.
+      updates: u, like params.
+      batch_size: B, examples in the batch that made the update.
+      signals: With `update_noise`, `meta_batch`, and `model_state` where the model has one.
+      persistence: k.
+
+    Returns:
+      (A0, q), floats.
+    """
+    meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
+    rows = jnp.ones(num_rows(meta_batch), bool)
+
+    def mean_loss(params):
+        if model_state is None:
+            return masked_mean(loss_fn(params, meta_batch), rows)
+        key = jax.random.PRNGKey(0)
+        return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
+
+    push = lambda direction: jax.jvp(jax.grad(mean_loss), (params,), (direction,))
+    gradient, bent = push(updates)
+    _, noise_bent = push(signals["update_noise"])
+    b = batch_size.astype(float)
+    q = 0.5 * persistence**2 * b * inner(signals["update_noise"], noise_bent)  # Eq. 3
+    progress = -inner(gradient, updates) - 0.5 * inner(updates, bent)  # Eq. 2
+    return progress + q / b, q  # Eq. 4
+
+
+def floor_objective(
+    *,
+    num_examples: int | None = None,
+    share: float = 0.1,
+    hold: float = 0.8,
+    growth: float = 8.0,
+    persistence: Persistence = 1.0,
+    step_cost: float = 0.0,
+) -> NoiseObjective:
+    """The noise floor as a share of the loss still to go: Eqs. 7 to 12."""
+    budget = (
+        None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
+    )
+    share = _validate.positive(share=share)
+    hold = _validate.in_range(0, 1, hold=hold)
+    if _validate.positive(growth=growth) < 1:
+        raise ValueError(f"growth must be >= 1, got {growth!r}.")
+    k, cost = as_persistence(persistence), _validate.non_negative(step_cost=step_cost)
+
+    def init():
+        zero = lambda dtype: jnp.zeros((), dtype)
+        return FloorState(
+            noise=zero(float),
+            recent_loss=zero(float),
+            older_loss=zero(float),
+            num_steps=zero(jnp.int32),
+            num_examples=zero(jnp.int32),
+            held_batch_size=zero(float),
+        )
+
+    def share_of_budget(state):
+        return state.num_examples.astype(float) / (budget or 1)
+
+    def update(state, updates, params, batch_size, signals):
+        del params
+        value = jnp.asarray(signals["value"], float)
+        response = -inner(signals["gradient_noise"], signals["update_noise"])
+        seen = signals.get("num_examples")
+        seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
+        t = state.num_steps.astype(float) + 1
+        noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
+        new = state._replace(
+            noise=_average(state.noise, noise, t, 9),
+            recent_loss=_average(state.recent_loss, value, t, 3),
+            older_loss=_average(state.older_loss, value, t, 1),
+            num_steps=optax.safe_increment(state.num_steps),
+            num_examples=seen + batch_size,
+        )
+        # What growth multiplies is the last size before it began.
+        size = jnp.minimum(size_of_floor(new), _LARGEST)
+        settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
+        keep = jnp.isnan(size) | (settled if budget is not None else False)
+        new = new._replace(held_batch_size=jnp.where(keep, state.held_batch_size, size))
+        # No noise in an update that is none: gradients without size say nothing.
+        usable = ((response != 0) | (inner(updates, updates) > 0)) & all_finite(new)
+        return tree_where(usable, new, state), usable
+
+    def size_of_floor(state):
+        noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
+        beyond = jnp.where(noise > 0, jnp.inf, jnp.nan)
+        return jnp.where(pace > 0, noise / (share * _EXCESS * pace), beyond)  # Eq. 10
+
+    def best(state, cost=cost):
+        b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
+        b = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
+        if budget is None:
+            return b
+        past = (share_of_budget(state) - hold) / max(1 - hold, 1e-6)
+        stages = max(1, math.ceil(math.log2(growth)))
+        stage = jnp.clip(jnp.floor(past * stages) + 1, 0, stages)
+        return b * jnp.asarray(growth, float) ** (stage / stages)  # Eq. 12
+
+    def objective(state, b, cost=cost):
+        target = best(state, cost)
+        target = jnp.where(target > 0, jnp.minimum(target, _LARGEST), b)  # unknown: stay
+        return jax.lax.stop_gradient(target) / b + jnp.log(b)  # Eq. 13
+
+    signals = ("value", "gradient_noise", "update_noise")
+    return NoiseObjective(init, update, objective, best, signals)
+
+
+# A loss that falls as t^-p has its pace over p still to go; p is taken to be 1/4. Eq. 9.
+_EXCESS = 4.0
+_LARGEST = 1e9  # in place of an infinite batch size, where a state holds it
+
+
+def pace_of_loss(state: FloorState) -> jax.Array:
+    """How much the loss falls while the number of steps grows by a factor of e: -dF / d log t.
+
+    An average with weights t^a lags by 1 / (a + 1) in log t, so two of them give the slope.
+    """
+    return 4 * (state.older_loss - state.recent_loss)  # Eq. 9: 1 / (1/2 - 1/4)
+
+
+def _average(mean: jax.Array, sample: jax.Array, t: jax.Array, a: int) -> jax.Array:
+    """The average of t samples, sample i weighing about i^a: it forgets, at any time scale."""
+    rate = (a + 1) / (t + a)
+    return (1 - rate) * mean + rate * sample

@@ -1,0 +1,114 @@
+"""Expected gain: the batch size at which a step is expected to gain most for what it costs.
+
+The progress of a step and what noise takes from it are measured on validation examples, by two
+`jvp`s of one gradient function. Derivation: ``experiments/NOISE.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax._noise_statistics import GainState, gain_objective
+from arbiter_jax.schedulers._noise_rule import MeasuredCost, as_step_cost, noise_rule
+
+
+class ExpectedGainState(NamedTuple):
+    """State of :func:`expected_gain`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    window_steps: jax.Array  # shape=(), dtype=int32, apply the decision after at most so many steps
+    statistics: GainState  # what a step gains, and what its noise costs
+    step_cost: MeasuredCost | None  # the fit of the time of a step, where it is measured
+    num_steps: jax.Array  # shape=(), dtype=int32
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    signals_due: jax.Array | None = None  # shape=(), dtype=bool, is the next one; None: all are
+    requires = ("gradient_noise", "update_noise", "meta_batch")
+
+
+def expected_gain(
+    loss_fn: Callable[..., Any],
+    *,
+    every: int = 10,
+    decay: float = 0.9,
+    persistence: float | optax.GradientTransformation = 1.0,
+    step_cost: float | str = 0.0,
+    max_change: float = 4.0,
+    min_batch_size: int = 8,
+    max_batch_size: int = 512,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Maximises the expected progress of the next step per cost, in closed form.
+
+    .. math::
+      B = \frac{q + \sqrt{q^2 + A_0\, q\, c_0}}{A_0}, \qquad
+      A_0 = -\nabla F \cdot u - \tfrac12 u^\top H u + \frac{q}{B_{now}}, \qquad
+      q = \tfrac12 k^2 B_{now}\, du^\top H\, du
+
+    where u is the update, du its response to half the difference of the gradients of the two halves
+    of the batch, and gradient and Hessian of the loss F are taken on validation examples. A step of b
+    examples is expected to gain :math:`A_0 - q / b` and costs :math:`c_0 + b`. Without a fixed cost
+    B = 2 q / A_0.
+
+    The rule is greedy: it removes noise as soon as it costs progress now, although noise of early
+    steps is forgotten by the end; :func:`noise_floor` is not.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss.
+      every: The statistics are computed at the first of so many steps, an integer >= 1, and at each
+        of the first 20.
+      decay: Weight of the past in their averages, in [0, 1).
+      persistence: k, a number >= 1, or an optimizer whose impulse response is then measured. Where
+        it is too large, A_0 is almost all q / B, and B / B_now tends to 2 whatever the dynamics.
+      step_cost: c_0, the fixed cost of a step, in examples, >= 0; "measured": fitted to the time of
+        the steps, as in :func:`goodput`.
+      max_change: Largest factor between the size in force and the next one, > 1.
+      min_batch_size: Smallest batch size, an integer >= 1.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
+        where it is None.
+
+    Returns:
+      A transformation that returns the updates unchanged and whose `update` reads `gradient_noise`,
+      `update_noise`, `meta_batch` and, if given, `batch_size`, the size in force (and `model_state`,
+      and `step_seconds` where the cost of a step is measured). It is the last link of a chain: the
+      updates that it sees are those that are applied.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without a signal.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> rule = aj.schedulers.expected_gain(loss_fn, initial_batch_size=8)
+    >>> noise = {"gradient_noise": jnp.ones(()), "update_noise": -0.1 * jnp.ones(())}
+    >>> params, grads = jnp.ones(()), 0.5 * jnp.ones(())
+    >>> signals = {"meta_batch": jnp.zeros(4), **noise}
+    >>> _, state = rule.update(-0.1 * grads, rule.init(params), params, **signals)
+    >>> statistics = state.statistics  # A_0 = .05 - .05^2 / 2 + q / 8 and q = 8 * .1^2 / 2
+    >>> round(float(statistics.progress), 5), round(float(statistics.noise_cost), 5)
+    (0.05375, 0.04)
+    """
+    every = _validate.integer(every=every, minimum=1)
+    fixed_cost = as_step_cost(step_cost)
+    objective = gain_objective(
+        loss_fn, decay=decay, persistence=persistence, step_cost=fixed_cost or 0.0
+    )
+    return noise_rule(
+        ExpectedGainState,
+        objective,
+        rule="expected_gain",
+        limits=(min_batch_size, max_batch_size, initial_batch_size),
+        fixed_cost=fixed_cost,
+        max_change=max_change,
+        every=every,
+    )

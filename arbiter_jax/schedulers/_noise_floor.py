@@ -1,0 +1,120 @@
+"""The noise floor: the batch size at which noise costs a fixed share of the loss still to go.
+
+It finds that size within a few short windows from any start, holds it, and grows at the end of the
+budget, when noise no longer has time to decay. Derivation: ``experiments/NOISE.md``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+from arbiter_jax._noise_statistics import FloorState, floor_objective
+from arbiter_jax.schedulers._noise_rule import MeasuredCost, as_step_cost, noise_rule
+
+
+class NoiseFloorState(NamedTuple):
+    """State of :func:`noise_floor`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    window_steps: jax.Array  # shape=(), dtype=int32, apply the decision after at most so many steps
+    statistics: FloorState  # what is known of the noise and of the loss
+    step_cost: MeasuredCost | None  # the fit of the time of a step, where it is measured
+    num_steps: jax.Array  # shape=(), dtype=int32
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    requires = ("value", "gradient_noise", "update_noise")
+
+
+def noise_floor(
+    *,
+    num_examples: int | None = None,
+    share: float = 0.1,
+    hold: float = 0.8,
+    growth: float = 8.0,
+    persistence: float | optax.GradientTransformation = 1.0,
+    step_cost: float | str = 0.0,
+    max_change: float = 4.0,
+    min_batch_size: int = 8,
+    max_batch_size: int = 512,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Holds the noise floor at a share of the loss still to go, and grows at the end.
+
+    .. math::
+      B = \frac{k \left(-B_{now} E\langle \xi, du \rangle\right)}{4\, share\, E_{loss}}, \qquad
+      E_{loss} = -4\, \frac{dF}{d \log t}
+
+    with :math:`\xi` half the difference of the gradients of the two halves of the batch, du the
+    response of the optimizer to it (for SGD :math:`-lr\, \xi`, so that the numerator is k lr tr S),
+    and k the number of steps for which a gradient goes on acting. In equilibrium noise holds the
+    loss :math:`k\, lr\, tr S / (4 B)` above where it would be. The loss still to go is read off the
+    pace at which the loss F falls in log time, t the number of steps, and not off F itself: so a
+    constant that no training removes (label noise, the entropy of a language) plays no part, and
+    where the loss goes to zero and the noise with it, more steps are bought and not larger batches.
+
+    From a share `hold` of the budget on, the size grows by a factor `growth` in equal shares of the
+    rest, a factor of at most 2 each. Without a budget it holds.
+
+    Args:
+      num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
+      share: The noise floor as a share of the loss still to go, > 0.
+      hold: The share of the budget after which the size grows, in [0, 1].
+      growth: The factor by which it grows at the end, >= 1.
+      persistence: k, a number >= 1, or the optimizer in front of the rule, whose impulse response
+        is then measured: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam.
+      step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
+        steps, as in :func:`goodput`.
+      max_change: Largest factor between the size in force and the next one, > 1.
+      min_batch_size: Smallest batch size, an integer >= 1.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
+        where it is None. It is forgotten within a few windows.
+
+    Returns:
+      A transformation that returns the updates unchanged and whose `update` reads `value`,
+      `gradient_noise`, `update_noise` and, if given, `num_examples` and `batch_size`, the examples
+      so far and the size in force (and `step_seconds`, where the cost of a step is measured).
+
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without a signal.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
+      * A constant added to the loss changes nothing: only differences of losses are read.
+
+    >>> import arbiter_jax as aj, optax
+    >>> tx = optax.chain(
+    ...     optax.sgd(0.1, momentum=0.9),
+    ...     aj.schedulers.noise_floor(num_examples=100_000, persistence=10.0),
+    ... )
+    >>> noise = {"w": 1.0}, {"w": -0.1}  # the noise of the gradient, and the response to it
+    >>> state = tx.init({"w": 0.0})
+    >>> for loss in (2.0, 1.0, 0.9):
+    ...     signals = {"value": loss, "gradient_noise": noise[0], "update_noise": noise[1]}
+    ...     _, state = tx.update({"w": 1.0}, state, **signals)
+    >>> 8 <= int(aj.get_batch_size(state)) <= 512
+    True
+    """
+    fixed_cost = as_step_cost(step_cost)
+    objective = floor_objective(
+        num_examples=num_examples,
+        share=share,
+        hold=hold,
+        growth=growth,
+        persistence=persistence,
+        step_cost=fixed_cost or 0.0,
+    )
+    return noise_rule(
+        NoiseFloorState,
+        objective,
+        rule="noise_floor",
+        limits=(min_batch_size, max_batch_size, initial_batch_size),
+        fixed_cost=fixed_cost,
+        max_change=max_change,
+        num_examples=num_examples,
+    )

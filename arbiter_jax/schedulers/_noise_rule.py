@@ -1,0 +1,158 @@
+"""What the two rules around a noise objective share: the decision, its limits, the cost of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _validate, base
+from arbiter_jax._noise_statistics import NoiseObjective
+from arbiter_jax.schedulers import _goodput, _rule
+
+SHORT_WINDOW = 5  # steps, at the start
+SHORT_WINDOWS = 40  # steps in windows as short as that
+SHORT_SHARE = 50  # and none of them sees more than this part of the budget
+
+_HOW = {
+    "value": _rule.VALUE,
+    "meta_batch": "It is a batch of validation examples.",
+    "step_seconds": "It is the time of a step, nan if unknown.",
+}
+
+
+class MeasuredCost(NamedTuple):
+    """The running fit of the time of a step against its size, inside of a rule's state."""
+
+    times: _goodput.StepTimes
+    requires = ("step_seconds",)
+
+
+def as_step_cost(step_cost: Any) -> float | None:
+    """A number >= 0 as it is; None for "measured"."""
+    if isinstance(step_cost, str):
+        _validate.one_of(("measured",), step_cost=step_cost)
+        return None
+    return _validate.non_negative(step_cost=step_cost)
+
+
+def noise_rule(
+    make_state: Callable[..., Any],
+    objective: NoiseObjective,
+    *,
+    rule: str,
+    limits: tuple[Any, Any, Any],
+    fixed_cost: float | None,
+    max_change: float,
+    num_examples: int | None = None,
+    every: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """A rule that decides for where an objective is least.
+
+    Args:
+      make_state: The type of its state.
+      objective: What it looks at.
+      rule: Its name, for messages.
+      limits: Smallest, largest and initial batch size.
+      fixed_cost: Of a step, in examples; None: measured.
+      max_change: Largest factor between the size in force and the next.
+      num_examples: The budget, or None.
+      every: The statistics are computed at the first of so many steps; if > 1, the state has a
+        field `signals_due`.
+
+    Returns:
+      The transformation.
+    """
+    if _validate.positive(max_change=max_change) <= 1:
+        raise ValueError(f"max_change must be > 1, got {max_change!r}.")
+    low, high, start = _validate.batch_size_range(*limits)
+
+    def window_steps(num_steps: Any, size: Any) -> jax.Array:
+        """Few steps at the start, and few examples: what is known is little, and a lot is at stake."""
+        few = jnp.asarray(SHORT_WINDOW, jnp.int32)
+        if num_examples is not None:
+            few = jnp.clip(num_examples // (SHORT_SHARE * size), 1, SHORT_WINDOW).astype(jnp.int32)
+        return jnp.where(num_steps < SHORT_WINDOWS, few, jnp.iinfo(jnp.int32).max)
+
+    def init_fn(params):
+        del params
+        return make_state(
+            batch_size=_rule.counter(start),
+            window_steps=window_steps(_rule.counter(), _rule.counter(start)),
+            statistics=objective.init(),
+            step_cost=None if fixed_cost is not None else MeasuredCost(_no_times(start)),
+            num_steps=_rule.counter(),
+            num_skipped=_rule.counter(),
+            **({} if every == 1 else {"signals_due": jnp.array(True)}),
+        )
+
+    def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
+        for name in (*objective.signals, *(() if fixed_cost is not None else ("step_seconds",))):
+            how = _HOW.get(name, "The engine supplies it.")
+            base.require(rule, how, **{name: extra_args.get(name)})
+        in_force = jnp.clip(_rule.size_in_force(batch_size, state), low, high)
+        timed, cost = state.step_cost, fixed_cost
+        if timed is not None:
+            times = _goodput._measure(timed.times, extra_args["step_seconds"], in_force)
+            timed, cost = MeasuredCost(times), _cost_of(times)
+
+        def look(state):
+            statistics, usable = objective.update(
+                state.statistics, updates, params, in_force, extra_args
+            )
+            size = objective.best(statistics, cost)
+            size = jnp.where(jnp.isnan(size), in_force.astype(size.dtype), size)
+            new = state._replace(
+                batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
+            )
+            return _rule.accept(usable, new, state)
+
+        if every == 1:
+            new = look(state)
+        else:
+            # A loop of no or one turn: a condition would copy what its idle branch passes through.
+            turns = state.signals_due.astype(jnp.int32)
+            new = jax.lax.fori_loop(0, turns, lambda _, state: look(state), state)
+        num_steps = optax.safe_increment(state.num_steps)
+        new = new._replace(
+            window_steps=window_steps(num_steps, new.batch_size),
+            step_cost=timed,
+            num_steps=num_steps,
+        )
+        if every > 1:
+            due = (num_steps < SHORT_WINDOWS // 2) | (num_steps % every == 0)
+            new = new._replace(signals_due=due)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _limited(
+    size: jax.Array, in_force: jax.Array, max_change: float, low: int, high: int
+) -> jax.Array:
+    """The size as an integer of the range, at most a factor from the one in force."""
+    now = in_force.astype(size.dtype)
+    size = jnp.clip(size, jnp.floor(now / max_change), jnp.ceil(now * max_change))
+    return _rule.to_size(size, low, high)
+
+
+def _no_times(start: int) -> _goodput.StepTimes:
+    counts = {"largest": 0, "last_batch_size": start, "num_steps": 0, "interval": 0}
+    fields = _goodput.StepTimes._fields
+    return _goodput.StepTimes(
+        *(_rule.counter(counts[f]) if f in counts else _rule.scalar() for f in fields)
+    )
+
+
+def _cost_of(times: _goodput.StepTimes) -> jax.Array:
+    """t_0 / t_1 of the fit, in examples; 0 until two sizes have been measured."""
+    fixed = _goodput._seconds(times, jnp.zeros_like(times.seconds))
+    size = jnp.where(times.size > 0, times.size, 1)
+    each = (times.seconds - fixed) / size
+    known = (times.weight > 0) & (times.size_variance > 0)
+    # A slope of nothing: as many examples as one likes for the price of a step.
+    each = jnp.maximum(each, 1e-6 * times.seconds / size)
+    return jnp.where(known, fixed / jnp.where(known, each, 1), 0)
