@@ -96,7 +96,7 @@ def run(config: Config) -> _runner.Results:
                 optimizer,
                 schedulers.from_schedule(
                     steps,
-                    of="examples",
+                    of="num_examples",
                     min_batch_size=config.min_batch_size,
                     max_batch_size=config.max_batch_size,
                 ),

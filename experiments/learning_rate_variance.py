@@ -65,7 +65,7 @@ def _trainings(task, config: Config):
     stages = 1 + int(np.log(large / small) / np.log(4))
     growing = optax.exponential_decay(small, num_examples / stages, 4, staircase=True)
     schedule = schedulers.from_schedule(
-        growing, of="examples", min_batch_size=small, max_batch_size=large
+        growing, of="num_examples", min_batch_size=small, max_batch_size=large
     )
 
     def method(rule, rate: float = config.learning_rate, meta_rate=None, shared=None):

@@ -28,7 +28,7 @@ RULES = {
     "constant": lambda: schedulers.constant(**LIMITS),
     "dive_batch": lambda: schedulers.dive_batch(40, delta=1.0, **LIMITS),
     "from_schedule": lambda: schedulers.from_schedule(
-        lambda n: jnp.log(n - 25.0) * 20, of="examples", **LIMITS
+        lambda n: jnp.log(n - 25.0) * 20, of="num_examples", **LIMITS
     ),
     "goodput": lambda: schedulers.goodput(decay=0.5, **LIMITS),
     "gradient_noise_scale": lambda: schedulers.gradient_noise_scale(decay=0.5, **LIMITS),
