@@ -30,14 +30,15 @@ def optimizer(
     learning_rate: float, momentum: float, decay: str, num_examples: int
 ) -> optax.GradientTransformation:
     """SGD with momentum at a constant rate, or with cosine decay over the examples of the run."""
+    # Injected: the rate lies in the state, so that another rate is no other program.
+    sgd = optax.inject_hyperparams(optax.sgd, static_args="momentum")(
+        learning_rate=learning_rate, momentum=momentum or None
+    )
     if decay == "constant":
-        # Injected: the rate lies in the state, so that another rate is no other program.
-        return optax.inject_hyperparams(optax.sgd, static_args="momentum")(
-            learning_rate=learning_rate, momentum=momentum or None
-        )
+        return sgd
     if decay == "cosine":
-        schedule = optax.cosine_decay_schedule(learning_rate, num_examples)
-        return optax.chain(optax.sgd(1.0, momentum=momentum or None), aj.scale_by_ledger(schedule))
+        share = optax.cosine_decay_schedule(1.0, num_examples)
+        return optax.chain(sgd, aj.scale_by_ledger(share))
     raise UsageError(f"--decays must be among 'constant', 'cosine', got {decay!r}.")
 
 

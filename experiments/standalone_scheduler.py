@@ -86,8 +86,8 @@ def run(config: Config) -> _runner.Results:
             for name in config.methods:
                 method = None
                 for rate in config.learning_rates:
-                    # With a constant rate all rates share one program; a schedule is a part of it.
-                    if method is None or decay != "constant" or name == "cabs":
+                    # All rates share one program, but for the rule that has one of its own.
+                    if method is None or name == "cabs":
                         method = _methods.build(name, task, config, make_optimizer, rate)
                     for seed in config.seeds:
                         row, windows, fit = _runner.train(
