@@ -1,0 +1,49 @@
+"""The usual schedules of the learning rate, as numbers in the optimizer state."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+KINDS = ("constant", "cosine", "warm-up + cosine")
+WARM_UP = 0.1  # of all steps
+
+
+class RatesState(NamedTuple):
+    """State of :func:`scale_by_rates`."""
+
+    learning_rate: jax.Array  # shape=(), dtype=float32, the rate of the last step
+    rates: jax.Array  # shape=(num_steps,), dtype=float32
+    step: jax.Array  # shape=(), dtype=int32
+
+    logged = ("learning_rate",)
+
+
+def scale_by_rates(kind: str, rate: float, num_steps: int) -> optax.GradientTransformation:
+    """A schedule that lies in the state, so that all schedules of a length share one program.
+
+    Args:
+      kind: One of :data:`KINDS`; the linear warm-up takes the first tenth of the steps.
+      rate: The largest rate.
+      num_steps: Steps of the run.
+    """
+    step, rise = np.arange(num_steps), math.ceil(WARM_UP * num_steps)
+    rise = rise if kind == "warm-up + cosine" else 0
+    cosine = (1 + np.cos(np.pi * (step - rise) / (num_steps - rise))) / 2
+    shape = np.where(step < rise, (step + 1) / max(rise, 1), 1 if kind == "constant" else cosine)
+
+    def init_fn(params):
+        del params
+        return RatesState(jnp.float32(0), jnp.float32(rate * shape), jnp.int32(0))
+
+    def update_fn(updates, state, params=None):
+        del params
+        state = state._replace(learning_rate=state.rates[state.step], step=state.step + 1)
+        return jax.tree.map(lambda u: state.learning_rate * u, updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
