@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from optax.experimental import aggregating
 
 from arbiter_jax import _gram, _prefixes, _validate
@@ -307,8 +306,9 @@ def subset_gradients(
 
 
 def _stats(gram: jax.Array, valid: jax.Array) -> GradStats:
-    # The real rows come first. Even rows before odd ones: two halves with equal shares of them.
-    order = np.concatenate([np.arange(start, valid.shape[0], 2) for start in (0, 1)])
+    # Every second valid row first, the others last: two halves with equal shares of them.
+    second = jnp.cumsum(valid) % 2 == 0
+    order = jnp.argsort(jnp.where(valid, 2 * second, 1))
     gram, valid = gram[order][:, order], valid[order]
     gram = jnp.where(valid[:, None] & valid[None, :], gram, 0)
     return _stats_from_gram(gram, valid.astype(gram.dtype))
