@@ -10,9 +10,9 @@ Expected: every ratio at most its bar on an idle machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,6 +34,7 @@ class Config:
     window: int = 50
     batch_size: int = 64
     statistics_batch_size: int = 256
+    subset_batch_size: int = 128
     only: str = ""  # run the rows whose name contains this
 
 
@@ -83,7 +84,7 @@ class Network:
             state[0], info = aj.run_window(
                 state[0],
                 self.data,
-                loss_fn=self.losses.loss_fn,
+                loss_fn=None if "gradient_fn" in options else self.losses.loss_fn,
                 tx=tx,
                 bucket_size=aj.next_bucket(batch_size),
                 window=window,
@@ -111,7 +112,7 @@ class Network:
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state, key), value
 
-        @partial(jax.jit, donate_argnums=0)
+        @functools.partial(jax.jit, donate_argnums=0)
         def program(carry):
             return jax.lax.scan(step, carry, length=window) if scan else step(carry, None)
 
@@ -141,6 +142,30 @@ def bucket_change(network: Network, batch_size: int) -> tuple[Timed, Timed]:
         return same()
 
     return changed, unchanged
+
+
+def subset(network: Network, batch_size: int) -> tuple[list[Timed], list[Timed]]:
+    """A gradient over chosen examples, from layers and from per-example gradients: (time, MB)."""
+    inputs, labels = network.data.train
+    batch = (inputs[:batch_size], labels[:batch_size])
+
+    def measured(factorize: bool) -> tuple[Timed, Timed]:
+        gradient_fn = jax.jit(
+            aj.subset_gradients(network.losses.loss_fn, factorize=factorize, max_bytes=2**31)
+        )
+
+        def run() -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(gradient_fn(network.params, batch))
+            return 1e3 * (time.perf_counter() - start)
+
+        def megabytes() -> float:
+            compiled = gradient_fn.lower(network.params, batch).compile()
+            return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+        return run, functools.cache(megabytes)
+
+    return tuple(zip(measured(True), measured(False), strict=True))
 
 
 def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Timed]]]]:
@@ -208,6 +233,26 @@ def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Ti
                 lambda n=network, tx=tx: (n.timed(tx, large, window), n.plain(large, window)),
             )
         )
+    wide = Network("MLP 784-512-10", models.mlp(SHAPE, (512,), 10), mlp.agent)
+    chosen = config.subset_batch_size
+    name = f"{wide.name}, subset of n = {chosen}"
+    rows += [
+        (f"{name}: layers / per-example gradients", 0.20, lambda: subset(wide, chosen)[0]),
+        (f"{name}: the same, memory [MB]", 0.20, lambda: subset(wide, chosen)[1]),
+        (
+            f"{name}: whole step / plain step",
+            3.00,
+            lambda: (
+                wide.timed(
+                    optax.chain(wide.optimizer, aj.schedulers.constant(chosen)),
+                    chosen,
+                    window,
+                    gradient_fn=aj.subset_gradients(wide.losses.loss_fn),
+                ),
+                wide.plain(chosen, window),
+            ),
+        ),
+    ]
     return rows
 
 
@@ -255,6 +300,7 @@ def table(results: _runner.Results):
         f"ratios of step times, median of {config.pairs} interleaved pairs, B = {config.batch_size}",
         ["what", "ratio", "quartiles", "bar", "met", "ms", "ms (reference)"],
         rows,
+        "memory: of the intermediate results of the compiled program, in MB in place of ms.",
     )
 
 
