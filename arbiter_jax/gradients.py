@@ -1,8 +1,7 @@
 """Masked gradients, and what their spread within a batch says about gradient noise.
 
-With per-example gradients g_i of covariance S around G, the mean gradient of B examples has
-covariance S / B. Comparing pieces of a batch estimates tr S and |G|^2 without a single
-per-example gradient (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1).
+The gradients of the pieces of a batch are computed one after the other, on as many devices as
+there are pieces, or one an example; `_gradient_statistics` compares them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from arbiter_jax import _validate
+from arbiter_jax._gradient_statistics import dot, stats_from_norms, stats_from_pieces
 from arbiter_jax.base import GradStats, LossFn, PyTree, tree_where
 from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
-
-_SMALL_LEAF = 2**14  # elements
 
 
 class Gradient(NamedTuple):
@@ -93,92 +91,11 @@ def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTre
     return jax.tree.map(rows, tree)
 
 
-def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves, in at least float32."""
-
-    def leaf(x, y):
-        dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
-        return jnp.vdot(x.astype(dtype), y.astype(dtype))
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), start=jnp.zeros(()))
-
-
-def _pack(tree: PyTree) -> list[jax.Array]:
-    """The leaves of a tree, the small ones joined to one: inner products then cost few operations.
-
-    A large leaf stays what it is, for joining would copy it.
-    """
-    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
-    small = [x.ravel() for x in leaves if x.size <= _SMALL_LEAF]
-    large = [x for x in leaves if x.size > _SMALL_LEAF]
-    return large + ([jnp.concatenate(small)] if small else [])
-
-
 def _weighted_mean(trees: Sequence[PyTree], weights: jax.Array) -> PyTree:
     shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
     return jax.tree.map(
         lambda *xs: sum(x * share.astype(x.dtype) for x, share in zip(xs, shares, strict=True)),
         *trees,
-    )
-
-
-def stats_from_pieces(
-    pieces: Sequence[PyTree], sizes: jax.Array, preconditioner: PyTree | None = None
-) -> GradStats:
-    r"""Gradient statistics from the mean gradients of the pieces of one batch.
-
-    With pieces of b_j examples and mean gradients g_j, gbar their mean weighted by b_j, k the
-    number of pieces that are not empty and B the sum of the b_j,
-
-    .. math::
-      \widehat{tr S} = \frac{\sum_j b_j |g_j|^2 - B |\bar g|^2}{k - 1}, \qquad
-      \widehat{|G|^2} = |\bar g|^2 - \widehat{tr S} / B.
-
-    Both are unbiased for pieces of any sizes. For equal ones they are the two-batch-size formulas
-    of McCandlish et al. (2018), and for pieces of one example the usual sample covariance.
-
-    Args:
-      pieces: Mean gradients, one pytree a piece, at least two.
-      sizes: float[k], number of examples of each piece; 0 for an empty one.
-      preconditioner: Optional pytree like the parameters that multiplies every gradient first:
-        1 / (sqrt(v) + eps) for the statistics that Adam sees.
-
-    Returns:
-      A GradStats; NaN where fewer than two pieces hold an example.
-    """
-    if preconditioner is not None:
-        pieces = [jax.tree.map(jnp.multiply, piece, preconditioner) for piece in pieces]
-    # All the statistics follow from the k x k inner products: one pass over the gradients.
-    k, pieces = len(pieces), [_pack(piece) for piece in pieces]
-    upper = {(i, j): _dot(pieces[i], pieces[j]) for i in range(k) for j in range(i, k)}
-    gram = jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
-    return _stats_from_gram(gram, sizes.astype(gram.dtype))
-
-
-def _stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
-    total = jnp.sum(sizes)
-    share = sizes / total
-    batch_sq_norm = share @ gram @ share
-    count = jnp.sum(sizes > 0)
-
-    def unbiased(weighted_squares, square_of_mean):
-        # Never negative but for rounding, where all pieces agree.
-        spread = jnp.maximum(jnp.sum(weighted_squares) - total * square_of_mean, 0)
-        return jnp.where(count > 1, spread / jnp.maximum(count - 1, 1), jnp.nan)
-
-    variance_trace = unbiased(sizes * jnp.diagonal(gram), batch_sq_norm)
-    # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.
-    inner_product_variance = unbiased(sizes * (gram @ share) ** 2, batch_sq_norm**2)
-    half = jnp.arange(sizes.shape[0]) < sizes.shape[0] // 2
-    first, second = jnp.where(half, sizes, 0), jnp.where(half, 0, sizes)
-    cosine = (first @ gram @ second) / jnp.sqrt((first @ gram @ first) * (second @ gram @ second))
-    return GradStats(
-        mean_sq_norm=batch_sq_norm - variance_trace / total,
-        variance_trace=variance_trace,
-        num_examples=total,
-        batch_sq_norm=batch_sq_norm,
-        half_cosine=jnp.where(count > 1, cosine, jnp.nan),
-        inner_product_variance=inner_product_variance,
     )
 
 
@@ -189,6 +106,7 @@ def value_grad_and_stats(
     num_pieces: int = 2,
     micro_batch_size: int = 32,
     sampled: bool = False,
+    axis_name: str | None = None,
 ) -> GradientFn:
     """A gradient function that estimates the gradient's mean and covariance on the way.
 
@@ -197,10 +115,13 @@ def value_grad_and_stats(
       method: "pieces": the batch is dealt out to `num_pieces` pieces whose gradients are computed
         one after the other and averaged; two halves cost about as much as the whole batch.
         "per_example": one gradient an example, `micro_batch_size` of them in memory at once.
+        "per_device": within `shard_map` (or `pmap`), the part of the batch that a device holds is a
+        piece; the result is that of the whole batch, the same on all devices.
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
       micro_batch_size: Per-example gradients held at once, a power of two >= 1.
       sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,
         and contiguous pieces need no copy.
+      axis_name: The mesh axis that the batch is split over, for "per_device".
 
     Returns:
       ``gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None) ->
@@ -208,18 +129,26 @@ def value_grad_and_stats(
       difference, scaled where they are unequal, so that its covariance is S / B.
 
     Raises:
-      ValueError: For arguments out of range, and for per-example gradients of a model with state:
-        BatchNorm ties the examples of a batch together, so no example has a gradient of its own.
+      ValueError: For arguments out of range; for a model with state under "per_example" (BatchNorm
+        ties the examples of a batch together, so no example has a gradient of its own) and under
+        "per_device" (whose states would have to be averaged).
 
     *Guarantees*: a masked row changes no bit of the result; value and gradient are those of the
     whole batch.
     """
-    _validate.one_of(("pieces", "per_example"), method=method)
+    _validate.one_of(("pieces", "per_example", "per_device"), method=method)
+    if (axis_name is not None) != (method == "per_device"):
+        raise ValueError(
+            "axis_name must be given where method is 'per_device', and only there; got "
+            f"axis_name={axis_name!r} and method={method!r}."
+        )
     if _validate.power_of_two(num_pieces=num_pieces) < 2:
         raise ValueError(f"num_pieces must be a power of two >= 2, got {num_pieces}.")
     _validate.power_of_two(micro_batch_size=micro_batch_size)
     if method == "per_example":
         return _per_example_stats(loss_fn, micro_batch_size)
+    if axis_name is not None:
+        return _per_device_stats(loss_fn, axis_name)
     weighted = _value_grad_and_weight(loss_fn)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
@@ -309,8 +238,8 @@ def _per_example_stats(loss_fn: LossFn, micro_batch_size: int) -> GradientFn:
             rows, real, in_first = xs
             grads, weights = examples(params, rows)
             grads, weights = jax.vmap(scale)(grads), jnp.where(real, weights, 0)
-            norms = jax.vmap(_dot)(grads, grads)
-            inner = jax.vmap(lambda g: _dot(g, mean))(grads)
+            norms = jax.vmap(dot)(grads, grads)
+            inner = jax.vmap(lambda g: dot(g, mean))(grads)
             first = jax.tree.map(
                 lambda acc, g: acc + jnp.tensordot((weights * in_first).astype(g.dtype), g, 1),
                 carry,
@@ -324,35 +253,43 @@ def _per_example_stats(loss_fn: LossFn, micro_batch_size: int) -> GradientFn:
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
         first = jax.tree.map(lambda x: x * share.astype(x.dtype), first)
-        stats = _stats_from_norms(norms, inner, weights * share, mean, first)
+        stats = stats_from_norms(norms, inner, weights * share, mean, first)
         return out._replace(grad_stats=stats)
 
     return gradient_fn
 
 
-def _stats_from_norms(norms, inner, sizes, mean, first_sum) -> GradStats:
-    """Statistics from |g_i|^2, g_i . gbar, gbar, and the sum of b_i g_i over the first half.
+def _per_device_stats(loss_fn: LossFn, axis_name: str) -> GradientFn:
+    weighted = _value_grad_and_weight(loss_fn)
 
-    The same estimators as for pieces: each example is a piece of size b_i, 1 without weights.
-    """
-    sizes = sizes.astype(norms.dtype)
-    total, count = jnp.sum(sizes), jnp.sum(sizes > 0)
-    batch_sq_norm = _dot(mean, mean)
-    unbias = lambda s: jnp.where(count > 1, jnp.maximum(s, 0) / jnp.maximum(count - 1, 1), jnp.nan)
-    variance_trace = unbias(jnp.sum(sizes * norms) - total * batch_sq_norm)
-    spread = inner - batch_sq_norm
-    second_sum = jax.tree.map(lambda m, f: m * total.astype(m.dtype) - f, mean, first_sum)
-    cosine = _dot(first_sum, second_sum) / jnp.sqrt(
-        _dot(first_sum, first_sum) * _dot(second_sum, second_sum)
-    )
-    return GradStats(
-        mean_sq_norm=batch_sq_norm - variance_trace / total,
-        variance_trace=variance_trace,
-        num_examples=total,
-        batch_sq_norm=batch_sq_norm,
-        half_cosine=jnp.where(count > 1, cosine, jnp.nan),
-        inner_product_variance=unbias(jnp.sum(sizes * spread**2)),
-    )
+    def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
+        if model_state is not None:
+            raise ValueError("method must be 'pieces' for a model with state, got 'per_device'.")
+        device, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+        key = None if key is None else jax.random.fold_in(key, device)
+        # Said to differ between devices, or shard_map adds up the gradients of all of them.
+        params = jax.lax.pcast(params, axis_name, to="varying")
+        out, weight = weighted(params, replace_padding(batch, mask), mask, None, key)
+        mine = (out.value, out.grads)
+        mine = tree_where(weight > 0, mine, jax.tree.map(jnp.zeros_like, mine))
+        share = weight / jnp.maximum(jax.lax.psum(weight, axis_name), 1e-30)
+        value, grads = jax.lax.psum(
+            jax.tree.map(lambda x: x * share.astype(x.dtype), mine), axis_name
+        )
+        grad, mean = mine[1], grads
+        if preconditioner is not None:
+            grad, mean = (jax.tree.map(jnp.multiply, g, preconditioner) for g in (grad, mean))
+        # In examples, also where a loss weighs its examples.
+        size = jax.lax.psum(jnp.sum(mask), axis_name) * share
+        in_first = jnp.where(device < num_devices // 2, size, 0)
+        first = jax.tree.map(lambda g: jax.lax.psum(g * in_first.astype(g.dtype), axis_name), grad)
+        numbers = jnp.stack([dot(grad, grad), dot(grad, mean), size])
+        rows = jnp.where(jnp.arange(num_devices)[:, None] == device, numbers, 0)
+        norms, inner, sizes = jax.lax.psum(rows, axis_name).T
+        stats = stats_from_norms(norms, inner, sizes, mean, first)
+        return Gradient(value, grads, None, stats)
+
+    return gradient_fn
 
 
 def gradient_stats(
@@ -365,6 +302,7 @@ def gradient_stats(
     num_pieces: int = 2,
     micro_batch_size: int = 32,
     preconditioner: PyTree | None = None,
+    axis_name: str | None = None,
 ) -> GradStats:
     r"""Estimates :math:`|G|^2` and :math:`tr S` of the per-example gradients from one batch.
 
@@ -373,11 +311,12 @@ def gradient_stats(
       params: Parameters of the model.
       batch: Pytree of arrays [M, ...], M a multiple of num_pieces (or of micro_batch_size).
       mask: bool[M], True for a real example; all where None.
-      method: "pieces" (no per-example gradients) or "per_example" (exact, and slower).
-      num_pieces: Number of pieces, a power of two >= 2. More of them make a better estimate; as
-        many as there are devices cost nothing where the batch is sharded.
+      method: "pieces" (no per-example gradients), "per_example" (exact, and slower), or
+        "per_device" (within `shard_map`, where each device holds a piece of the batch already).
+      num_pieces: Number of pieces, a power of two >= 2. More of them make a better estimate.
       micro_batch_size: Per-example gradients held in memory at once.
       preconditioner: Optional pytree like params that multiplies every gradient first.
+      axis_name: The mesh axis that the batch is split over, for "per_device".
 
     Returns:
       A :class:`GradStats` of scalars; NaN for a batch of one example.
@@ -395,7 +334,11 @@ def gradient_stats(
     (2.0, 3.0)
     """
     fn = value_grad_and_stats(
-        loss_fn, method=method, num_pieces=num_pieces, micro_batch_size=micro_batch_size
+        loss_fn,
+        method=method,
+        num_pieces=num_pieces,
+        micro_batch_size=micro_batch_size,
+        axis_name=axis_name,
     )
     if mask is None:
         mask = jnp.ones(num_rows(batch), bool)

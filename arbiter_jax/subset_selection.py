@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from arbiter_jax import _gram, _prefixes, _validate
+from arbiter_jax._gradient_statistics import stats_from_gram
 from arbiter_jax._prefixes import Groups, Metric, Order, group_names, prefix_scores
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.batching import num_rows, replace_padding
-from arbiter_jax.gradients import GradientFn, _stats_from_gram
+from arbiter_jax.gradients import GradientFn
 
 __all__ = [
     "DynamicBatchAdaptationState",
@@ -311,7 +312,7 @@ def _stats(gram: jax.Array, valid: jax.Array) -> GradStats:
     order = jnp.argsort(jnp.where(valid, 2 * second, 1))
     gram, valid = gram[order][:, order], valid[order]
     gram = jnp.where(valid[:, None] & valid[None, :], gram, 0)
-    return _stats_from_gram(gram, valid.astype(gram.dtype))
+    return stats_from_gram(gram, valid.astype(gram.dtype))
 
 
 def _refuse_model_state(loss_fn: LossFn) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import arbiter_jax as aj
+from arbiter_jax._gradient_statistics import stats_from_pieces
 from arbiter_jax.batching import batch_mask
 from arbiter_jax.gradients import (
     masked_value_and_grad,
     per_example_grads,
-    stats_from_pieces,
     value_grad_and_stats,
 )
 
@@ -395,3 +395,43 @@ def test_per_example_gradients_of_a_model_with_state_are_refused():
     fn = value_grad_and_stats(batch_norm_loss, method="per_example")
     with pytest.raises(ValueError, match=r"method must be 'pieces' for a model with state"):
         fn(1.0, np.ones(4), np.ones(4, bool), {"mean": 0.0})
+
+
+# One piece a device
+
+
+@pytest.mark.parametrize("num_examples", [16, 13, 3, 1])
+def test_a_piece_a_device_is_what_as_many_pieces_are(num_examples):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    x[num_examples:] = np.nan  # of the last devices, all rows may be padding
+    params, mask = np.zeros(3, np.float32), batch_mask(num_examples, 16)
+    loss_fn = lambda w, x: jnp.sum((w[None] - x) ** 4, axis=1)
+    scale = np.array([1.0, 2.0, 0.5], np.float32)
+
+    fn = value_grad_and_stats(loss_fn, method="per_device", axis_name="data")
+    rows, all_of_it = jax.P("data"), jax.P()
+    on_devices = jax.jit(
+        jax.shard_map(
+            lambda w, x, mask: fn(w, x, mask, preconditioner=scale),
+            mesh=mesh,
+            in_specs=(all_of_it, rows, rows),
+            out_specs=all_of_it,
+        )
+    )
+    got = on_devices(params, x, mask)
+
+    grads = masked_value_and_grad(loss_fn)(params, x, mask)
+    chex.assert_trees_all_close((got.value, got.grads), (grads.value, grads.grads), rtol=1e-5)
+    shares = [(x[i : i + 4], mask[i : i + 4]) for i in range(0, 16, 4)]
+    pieces = [masked_value_and_grad(loss_fn)(params, *share).grads for share in shares]
+    sizes = jnp.array([share[1].sum() for share in shares])
+    pieces = [jnp.where(size > 0, piece, 0) for piece, size in zip(pieces, sizes, strict=True)]
+    expected = stats_from_pieces(pieces, sizes.astype(float), scale)
+    chex.assert_trees_all_close(got.grad_stats, expected, rtol=1e-4)
+
+
+def test_the_name_of_an_axis_goes_with_the_devices():
+    for options in ({"method": "per_device"}, {"axis_name": "data"}):
+        with pytest.raises(ValueError, match="axis_name must be given where method is"):
+            value_grad_and_stats(lambda w, x: x, **options)
