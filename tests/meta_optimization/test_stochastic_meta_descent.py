@@ -8,7 +8,6 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax.batching import sample_batch
-from arbiter_jax.gradients import masked_value_and_grad
 from arbiter_jax.inner_loop import inner_step
 from arbiter_jax.meta_optimization import stochastic_meta_descent as smd
 from arbiter_jax.meta_optimization._look_ahead import (
@@ -358,7 +357,7 @@ def test_online_adjusts_only_when_it_is_due_and_only_in_the_first_part(key):
     assert momenta[0] != 0.9  # step 0 is due
     # Each adjustment takes two steps of .01 in the logarithm of 1 - momentum.
     logs = np.log(1 - np.asarray(momenta)[[7, 8]])
-    assert abs(logs[1] - logs[0]) == pytest.approx(0.02, rel=1e-2) or logs[1] == logs[0]
+    assert abs(logs[1] - logs[0]) == pytest.approx(0.02, rel=1e-2)
     # Look-ahead and evaluation use up examples of the sampler: 3 adjustments of (5 + 2) batches.
     used = result.state.train_sampler.epoch * 40 + result.state.train_sampler.cursor
     assert int(used) == 40 * 4 + 3 * (5 + 2) * 4
@@ -390,7 +389,6 @@ def test_a_model_with_state_is_trained_and_evaluated_with_it(key):
     )  # fmt: skip
     # Twice the loss at rate .01 is the same path as the loss at rate .02.
     np.testing.assert_allclose(result.losses[0], 2 * again.losses[0], rtol=1e-5)
-    assert masked_value_and_grad(stateful) is not None
 
 
 @pytest.mark.parametrize(
