@@ -29,12 +29,15 @@ from arbiter_jax.base import (
     required_signals,
 )
 from arbiter_jax.batching import (
+    Block,
     SamplerState,
     advance,
+    check_block,
     init_sampler,
     num_rows,
     peek,
     sample_batch,
+    take_batch,
 )
 from arbiter_jax.bucketing import next_bucket
 from arbiter_jax.gradients import (
@@ -50,7 +53,9 @@ VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
 class Data(NamedTuple):
     """The arrays that a run trains on, on the device."""
 
-    train: PyTree  # leaves [num_examples, ...], usually (inputs, labels)
+    # Leaves [num_examples, ...], usually (inputs, labels); or one window's Block from the host, and
+    # for `fit` what it comes from.
+    train: PyTree
     validation: PyTree = None  # the same, for rules that look at validation examples
 
 
@@ -318,7 +323,9 @@ def run_window(
 
     Args:
       state: From :func:`init_state` or a window before.
-      data: ``Data(train, validation)``, pytrees of arrays on the device.
+      data: ``Data(train, validation)``, pytrees of arrays on the device. `train` may also be a
+        :class:`arbiter_jax.batching.Block`, whose batches are taken as they are: the sampler stays
+        where it is, and steps that the block has no batch for are not taken.
       num_steps: int32[], how many of the T steps to take; all where None. A traced number, so that
         the last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
@@ -336,8 +343,8 @@ def run_window(
       batch size 0.
 
     Raises:
-      ValueError: If window < 1, the bucket is no power of two, the data is empty or ragged, or a
-        rule needs validation data that was not given.
+      ValueError: If window < 1, the bucket is no power of two, the data is empty or ragged, a block
+        of another window or bucket, or a rule needs validation data that was not given.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.
@@ -356,7 +363,12 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
-    num_rows(data.train)
+    if isinstance(data.train, Block):
+        check_block(data.train, window, bucket_size)
+        wanted = window if num_steps is None else num_steps
+        num_steps = jnp.minimum(wanted, data.train.num_steps)
+    else:
+        num_rows(data.train)
     if (loss_fn is None) == (gradient_fn is None):
         raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
     tx = _with_extra_args(tx)
@@ -374,11 +386,14 @@ def run_window(
     batch_size = get_batch_size(state.opt_state) if rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
 
-    def step(state: TrainState) -> tuple[TrainState, StepInfo]:
-        sampler, batch, mask = sample_batch(
-            state.train_sampler, data.train, batch_size, bucket_size
-        )
-        state = state._replace(train_sampler=sampler)
+    def step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
+        if isinstance(data.train, Block):
+            batch, mask = take_batch(data.train, t, bucket_size)
+        else:
+            sampler, batch, mask = sample_batch(
+                state.train_sampler, data.train, batch_size, bucket_size
+            )
+            state = state._replace(train_sampler=sampler)
         if transform_batch is not None:
             # Far from the keys 0, 1, ... that the pieces of a batch get from the same key.
             step_key = jax.random.fold_in(state.key, state.num_steps)
@@ -400,10 +415,10 @@ def run_window(
 
     def maybe_step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
         if num_steps is None:
-            return step(state)
-        shapes = jax.eval_shape(step, state)[1]
+            return step(state, t)
+        shapes = jax.eval_shape(step, state, t)[1]
         idle = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(t < num_steps, step, lambda state: (state, idle), state)
+        return jax.lax.cond(t < num_steps, step, lambda state, t: (state, idle), state, t)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax.base import LossFn, PyTree, StepInfo
-from arbiter_jax.batching import num_rows
+from arbiter_jax.batching import Block, num_rows
 from arbiter_jax.compilation import count_compilations
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.inner_loop import (
@@ -69,6 +69,42 @@ Callback = Callable[[WindowRecord, TrainState], Any]
 copy what is to be kept."""
 
 
+@runtime_checkable
+class BlockSource(Protocol):
+    """Where the batches of one window after the other come from, on the host.
+
+    ``arbiter_jax.datasets.host_blocks`` makes one of any iterator over examples.
+    """
+
+    window: int  # T
+
+    def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
+        """The next examples, whole batches; StopIteration where there is not even one batch."""
+        ...
+
+
+def _on_device(data: Any, window: int) -> Data:
+    """The data as arrays on the device, as far as they do not come in blocks."""
+    data = Data(data.train, getattr(data, "validation", None))
+    if not isinstance(data.train, BlockSource):
+        num_rows(data.train)
+        return jax.tree.map(jnp.asarray, data)
+    if data.train.window != window:
+        raise ValueError(
+            f"window must be that of the blocks, {data.train.window}, got {window}: a block holds "
+            "the batches of one window."
+        )
+    return data._replace(validation=jax.tree.map(jnp.asarray, data.validation))
+
+
+def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) -> tuple[Data, int]:
+    """What the next window trains on, and how many of its steps there are examples for."""
+    if not isinstance(data.train, BlockSource):
+        return data, num_steps
+    block = data.train.next_block(batch_size, bucket_size, num_steps)
+    return data._replace(train=block), int(block.num_steps)
+
+
 def fit(
     loss_fn: LossFn | None,
     params: PyTree,
@@ -96,7 +132,8 @@ def fit(
       params: Parameters, any pytree of arrays.
       tx: An optax chain with one batch-size rule; ``aj.schedulers.constant(64)`` is one.
       data: :class:`Data`, or anything with attributes `train` and `validation` that are pytrees of
-        arrays with one leading axis.
+        arrays with one leading axis. `train` may also be a :class:`BlockSource` of the same window,
+        for data larger than memory; the run then ends where it does, too.
       num_examples: Budget, in training examples, an integer >= 1. Counts those that `state` has
         already seen.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
@@ -129,8 +166,7 @@ def fit(
     window = _validate.integer(window=window, minimum=1)
     if not isinstance(key, jax.Array):
         key = jax.random.PRNGKey(key)
-    data = jax.tree.map(jnp.asarray, Data(data.train, getattr(data, "validation", None)))
-    num_rows(data.train)
+    data = _on_device(data, window)
     if state is None:
         state = init_state(params, tx, key, model_state)
     else:
@@ -146,11 +182,15 @@ def fit(
         num_steps = min(decision_steps(state.opt_state, window), (num_examples - seen) // size)
         if num_steps < 1:
             break
+        try:
+            window_data, num_steps = _window_data(data, size, bucket_size, num_steps)
+        except StopIteration:
+            break
         before = time.perf_counter()
         with count_compilations() as compilations:
             state, info = run_window(
                 state,
-                data,
+                window_data,
                 num_steps,
                 step_seconds,
                 loss_fn=loss_fn,

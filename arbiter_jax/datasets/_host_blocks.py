@@ -1,7 +1,8 @@
 """Data larger than the device's memory: blocks of one window, made while the last one runs.
 
 An iterator delivers examples in chunks of any size; a thread cuts them into blocks
-``[T, bucket, ...]`` and moves them to the device, one window ahead of training.
+``[T, bucket, ...]`` and moves them to the device, one window ahead of training. The order of the
+examples is that of the iterator: how many of them make a batch is decided without it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
+from arbiter_jax.batching import Block, block_rows
 
 _JOIN_SECONDS = 5.0
 
@@ -100,11 +102,11 @@ class _Buffer:
         self._chunks.append(chunk)
         self._num_rows += count
 
-    def fill(self, num_rows: int) -> None:
-        """Reads on until there are so many rows.
+    def fill(self, num_rows: int) -> int:
+        """Reads on until there are so many rows, or the source has ended; returns how many.
 
-        Whatever the source raises, StopIteration at its end included, is raised whenever more rows
-        are wanted than there are: what a generator has raised it does not raise again.
+        Whatever else the source raises is raised whenever more rows are wanted than there are: what
+        a generator has raised it does not raise again.
         """
         while self._num_rows < num_rows:
             if self._error is None:
@@ -113,28 +115,22 @@ class _Buffer:
                     continue
                 except BaseException as error:  # it belongs to who asks for the rows
                     self._error = error
+            if isinstance(self._error, StopIteration):
+                break
             raise self._error
+        return min(self._num_rows, num_rows)
 
-    def block(self, window: int, batch_size: int, bucket_size: int) -> PyTree:
-        """The first T * B rows as [T, bucket, ...]; they stay in the buffer."""
-        wanted, taken, rows = window * batch_size, 0, []
+    def block(self, window: int, batch_size: int, bucket_size: int, num_steps: int) -> PyTree:
+        """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer."""
+        wanted, taken, parts = num_steps * batch_size, 0, []
         for chunk in self._chunks:
             part = jax.tree.map(lambda x, n=wanted - taken: x[:n], chunk)
-            rows.append(part)
+            parts.append(part)
             taken += len(jax.tree.leaves(part)[0])
             if taken == wanted:
                 break
-
-        def assemble(*parts: np.ndarray) -> np.ndarray:
-            shape = parts[0].shape[1:]
-            if batch_size == bucket_size:
-                return np.concatenate(parts).reshape(window, bucket_size, *shape)
-            block = np.empty((window, bucket_size, *shape), parts[0].dtype)
-            block[:, :batch_size] = np.concatenate(parts).reshape(window, batch_size, *shape)
-            block[:, batch_size:] = block[:, :1]  # padding is a real example, whatever happens
-            return block
-
-        return jax.tree.map(assemble, *rows)
+        rows = block_rows(window, batch_size, bucket_size, num_steps)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *parts)
 
     def drop(self, num_rows: int) -> None:
         """Removes rows from the front."""
@@ -161,29 +157,39 @@ def _serve(
     requests: queue.SimpleQueue,
     results: queue.SimpleQueue,
 ) -> None:
-    """The thread: answers requests (batch_size, bucket_size), and works ahead for the next one.
+    """The thread: answers requests (batch_size, bucket_size, num_steps), and works ahead.
 
-    Results are (block, error), one of them None.
+    A result is a block, or the exception to raise in its place.
     """
     buffer = _Buffer(source)
 
-    def make(batch_size: int, bucket_size: int) -> tuple[PyTree, BaseException | None]:
+    def make(request: tuple[int, int, int]) -> Block | BaseException:
+        batch_size, bucket_size, num_steps = request
         try:
-            buffer.fill(window * batch_size)
-            block = buffer.block(window, batch_size, bucket_size)
-            return jax.device_put(block, sharding), None
+            num_steps = min(num_steps, buffer.fill(num_steps * batch_size) // batch_size)
+            if num_steps < 1:
+                return StopIteration()
+            block = buffer.block(window, batch_size, bucket_size, num_steps)
+            return Block(jax.device_put(block, sharding), np.int32(batch_size), np.int32(num_steps))
         except BaseException as error:
-            return None, error
+            return error
 
     request, guess, result = requests.get(), None, None
     while request is not None:
-        if request != guess or result is None:
-            result = make(*request)
+        *sizes, num_steps = request
+        if isinstance(result, Block) and sizes == guess and num_steps <= result.num_steps:
+            result = result._replace(num_steps=np.int32(num_steps))
+        else:
+            result = make(request)
         results.put(result)
-        if result[1] is None:
-            buffer.drop(window * request[0])
-            # Sizes rarely change from one window to the next: the best guess is the last ones.
-            guess, result = request, make(*request)
+        if isinstance(result, Block):
+            batch_size, bucket_size = guess = sizes
+            buffer.drop(int(result.num_steps) * batch_size)
+            # Sizes rarely change from one window to the next: the best guess is the last ones. Where
+            # it is wrong, nothing is left to be read, whatever the size in this bucket will be.
+            result = make((batch_size, bucket_size, window))
+            with contextlib.suppress(BaseException):  # raised when its rows are asked for
+                buffer.fill(window * bucket_size)
         request = requests.get()
     close = getattr(source, "close", None)
     if close is not None:
@@ -201,12 +207,12 @@ class HostBlocks:
 
     def __init__(self, source: Iterable[PyTree], window: int, sharding: Any = None):
         self.num_examples = 0  # delivered so far, padding aside
-        self._window = _validate.integer(window=window, minimum=1)
+        self.window = _validate.integer(window=window, minimum=1)
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_serve,
-            args=(iter(source), self._window, sharding, self._requests, self._results),
+            args=(iter(source), self.window, sharding, self._requests, self._results),
             name="arbiter_jax.host_blocks",
             daemon=True,
         )
@@ -214,32 +220,36 @@ class HostBlocks:
         # Also when the object is forgotten, and before the interpreter takes JAX down.
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._requests)
 
-    def next_block(self, batch_size: int, bucket_size: int) -> PyTree:
-        """The block of the next window, on the device.
+    def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
+        """The examples of the next window, on the device.
 
         Args:
           batch_size: Number B of real examples a step, an integer >= 1.
-          bucket_size: Number of rows a step, an integer >= batch_size.
+          bucket_size: Number of rows a step, a power of two >= batch_size.
+          num_steps: Steps to be taken, an integer in [1, T]; T where it is None.
 
         Returns:
-          Pytree of arrays [T, bucket_size, ...]. Rows past the batch size repeat the first one.
+          A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...]. At the end of the
+          source it holds fewer steps than wanted, in whole batches: ``block.num_steps``.
 
         Raises:
-          StopIteration: If the source has fewer than T * B examples left.
+          StopIteration: If the source has fewer than B examples left.
           ValueError: If the sizes are not in their range, the blocks are closed, or the source
             delivers something other than chunks of arrays of one kind.
           Exception: Whatever the source raises.
         """
-        bucket_size = _validate.integer(bucket_size=bucket_size, minimum=1)
+        bucket_size = _validate.power_of_two(bucket_size=bucket_size)
         batch_size = _validate.integer(batch_size=batch_size, minimum=1, maximum=bucket_size)
+        num_steps = self.window if num_steps is None else num_steps
+        num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=self.window)
         if not self._finalizer.alive:
             raise ValueError("the blocks are closed: make new ones with host_blocks(...).")
-        self._requests.put((batch_size, bucket_size))
-        block, error = self._results.get()
-        if error is not None:
-            raise error
-        self.num_examples += self._window * batch_size
-        return block
+        self._requests.put((batch_size, bucket_size, num_steps))
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        self.num_examples += int(result.num_steps) * batch_size
+        return result
 
     def close(self) -> None:
         """Ends the thread, and closes the source if it is a generator. Safe to call again."""
@@ -258,33 +268,49 @@ def host_blocks(
     """Blocks [T, bucket, ...] of examples from the host, prefetched by one window.
 
     While the device works on one window, a thread reads the next T * B examples, arranges them and
-    moves them to the device. It guesses that the sizes stay as they are; where they do not, the
-    block is made anew from the same examples.
+    moves them to the device. The next batch size is known only when the window has ended: the
+    thread guesses that it stays as it is, and reads as many rows as its bucket can take. Where the
+    guess is wrong the rows are arranged and moved anew, which is not overlapped; reading is.
+
+    :func:`arbiter_jax.fit` takes the blocks in the place of the training arrays. Validation data
+    stay on the device. One's own loop asks for each window's block:
+
+        size, bucket_size = aj.window_sizes(state.opt_state)
+        data = aj.Data(blocks.next_block(size, bucket_size), validation)
+        state, info = aj.run_window(state, data, bucket_size=bucket_size, window=T, ...)
 
     Args:
       source: Iterable over chunks: pytrees of arrays with any equal number of rows, at least one.
-        It is used by the thread alone. :func:`epochs` makes an endless one of arrays.
-      window: T, the number of steps a block, an integer >= 1.
+        It is used by the thread alone. :func:`epochs` makes an endless one of arrays, and with
+        ``start=int(state.num_examples)`` one that goes on where a checkpoint was written.
+      window: T, the number of steps a block, an integer >= 1, that of training.
       sharding: Where to put the blocks; the default device where it is None. The second axis of a
         block is that of the examples.
 
     Returns:
-      A :class:`HostBlocks`, a context manager with ``next_block(batch_size, bucket_size)``.
+      A :class:`HostBlocks`, a context manager with
+      ``next_block(batch_size, bucket_size, num_steps=None)``.
 
     Raises:
       ValueError: If the window is no integer >= 1.
 
     *Guarantees*:
       * Each example of the source is delivered once, in the order of the source, however the sizes
-        change; nothing depends on timing.
+        change; nothing depends on timing. What is left at its end is less than a batch.
+      * Training on blocks equals training on the same examples in the same order from the device:
+        same programs a bucket, masks, signals and ledger.
       * An exception of the source is raised where its block is asked for.
       * At the end of the ``with`` the thread has ended, unless the source hangs.
 
-    >>> import numpy as np
+    >>> import arbiter_jax as aj, jax.numpy as jnp, numpy as np, optax
     >>> from arbiter_jax import datasets
-    >>> with datasets.host_blocks(datasets.epochs(np.arange(10.0)), window=2) as blocks:
-    ...     block = blocks.next_block(batch_size=3, bucket_size=4)
-    >>> block.shape
-    (2, 4)
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> chunks = datasets.epochs(np.ones(50, np.float32), chunk_size=32)
+    >>> with datasets.host_blocks(chunks, window=10) as blocks:
+    ...     result = aj.fit(
+    ...         loss_fn, jnp.zeros(()), tx, aj.Data(blocks), num_examples=100, window=10)
+    >>> [record.num_examples for record in result.history], blocks.num_examples
+    ([60, 96], 96)
     """
     return HostBlocks(source, window, sharding)

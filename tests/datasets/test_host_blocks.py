@@ -6,6 +6,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arbiter_jax import datasets
+from arbiter_jax.batching import deal, init_sampler, peek, sample_batch, take_batch
+from arbiter_jax.bucketing import next_bucket
 
 
 def numbered_chunks(sizes, start=0):
@@ -38,28 +41,50 @@ class TestBlocks:
     def test_shapes_and_padding(self):
         with datasets.host_blocks(numbered_chunks([7] * 10), window=3) as blocks:
             block = blocks.next_block(5, 8)
-        assert block["x"].shape == (3, 8, 2)
-        assert isinstance(block["x"], jax.Array)
-        expected = np.arange(15).reshape(3, 5)
-        np.testing.assert_array_equal(block["y"][:, :5], expected)
-        np.testing.assert_array_equal(block["y"][:, 5:], np.repeat(expected[:, :1], 3, axis=1))
-        np.testing.assert_array_equal(block["x"][..., 1], -block["y"])
+            short = blocks.next_block(5, 8, num_steps=2)
+        assert block.batches["x"].shape == (3, 8, 2)
+        assert isinstance(block.batches["x"], jax.Array)
+        assert (int(block.batch_size), int(block.num_steps)) == (5, 3)
+        # Dealt out as the engine deals: the bits of the row's number reversed, padding the first.
+        first = np.array([0, 4, 2, 0, 1, 0, 3, 0])
+        np.testing.assert_array_equal(block.batches["y"], first[None] + 5 * np.arange(3)[:, None])
+        np.testing.assert_array_equal(block.batches["x"][..., 1], -block.batches["y"])
+        assert int(short.num_steps) == 2
+        np.testing.assert_array_equal(short.batches["y"][:2], first[None] + np.array([[15], [20]]))
+
+    def test_lays_rows_out_as_the_sampler_does(self, key):
+        data = jnp.arange(200.0)
+        sampler = init_sampler(key)
+        order = np.asarray(peek(sampler, data, jnp.arange(100)))
+        with datasets.host_blocks([order], window=2) as blocks:
+            for batch_size, bucket_size in ((5, 8), (8, 8), (11, 16), (1, 1)):
+                block = blocks.next_block(batch_size, bucket_size)
+                for t in range(2):
+                    sampler, batch, mask = sample_batch(sampler, data, batch_size, bucket_size)
+                    taken, its_mask = take_batch(block, t, bucket_size)
+                    np.testing.assert_array_equal(taken, batch)
+                    np.testing.assert_array_equal(its_mask, mask)
 
     @given(
         chunks=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-        sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=8),
+        sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=8),
         window=st.integers(1, 4),
     )
     def test_each_example_is_delivered_once_in_the_order_of_the_source(self, chunks, sizes, window):
         seen = []
         with datasets.host_blocks(numbered_chunks(chunks), window=window) as blocks:
-            for batch_size, padding in sizes:
+            for batch_size, num_steps in sizes:
+                num_steps = min(num_steps, window)
+                left = (sum(chunks) - len(seen)) // batch_size
                 try:
-                    block = blocks.next_block(batch_size, batch_size + padding)
+                    block = blocks.next_block(batch_size, next_bucket(batch_size), num_steps)
                 except StopIteration:
-                    assert len(seen) + window * batch_size > sum(chunks)
+                    assert left == 0
                     continue
-                seen += np.asarray(block["y"])[:, :batch_size].ravel().tolist()
+                assert int(block.num_steps) == min(num_steps, left)
+                mask = deal(next_bucket(batch_size)) < batch_size
+                rows = np.asarray(block.batches["y"])[: int(block.num_steps), mask]
+                seen += np.sort(rows, axis=1).ravel().tolist()
                 assert blocks.num_examples == len(seen)
         assert seen == list(range(len(seen)))
 
@@ -76,15 +101,16 @@ class TestBlocks:
             assert not delivered  # nothing is known of the sizes yet
             blocks.next_block(3, 4)
             deadline = time.monotonic() + 5
-            while len(delivered) < 2 and time.monotonic() < deadline:
+            while len(delivered) < 3 and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.05)
-            assert len(delivered) == 2  # the block that was asked for and one more
+            # The 6 that were asked for and, whatever the next size in this bucket, 8 more.
+            assert len(delivered) == 3
 
     def test_dtypes_are_those_of_the_device(self):
         chunk = (np.zeros((8, 2)), np.zeros(8, np.int64), np.zeros(8, np.uint8))
         with datasets.host_blocks([chunk], window=2) as blocks:
-            dtypes = [str(leaf.dtype) for leaf in blocks.next_block(4, 4)]
+            dtypes = [str(leaf.dtype) for leaf in blocks.next_block(4, 4).batches]
         assert dtypes == ["float32", "int32", "uint8"]
 
     def test_sharding(self):
@@ -92,27 +118,21 @@ class TestBlocks:
         sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
         chunks = numbered_chunks([16])
         with datasets.host_blocks(chunks, window=2, sharding=sharding) as blocks:
-            block = blocks.next_block(7, 8)
+            block = blocks.next_block(7, 8).batches
         assert block["x"].sharding == sharding
         assert block["x"].addressable_shards[0].data.shape == (2, 2, 2)
-
-    def test_a_block_runs_through_a_scan(self):
-        def step(total, batch):
-            return total + batch["x"].sum(), None
-
-        with datasets.host_blocks(numbered_chunks([50]), window=5) as blocks:
-            block = blocks.next_block(4, 4)
-        total, _ = jax.jit(lambda b: jax.lax.scan(step, 0.0, b))(block)
-        assert float(total) == 0.0
 
 
 class TestEnd:
     def test_a_source_that_ends(self):
         with datasets.host_blocks(numbered_chunks([10]), window=2) as blocks:
-            blocks.next_block(4, 4)
+            blocks.next_block(2, 2)
             with pytest.raises(StopIteration):
-                blocks.next_block(2, 2)
-            assert blocks.next_block(1, 1)["y"].tolist() == [[8], [9]]  # a smaller one still fits
+                blocks.next_block(8, 8)
+            last = blocks.next_block(4, 4)  # what is left is one batch of four, and two
+            assert int(last.num_steps) == 1
+            assert last.batches["y"][0].tolist() == [4, 6, 5, 7]
+            assert blocks.next_block(1, 1).batches["y"].tolist() == [[8], [9]]
             with pytest.raises(StopIteration):
                 blocks.next_block(1, 1)
 
@@ -139,7 +159,7 @@ class TestEnd:
 
         with datasets.host_blocks(source(), window=2) as blocks:
             blocks.next_block(4, 4)
-            assert blocks.next_block(1, 1)["y"].tolist() == [[8], [9]]
+            assert blocks.next_block(1, 1).batches["y"].tolist() == [[8], [9]]
 
     @pytest.mark.parametrize(
         ("chunks", "message"),
@@ -168,7 +188,11 @@ class TestEnd:
                 blocks.next_block(5, 4)
             with pytest.raises(ValueError, match="batch_size must be"):
                 blocks.next_block(0, 4)
-            assert blocks.next_block(4, 4)["y"].tolist() == [[0, 1, 2, 3]]  # nothing was lost
+            with pytest.raises(ValueError, match="bucket_size must be a power of two"):
+                blocks.next_block(5, 6)
+            with pytest.raises(ValueError, match="num_steps must be an integer >= 1 and <= 1"):
+                blocks.next_block(4, 4, num_steps=2)
+            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]  # none was lost
 
     def test_closing_ends_the_thread_and_the_source(self):
         closed = []
@@ -230,7 +254,7 @@ class TestEpochs:
         np.save(tmp_path / "x.npy", np.arange(100, dtype=np.uint8).reshape(50, 2))
         mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
         with datasets.host_blocks(datasets.epochs(mapped, chunk_size=7), window=5) as blocks:
-            block = np.asarray(blocks.next_block(10, 16))[:, :10]
+            block = np.asarray(blocks.next_block(10, 16).batches)[:, deal(16) < 10]
         np.testing.assert_array_equal(np.sort(block[..., 0].ravel()), np.arange(0, 100, 2))
 
     @pytest.mark.parametrize(
