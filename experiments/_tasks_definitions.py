@@ -1,0 +1,146 @@
+"""The four tasks of :mod:`experiments.tasks`: data, model, loss, agent, optimizer, score."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import arbiter_jax as aj
+from arbiter_jax import datasets, models
+from experiments import _runner
+
+
+class Definition(NamedTuple):
+    """A task and how it is trained."""
+
+    task: _runner.Task
+    agent: aj.Agent
+    optimizer: optax.GradientTransformation
+    epochs: float  # of the default config
+    max_batch_size: int
+    score_name: str
+    score: Callable[[dict[str, Any]], float]  # of a row, for people
+    transform_batch: Callable[[jax.Array, Any], Any] | None = None
+
+
+def _task(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _runner.Task:
+    data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
+    return _runner.Task(dataset, data, model, models.losses(model, loss), loss)
+
+
+def _shift(key: jax.Array, batch: Any) -> Any:
+    """Augmentation inside of the scan: each image one pixel off, at most."""
+    images, labels = batch
+    return datasets.pad_crop_flip(key, images, padding=1, flip=False), labels
+
+
+def _classification(small: bool) -> Definition:
+    dataset = datasets.digits()
+    make = models.mlp if small else models.lenet
+    model = make(dataset.input_shape, num_classes=dataset.num_classes)
+    return Definition(
+        _task(dataset, model, optax.softmax_cross_entropy_with_integer_labels),
+        aj.mlp_agent(dataset.input_shape),
+        optax.sgd(0.03, momentum=0.9),
+        epochs=40,
+        max_batch_size=256,
+        score_name="% right",
+        score=lambda row: 100 * row["test_accuracy"],
+        transform_batch=_shift,
+    )
+
+
+def _explained(test: tuple[np.ndarray, np.ndarray]) -> Callable[[dict[str, Any]], float]:
+    """R^2 from the mean squared error: how much better than the mean of the test targets."""
+    variance = float(np.mean(np.square(test[1] - test[1].mean(0))))
+    return lambda row: 1 - row["test_loss"] / variance
+
+
+def _regression(small: bool) -> Definition:
+    del small  # it is
+    dataset = datasets.diabetes()
+    return Definition(
+        _task(
+            dataset,
+            models.mlp(dataset.input_shape, (32,), num_classes=1),
+            lambda outputs, targets: jnp.square(outputs[:, 0] - targets),
+        ),
+        aj.mlp_agent(dataset.input_shape),
+        optax.sgd(0.003, momentum=0.9),
+        epochs=100,
+        max_batch_size=64,
+        score_name="R²",
+        score=_explained(dataset.test),
+    )
+
+
+def _language(small: bool) -> Definition:
+    num_layers, width = (1, 16) if small else (2, 64)
+    length = 32
+    dataset = datasets.text(length, form="sequence")
+    size = dataset.num_classes
+    model = models.transformer(size, length, num_layers=num_layers, num_heads=4, width=width)
+    agent = aj.mlp_agent(dataset.input_shape)
+    return Definition(
+        _task(dataset, model, models.token_cross_entropy),
+        # Tokens are no quantities; an agent only has to tell one batch from another.
+        agent._replace(apply=lambda params, tokens: agent.apply(params, tokens / size - 0.5)),
+        optax.adam(2e-3),
+        epochs=4,
+        max_batch_size=128,
+        score_name="bits/char",
+        score=lambda row: row["test_loss"] / math.log(2),
+    )
+
+
+class Autoencoder(nnx.Module):
+    """Images through a code of a few numbers; it knows nothing of a head, or of this library."""
+
+    def __init__(self, num_pixels: int, code_size: int, *, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, rngs=rngs)
+        self.encoder = nnx.Sequential(linear(num_pixels, 64), nnx.relu, linear(64, code_size))
+        self.decoder = nnx.Sequential(linear(code_size, 64), nnx.relu, linear(64, num_pixels))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns what is left of the images, of their shape."""
+        codes = self.encoder(images.reshape(images.shape[0], -1))
+        return self.decoder(codes).reshape(images.shape)
+
+
+def _autoencoder(small: bool, code_size: int = 8) -> Definition:
+    del small  # it is
+    digits = datasets.digits()
+    inputs = {name: getattr(digits, name)[0] for name in ("train", "validation", "test")}
+    dataset = digits._replace(num_classes=0, **{name: (x, x) for name, x in inputs.items()})
+    num_pixels = math.prod(dataset.input_shape)
+    model = models.attach(
+        lambda rngs: Autoencoder(num_pixels, code_size, rngs=rngs),
+        "decoder.layers.2",
+        jax.ShapeDtypeStruct((1, *dataset.input_shape), jnp.float32),
+    )
+    model = model._replace(init=jax.jit(model.init))
+    return Definition(
+        _task(dataset, model, lambda y, x: jnp.mean(jnp.square(y - x), axis=(1, 2, 3))),
+        aj.mlp_agent(dataset.input_shape),
+        optax.adam(2e-3),
+        epochs=60,
+        max_batch_size=256,
+        score_name="R²",
+        score=_explained(dataset.test),
+    )
+
+
+DEFINITIONS: dict[str, Callable[[bool], Definition]] = {
+    "classification": _classification,
+    "regression": _regression,
+    "language": _language,
+    "autoencoder": _autoencoder,
+}
