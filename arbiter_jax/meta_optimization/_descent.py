@@ -8,7 +8,7 @@ usual case: learning rates start at the cap) is an ordinary minimum, found to ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ def minimize(
     none = jnp.zeros((), jnp.int32)
 
     def search_from(z, value, grad, memory, num_steps, num_stalled):
+        direction: Any
         direction, memory = tx.update(grad, memory, z)
         return _State(
             z, value, grad, -direction, memory, one, zero, jnp.inf * one, none, num_steps,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -39,9 +40,9 @@ LogValues = dict[str, jax.Array]
 class Hyperparameters(NamedTuple):
     r"""What meta-descent may learn: the rate of step t is :math:`\alpha_0 (1 + t/K)^{-\beta}`."""
 
-    learning_rate: jax.Array  # shape=(), dtype=float, alpha_0 > 0
-    momentum: jax.Array  # shape=(), dtype=float, of [0, 1); the first decay rate of Adam
-    decay: jax.Array  # shape=(), dtype=float, beta >= 0
+    learning_rate: jax.Array | float  # shape=(), dtype=float, alpha_0 > 0
+    momentum: jax.Array | float  # shape=(), dtype=float, of [0, 1); the first decay rate of Adam
+    decay: jax.Array | float  # shape=(), dtype=float, beta >= 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,8 @@ def draw(
     state: TrainState, data: PyTree, batch_size: int
 ) -> tuple[TrainState, tuple[PyTree, jax.Array]]:
     """The next examples of a state's sampler, with a mask that is all true."""
-    sampler, *batch = sample_batch(state.train_sampler, data, batch_size, batch_size)
-    return state._replace(train_sampler=sampler), tuple(batch)
+    sampler, batch, mask = sample_batch(state.train_sampler, data, batch_size, batch_size)
+    return state._replace(train_sampler=sampler), (batch, mask)
 
 
 def skip_examples(state: TrainState, data: PyTree, num_examples: int) -> TrainState:
@@ -182,10 +183,8 @@ def look_ahead_gradient(
     )(units)
     gradient = evaluate(setting, params, evaluation, after)
     # <grad L(theta_T), d theta_T / d coordinate>
-    slopes = sum(
-        jnp.sum(g[None] * t, axis=range(1, t.ndim))
-        for g, t in zip(jax.tree.leaves(gradient.grads), jax.tree.leaves(tangents), strict=True)
-    )
+    pairs = zip(jax.tree.leaves(gradient.grads), jax.tree.leaves(tangents), strict=True)
+    slopes = jnp.stack([jnp.sum(g[None] * t, axis=range(1, t.ndim)) for g, t in pairs]).sum(0)
     return gradient.value, treedef.unflatten(list(slopes))
 
 
@@ -222,7 +221,7 @@ def meta_step(
         for name, g in gradient.items()
     }
     updates, opt_state = meta_optimizer.update(clipped, meta.opt_state, meta.log_values)
-    moved = optax.apply_updates(meta.log_values, updates)
+    moved: Any = optax.apply_updates(meta.log_values, updates)
     moved = {name: _clip_log(name, x) for name, x in moved.items()}
     log_values, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
