@@ -188,7 +188,8 @@ def print_table(table: Any) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, 140))
+        needed = console.measure(table, options=console.options.update(width=1000)).maximum
+        console = Console(width=max(console.width, needed))
     console.print(table)
 
 

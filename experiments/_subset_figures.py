@@ -51,7 +51,7 @@ def convergence(curves: dict, rows: list[dict], config: Any):
             ax.set_xlim(left=0)
     evaluations = f"steps [{config.batch_size} gradient evaluations]"
     for ax, label in zip(
-        axes[-1], (evaluations, "examples chosen, mean over layers", "seconds a run"), strict=True
+        axes[-1], (evaluations, "examples chosen, mean over layers", "CPU seconds a run"), strict=True
     ):
         ax.set_xlabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -108,6 +108,7 @@ def examples(curves: dict):
             color = plotting.COLORS[g]
             ax.scatter(hard, run.rate[0, g], s=6, alpha=0.6, lw=0, color=color, label=layer)
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter("")
         ax.set_ylim(-0.03, 1.03)
     for ax in axes[-1]:
         ax.set_xlabel("mean loss", fontsize=9)

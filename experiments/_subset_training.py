@@ -15,6 +15,7 @@ import arbiter_jax as aj
 from arbiter_jax import gradients, subset_selection
 from experiments._runner import Task, UsageError
 
+_prefix_scores = jax.jit(subset_selection.prefix_scores, static_argnums=2)
 TX = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}
 
 
@@ -94,6 +95,20 @@ def make_training(
     return jax.jit(jax.vmap(train, (0, 0, None, None)))
 
 
+def records(curves: Curves, window: int) -> list[dict[str, float]]:
+    """The rows of metrics.csv of one run."""
+    names = subset_selection.group_names(curves.params)
+    return [
+        {
+            "num_steps": (w + 1) * window,
+            "train_loss": float(curves.train_loss[w]),
+            "validation_loss": float(curves.validation_loss[w]),
+            **{f"fraction {g}": float(x) for g, x in zip(names, curves.fraction[w], strict=True)},
+        }
+        for w in range(len(curves.train_loss))
+    ]
+
+
 def share_of_best(task: Task, params: Any, examples: Any, metric: str, n: int = 10) -> float:
     """How good the best prefix is next to the best of all subsets, in (0, 1].
 
@@ -103,9 +118,10 @@ def share_of_best(task: Task, params: Any, examples: Any, metric: str, n: int = 
     subsets = np.array(list(itertools.product([0.0, 1.0], repeat=n)))[1:]
     k = subsets.sum(axis=1)
     shares = []
+    per_example_grads = jax.jit(gradients.per_example_grads(task.losses.loss_fn))
     for rows in np.random.default_rng(0).permutation(len(examples[1]))[: 5 * n].reshape(5, n):
         batch = jax.tree.map(lambda x, rows=rows: x[rows], examples)
-        grads = gradients.per_example_grads(task.losses.loss_fn)(params, batch)
+        grads = per_example_grads(params, batch)
         layers: dict[Any, list[np.ndarray]] = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
             layers.setdefault(path[:-1], []).append(np.asarray(leaf, float).reshape(n, -1))
@@ -115,7 +131,7 @@ def share_of_best(task: Task, params: Any, examples: Any, metric: str, n: int = 
                 variance = (subsets @ np.diag(gram) - k * square) / np.where(k > 1, k - 1, np.nan)
                 scores = {"norm": square, "variance": -variance / k}
                 best = np.nanmax(scores.get(metric, square * k / variance))
-            found = subset_selection.prefix_scores(jnp.array(gram), jnp.ones(n, bool), metric)
+            found = _prefix_scores(jnp.array(gram), jnp.ones(n, bool), metric)
             ratio = float(jnp.max(found.score)) / best
             shares.append(1 / ratio if metric == "variance" else ratio)
     return float(np.mean(shares))
