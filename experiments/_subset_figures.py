@@ -51,7 +51,9 @@ def convergence(curves: dict, rows: list[dict], config: Any):
             ax.set_xlim(left=0)
     evaluations = f"steps [{config.batch_size} gradient evaluations]"
     for ax, label in zip(
-        axes[-1], (evaluations, "examples chosen, mean over layers", "CPU seconds a run"), strict=True
+        axes[-1],
+        (evaluations, "examples chosen, mean over layers", "CPU seconds a run"),
+        strict=True,
     ):
         ax.set_xlabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
