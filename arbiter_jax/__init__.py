@@ -20,6 +20,7 @@ from arbiter_jax.learning_rate import (
 )
 from arbiter_jax.meta_optimization import noisy_quadratic, stochastic_meta_descent
 from arbiter_jax.models import attach
+from arbiter_jax.noise_response import noise_response
 from arbiter_jax.reparameterization import to_batch_size, to_logit
 from arbiter_jax.subset_selection import (
     dynamic_batch_adaptation,
@@ -35,7 +36,7 @@ __all__ = [
     "anchor_batch_size", "arbiter", "attach", "autowu", "conv_agent", "datasets",
     "dynamic_batch_adaptation", "fit", "get_batch_size", "gradient_stats", "init_sampler",
     "init_state", "learning_rate", "metrics", "mlp_agent", "models", "next_bucket",
-    "noisy_quadratic", "plotting", "progress", "run_window", "sample_batch", "scale_by_batch_size",
+    "noise_response", "noisy_quadratic", "plotting", "progress", "run_window", "sample_batch", "scale_by_batch_size",
     "scale_by_ledger", "schedulers", "select_subset", "sgd_hd", "stochastic_meta_descent",
     "subset_gradients", "to_batch_size", "to_logit", "warm_up", "window_sizes",
 ]

@@ -168,9 +168,7 @@ def gain_objective(
         )
         return jnp.log(cost + b) - log_gain  # Eq. 5, as a loss
 
-    return NoiseObjective(
-        init, update, objective, best, ("gradient_noise", "update_noise", "meta_batch")
-    )
+    return NoiseObjective(init, update, objective, best, ("update_noise", "meta_batch"))
 
 
 def gain_and_noise_cost(
@@ -204,7 +202,10 @@ def gain_and_noise_cost(
         key = jax.random.PRNGKey(0)
         return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
 
-    push = lambda direction: jax.jvp(jax.grad(mean_loss), (params,), (direction,))
+    def push(direction):
+        direction = jax.tree.map(lambda p, d: jnp.asarray(d, p.dtype), params, direction)
+        return jax.jvp(jax.grad(mean_loss), (params,), (direction,))
+
     gradient, bent = push(updates)
     _, noise_bent = push(signals["update_noise"])
     b = batch_size.astype(float)
@@ -222,7 +223,7 @@ def floor_objective(
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
 ) -> NoiseObjective:
-    """The noise floor as a share of the loss still to go: Eqs. 7 to 12."""
+    """The noise floor as a share of what tenfold training gains: Eqs. 7 to 13."""
     budget = (
         None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
     )
@@ -262,7 +263,7 @@ def floor_objective(
             num_examples=seen + batch_size,
         )
         # What growth multiplies is the last size before it began.
-        size = jnp.minimum(size_of_floor(new), _LARGEST)
+        size = jnp.clip(size_of_floor(new), 1 / _LARGEST, _LARGEST)
         settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
         keep = jnp.isnan(size) | (settled if budget is not None else False)
         new = new._replace(held_batch_size=jnp.where(keep, state.held_batch_size, size))
@@ -272,8 +273,9 @@ def floor_objective(
 
     def size_of_floor(state):
         noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
-        beyond = jnp.where(noise > 0, jnp.inf, jnp.nan)
-        return jnp.where(pace > 0, noise / (share * _EXCESS * pace), beyond)  # Eq. 10
+        # Noise, and nothing to gain from steps; but a few losses do not tell.
+        beyond = jnp.where((noise > 0) & (state.num_steps > _FEW), jnp.inf, jnp.nan)
+        return jnp.where(pace > 0, noise / (share * _TENFOLD * pace), beyond)  # Eq. 10
 
     def best(state, cost=cost):
         b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
@@ -294,9 +296,9 @@ def floor_objective(
     return NoiseObjective(init, update, objective, best, signals)
 
 
-# A loss that falls as t^-p has its pace over p still to go; p is taken to be 1/4. Eq. 9.
-_EXCESS = 4.0
-_LARGEST = 1e9  # in place of an infinite batch size, where a state holds it
+_FEW = 8  # steps from which no pace can be told
+_TENFOLD = math.log(10)  # in log time
+_LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
 
 
 def pace_of_loss(state: FloorState) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._noise_statistics import NoiseObjective
 from arbiter_jax.agent import Agent, mix, sorted_proposals
 from arbiter_jax.base import PyTree, WeightedLoss, all_finite, require, tree_where
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
@@ -51,9 +52,22 @@ class ArbiterState(NamedTuple):
     num_clipped: jax.Array  # shape=(), dtype=int32, hyper-steps with B_s larger than the meta batch
     num_skipped: jax.Array  # shape=(), dtype=int32, hyper-steps skipped for a non-finite number
     key: jax.Array  # shape=(2,), dtype=uint32
+    statistics: PyTree = None  # what the objective has measured, where one is given
 
     requires = ("agent_inputs", "meta_batch")
     logged = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
+
+
+class NoiseFloorArbiterState(ArbiterState):
+    """State of :func:`arbiter` with the noise floor for an objective; no validation labels."""
+
+    requires = ("agent_inputs", "value", "gradient_noise", "update_noise")
+
+
+class ExpectedGainArbiterState(ArbiterState):
+    """State of :func:`arbiter` with expected gain for an objective."""
+
+    requires = ("agent_inputs", "meta_batch", "update_noise")
 
 
 class _Learnable(NamedTuple):
@@ -70,9 +84,9 @@ def hyper_optimizer(learning_rate: float) -> optax.GradientTransformation:
 
 def arbiter(
     agent: Agent,
-    response_loss: ResponseLoss,
+    response_loss: ResponseLoss | None = None,
     *,
-    num_features: int,
+    num_features: int | None = None,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int = 64,
@@ -83,6 +97,7 @@ def arbiter(
     anchor: str = "offset",
     hyper_every: int = 1,
     seed: int | jax.Array = 0,
+    objective: NoiseObjective | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Chooses the batch size by hyper-learning; the last link of a chain.
 
@@ -112,18 +127,22 @@ def arbiter(
 
     Known behaviour: F depends on s only through the perturbation m s of the features. The mixture is
     drawn to s = 0, where there is none, and the batch size to the middle of its range, whatever the
-    task. ``experiments/feasibility.py`` measures it.
+    task. ``experiments/feasibility.py`` measures it. ``objective=aj.noise_response(...)`` puts a
+    function J of the batch size in the place of F, measured on the noise of the gradient; agent,
+    mixture and selection stay as they are.
 
     Args:
       agent: Proposes; see :func:`arbiter_jax.mlp_agent`.
-      response_loss: The loss of each meta example under a response; see :data:`ResponseLoss`.
-      num_features: Width of the head's input.
+      response_loss: The loss of each meta example under a response; see :data:`ResponseLoss`. None
+        where `objective` is given.
+      num_features: Width of the head's input. None where `objective` is given.
       min_batch_size: :math:`b_{min}`, an integer >= 1.
       max_batch_size: :math:`b_{max}`, an integer > min_batch_size.
       initial_batch_size: Batch size of the first window, within the range.
       window: T, number of updates between two decisions, an integer >= 1.
-      agent_optimizer: Of phi and m; by default weight decay 5e-4, then Adam at 1e-5.
-      mixture_optimizer: Of alpha; by default the same at 1e-4.
+      agent_optimizer: Of phi and m; by default weight decay 5e-4, then Adam at 1e-5 (1e-3 with an
+        objective, which is to be followed within a run).
+      mixture_optimizer: Of alpha; by default the same at 1e-4 (1e-2).
       learn_response: If False, m stays as drawn, uniform in (-1, 1).
       anchor: "offset" adds one constant to every proposal, chosen at the first hyper-step such that
         the mixture stands at the logit of initial_batch_size; "none" leaves the agent as it is
@@ -131,6 +150,7 @@ def arbiter(
       hyper_every: A hyper-step at the first of so many updates, in [1, window]. The updates between
         cost nothing (unless vmapped, where a condition computes both of its branches).
       seed: An int, or a PRNG key.
+      objective: From :func:`arbiter_jax.noise_response`, in the place of F.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with an :class:`ArbiterState`.
@@ -138,7 +158,8 @@ def arbiter(
     Raises:
       ValueError: If an argument is out of its range; at the first trace if the agent's output or the
         width of the head does not fit.
-      TypeError: If `update` is not given `params`, `agent_inputs` or `meta_batch`.
+      TypeError: If `update` is not given `params`, `agent_inputs`, `meta_batch` or what the
+        objective reads.
 
     Reference:
       MacLellan and Dong, "Hyper-Learning for Gradient-Based Batch Size Adaptation",
@@ -164,7 +185,20 @@ def arbiter(
     >>> 8 <= int(aj.get_batch_size(state)) <= 512
     True
     """
-    num_features = _validate.integer(num_features=num_features, minimum=1)
+    if (response_loss is None) == (objective is None):
+        raise ValueError(
+            "arbiter takes exactly one of response_loss and objective, got "
+            f"{response_loss!r} and {objective!r}."
+        )
+    if objective is None:
+        num_features = _validate.integer(num_features=num_features, minimum=1)
+        make_state, rates = ArbiterState, (1e-5, 1e-4)
+    else:
+        num_features, learn_response = 0, False  # nothing responds
+        needs_labels = "meta_batch" in objective.signals
+        make_state = ExpectedGainArbiterState if needs_labels else NoiseFloorArbiterState
+        rates = (1e-3, 1e-2)
+    signals = [name for name in make_state.requires if name != "agent_inputs"]
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -176,8 +210,8 @@ def arbiter(
     hyper_every = _validate.integer(hyper_every=hyper_every, minimum=1, maximum=window)
     _validate.one_of(("offset", "none"), anchor=anchor)
     num_proposals = agent.num_proposals
-    agent_optimizer = agent_optimizer or hyper_optimizer(1e-5)
-    mixture_optimizer = mixture_optimizer or hyper_optimizer(1e-4)
+    agent_optimizer = agent_optimizer or hyper_optimizer(rates[0])
+    mixture_optimizer = mixture_optimizer or hyper_optimizer(rates[1])
 
     def learnable_of(state: ArbiterState) -> _Learnable:
         response_weights = state.response_weights if learn_response else None
@@ -194,7 +228,7 @@ def arbiter(
         learnable: Any = _Learnable(agent_params, response_weights if learn_response else None)
         logit = to_logit(start, low, high)
         int32 = lambda x: jnp.asarray(x, jnp.int32)
-        return ArbiterState(
+        return make_state(
             agent_params=agent_params,
             mixture_logits=mixture_logits,
             response_weights=response_weights,
@@ -213,9 +247,10 @@ def arbiter(
             num_clipped=int32(0),
             num_skipped=int32(0),
             key=key,
+            statistics=None if objective is None else objective.init(),
         )
 
-    def objective(learnable, mixture_logits, state, params, agent_inputs, meta_batch, extra):
+    def meta_loss_of(learnable, mixture_logits, state, params, agent_inputs, extra):
         """F as a function of phi, m and alpha; everything else is a constant."""
         raw = sorted_proposals(agent, learnable.agent_params, agent_inputs)
         raw_mixture = mix(mixture_logits, raw)
@@ -226,7 +261,15 @@ def arbiter(
         else:
             offset = state.offset
         mixture = raw_mixture + offset
+        if objective is None:
+            meta_loss, meta_batch_size = response_to(mixture, learnable, state, params, extra)
+        else:
+            meta_loss, meta_batch_size = noise_of(mixture, state), state.meta_batch_size
+        return meta_loss, (raw + offset, mixture, offset, meta_batch_size, meta_loss)
+
+    def response_to(mixture, learnable, state, params, extra):
         meta_batch_size = to_batch_size(mixture, low, high)
+        meta_batch = extra["meta_batch"]
         mask = batch_mask(meta_batch_size, num_rows(meta_batch))
         response_weights = learnable.response_weights
         if response_weights is None:
@@ -236,13 +279,19 @@ def arbiter(
         losses = _call_response_loss(
             response_loss, num_features, params, response_weights * mixture, meta_batch, extra
         )
-        meta_loss = masked_mean(losses, mask)
-        return meta_loss, (raw + offset, mixture, offset, meta_batch_size, meta_loss)
+        return masked_mean(losses, mask), meta_batch_size
 
-    def hyper_step(state, params, agent_inputs, meta_batch, extra):
+    def noise_of(mixture, state):
+        size = (high - low) * jax.nn.sigmoid(mixture) + low
+        # Beyond the last half example there is nothing to gain, and a logit that ran away there
+        # would take long to come back.
+        size = jnp.clip(size, low + 0.5, high - 0.5)
+        return objective.objective(jax.lax.stop_gradient(state.statistics), size)
+
+    def hyper_step(state, params, agent_inputs, extra, usable):
         learnable: Any = learnable_of(state)
-        grads, aux = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-            learnable, state.mixture_logits, state, params, agent_inputs, meta_batch, extra
+        grads, aux = jax.grad(meta_loss_of, argnums=(0, 1), has_aux=True)(
+            learnable, state.mixture_logits, state, params, agent_inputs, extra
         )
         proposals, mixture, offset, meta_batch_size, meta_loss = aux
         agent_updates, agent_opt_state = agent_optimizer.update(
@@ -275,10 +324,12 @@ def arbiter(
             anchor_batch_size=jnp.zeros_like(state.anchor_batch_size),
             meta_batch_size=meta_batch_size,
             meta_loss=meta_loss,
-            num_clipped=state.num_clipped + (meta_batch_size > num_rows(meta_batch)),
         )
+        if objective is None:
+            clipped = meta_batch_size > num_rows(extra["meta_batch"])
+            new_state = new_state._replace(num_clipped=state.num_clipped + clipped)
         skipped = state._replace(num_skipped=state.num_skipped + 1)
-        return tree_where(all_finite(grads, aux), new_state, skipped)
+        return tree_where(usable & all_finite(grads, aux), new_state, skipped)
 
     def end_window(state):
         """The fields that a window's end changes: the decision is taken and alpha starts over."""
@@ -292,18 +343,30 @@ def arbiter(
         fresh = jax.tree.map(lambda x, old: x.astype(old.dtype), fresh, state.mixture_opt_state)
         return batch_size, mixture_logits, fresh, jnp.zeros_like(state.window_step), key
 
-    def update_fn(updates, state, params=None, *, agent_inputs=None, meta_batch=None, **extra_args):
+    def update_fn(updates, state, params=None, *, agent_inputs=None, **extra_args):
         require(
             "arbiter",
             "In a chain, every extra argument reaches it; aj.run_window and aj.fit supply them.",
             params=params,
             agent_inputs=agent_inputs,
-            meta_batch=meta_batch,
+            **{name: extra_args.get(name) for name in signals},
         )
         # Computed out here, where it is one with the step that the caller takes: old parameters and
         # updates kept alive for later would both have to be copied.
         new_params = optax.apply_updates(cast("optax.Params", params), updates)
-        learn = lambda state: hyper_step(state, new_params, agent_inputs, meta_batch, extra_args)
+
+        def learn(state):
+            if objective is None:
+                return hyper_step(state, new_params, agent_inputs, extra_args, jnp.array(True))
+            in_force = extra_args.get("batch_size")
+            in_force = state.batch_size if in_force is None else jnp.asarray(in_force, jnp.int32)
+            in_force = jnp.clip(in_force, low, high)
+            statistics, usable = objective.update(
+                state.statistics, updates, params, in_force, extra_args
+            )
+            state = state._replace(statistics=statistics)
+            return hyper_step(state, new_params, agent_inputs, extra_args, usable)
+
         if hyper_every == 1:
             state = learn(state)
         else:

@@ -10,6 +10,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import schedulers
+from arbiter_jax.noise_response import noise_response
 from experiments._runner import Task, UsageError
 
 GRID = tuple(f"constant_{2**k}" for k in range(3, 10))
@@ -86,9 +87,41 @@ def _smith(task: Task, config: Any, limits: dict[str, int]):
     )
 
 
+def _budget_and_persistence(task: Task, config: Any) -> dict[str, Any]:
+    """What the noise floor is told of a run: its examples, and how long momentum keeps noise."""
+    epochs = getattr(config, "epochs", 0)
+    return {
+        "num_examples": int(epochs * task.num_train) or None,
+        "persistence": 1 / (1 - getattr(config, "momentum", 0.0)),
+    }
+
+
+def _noise_floor(task: Task, config: Any, limits: dict[str, int]):
+    known = _budget_and_persistence(task, config)
+    return lambda seed, learning_rate: schedulers.noise_floor(**known, **limits)
+
+
+def _expected_gain(task: Task, config: Any, limits: dict[str, int]):
+    return lambda seed, learning_rate: schedulers.expected_gain(task.losses.loss_fn, **limits)
+
+
+def _arbiter_noise_response(task: Task, config: Any, limits: dict[str, int]):
+    agent, known = agent_for(task), _budget_and_persistence(task, config)
+    return lambda seed, learning_rate: aj.arbiter(
+        agent,
+        objective=noise_response("noise_floor", **known),
+        window=config.window,
+        seed=seed,
+        **limits,
+    )
+
+
 RULES: dict[str, Callable[..., Callable[..., Any]]] = {
     "arbiter": _arbiter,
     "random_pick": _random_pick,
+    "arbiter_noise_response": _arbiter_noise_response,
+    "noise_floor": _noise_floor,
+    "expected_gain": _expected_gain,
     "gradient_noise_scale": _rule(schedulers.gradient_noise_scale),
     "cabs": lambda task, config, limits: (
         lambda seed, learning_rate: schedulers.cabs(learning_rate, **limits)

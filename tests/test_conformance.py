@@ -20,6 +20,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import base
+from arbiter_jax.noise_response import noise_response
 
 LOW, HIGH, START = 16, 128, 32
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
@@ -60,22 +61,45 @@ def make_from_schedule(**limits):
     return aj.schedulers.from_schedule(lambda step: 20 * (1 + step), **limits)
 
 
+def loss_fn(params, batch):
+    inputs, labels = batch
+    return (inputs @ params["w"] + params["b"] - labels) ** 2
+
+
+def make_expected_gain(**limits):
+    return aj.schedulers.expected_gain(loss_fn, every=2, step_cost="measured", **limits)
+
+
+def make_noise_floor(**limits):
+    return aj.schedulers.noise_floor(num_examples=400, **limits)
+
+
+def make_arbiter_with_noise(**limits):
+    agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
+    objective = noise_response("noise_floor", num_examples=400)
+    return aj.arbiter(agent, objective=objective, window=2, **limits)
+
+
+NOISE = ("gradient_noise", "update_noise")
 CASES = {
     "adabatch": Case(lambda **k: aj.schedulers.adabatch(64, epochs=1, **k)),
     "adadamp": Case(aj.schedulers.adadamp, ("value",)),
     "cabs": Case(lambda **k: aj.schedulers.cabs(0.1, **k), ("value", "grad_stats")),
     "constant": Case(aj.schedulers.constant),
     "dive_batch": Case(lambda **k: aj.schedulers.dive_batch(64, delta=1.0, **k), ("grad_stats",)),
+    "expected_gain": Case(make_expected_gain, ("update_noise", "meta_batch", "step_seconds")),
     "from_schedule": Case(make_from_schedule),
     "goodput": Case(aj.schedulers.goodput, ("grad_stats", "step_seconds")),
     "gradient_noise_scale": Case(aj.schedulers.gradient_noise_scale, ("grad_stats",)),
     "hysteresis": Case(make_hysteresis, ("grad_stats",), takes_limits=False),
     "inner_product_test": Case(aj.schedulers.inner_product_test, ("grad_stats",)),
+    "noise_floor": Case(make_noise_floor, ("value", *NOISE)),
     "norm_test": Case(aj.schedulers.norm_test, ("grad_stats",)),
     "shadow": Case(make_shadow, ("grad_stats",), takes_limits=False),
     "simigrad": Case(lambda **k: aj.schedulers.simigrad(every=2, **k), ("grad_stats",)),
     "smith": Case(lambda **k: aj.schedulers.smith((64, 128), 10_000, factor=2, **k)),
     "arbiter": Case(make_arbiter, ("agent_inputs", "meta_batch")),
+    "arbiter_noise_response": Case(make_arbiter_with_noise, ("agent_inputs", "value", *NOISE)),
 }
 
 # Public functions of the module that are no rules, each with what it is.
@@ -85,6 +109,7 @@ NOT_RULES = {
     "shadow_batch_sizes": "reads a state",
 }
 
+ARBITERS = ("arbiter", "arbiter_noise_response")
 ALL_RULES = sorted(CASES)
 NUM_TRACES = collections.Counter()
 
@@ -184,7 +209,7 @@ def public_functions() -> set[str]:
 
 
 def test_every_member_has_a_case():
-    assert public_functions() | {"arbiter"} == set(CASES) | set(NOT_RULES)
+    assert public_functions() | set(ARBITERS) == set(CASES) | set(NOT_RULES)
 
 
 def test_every_member_is_a_function_or_the_state_of_a_case():
@@ -347,7 +372,7 @@ def _guarantees(docstring: str) -> list[str]:
     ] or (["nothing"] if not found else [])
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"arbiter"}))
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(ARBITERS)))
 def test_every_guarantee_has_a_test_of_its_name(name):
     here = pathlib.Path(__file__).parent
     sources = [pathlib.Path(__file__), *(here / "schedulers").glob("test_*.py")]

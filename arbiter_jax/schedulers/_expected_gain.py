@@ -27,7 +27,7 @@ class ExpectedGainState(NamedTuple):
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
     signals_due: jax.Array | None = None  # shape=(), dtype=bool, is the next one; None: all are
-    requires = ("gradient_noise", "update_noise", "meta_batch")
+    requires = ("update_noise", "meta_batch")
 
 
 def expected_gain(
@@ -73,8 +73,8 @@ def expected_gain(
         where it is None.
 
     Returns:
-      A transformation that returns the updates unchanged and whose `update` reads `gradient_noise`,
-      `update_noise`, `meta_batch` and, if given, `batch_size`, the size in force (and `model_state`,
+      A transformation that returns the updates unchanged and whose `update` reads `update_noise`,
+      `meta_batch` and, if given, `batch_size`, the size in force (and `model_state`,
       and `step_seconds` where the cost of a step is measured). It is the last link of a chain: the
       updates that it sees are those that are applied.
 
@@ -90,9 +90,8 @@ def expected_gain(
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
     >>> rule = aj.schedulers.expected_gain(loss_fn, initial_batch_size=8)
-    >>> noise = {"gradient_noise": jnp.ones(()), "update_noise": -0.1 * jnp.ones(())}
     >>> params, grads = jnp.ones(()), 0.5 * jnp.ones(())
-    >>> signals = {"meta_batch": jnp.zeros(4), **noise}
+    >>> signals = {"meta_batch": jnp.zeros(4), "update_noise": jnp.array(-0.1)}
     >>> _, state = rule.update(-0.1 * grads, rule.init(params), params, **signals)
     >>> statistics = state.statistics  # A_0 = .05 - .05^2 / 2 + q / 8 and q = 8 * .1^2 / 2
     >>> round(float(statistics.progress), 5), round(float(statistics.noise_cost), 5)

@@ -27,6 +27,9 @@ RULES = {
     "cabs": lambda: schedulers.cabs(0.1, decay=0.5, **LIMITS),
     "constant": lambda: schedulers.constant(**LIMITS),
     "dive_batch": lambda: schedulers.dive_batch(40, delta=1.0, **LIMITS),
+    "expected_gain": lambda: schedulers.expected_gain(
+        lambda w, x: (w - x) ** 2 / 2, every=1, decay=0.5, **LIMITS
+    ),
     "from_schedule": lambda: schedulers.from_schedule(
         lambda n: jnp.log(n - 25.0) * 20, of="num_examples", **LIMITS
     ),
@@ -36,6 +39,7 @@ RULES = {
         schedulers.gradient_noise_scale(decay=0.5, **LIMITS), dwell=1, tolerance=0
     ),
     "inner_product_test": lambda: schedulers.inner_product_test(decay=0.5, **LIMITS),
+    "noise_floor": lambda: schedulers.noise_floor(num_examples=100, **LIMITS),
     "norm_test": lambda: schedulers.norm_test(decay=0.5, **LIMITS),
     "shadow": lambda: optax.chain(
         schedulers.constant(**LIMITS), schedulers.shadow(schedulers.norm_test(**LIMITS))
@@ -49,13 +53,16 @@ READS = {
     "adadamp": ("value",),
     "cabs": ("value", "variance_trace", "num_examples"),
     "dive_batch": ("grad", "variance_trace", "num_examples", "batch_sq_norm"),
+    "expected_gain": ("grad", "update_noise", "meta"),
     "goodput": ("variance_trace", "mean_sq_norm"),
     "gradient_noise_scale": ("variance_trace", "mean_sq_norm"),
     "inner_product_test": ("inner_product_variance", "batch_sq_norm"),
+    "noise_floor": ("value", "gradient_noise", "update_noise"),
     "norm_test": ("variance_trace", "batch_sq_norm"),
     "simigrad": ("half_cosine",),
 }
 COLUMNS = (*aj.GradStats._fields, "value", "grad", "step_seconds")
+COLUMNS += ("gradient_noise", "update_noise", "meta")
 
 # Ordinary numbers, the edges of float32, and what is none.
 AWKWARD = [0.0, 1.0, -1.0, 1e-38, 3e38, -3e38, 1e-45, np.inf, -np.inf, np.nan]
@@ -77,6 +84,9 @@ def signals_of(row: jax.Array) -> dict[str, object]:
         "grad_stats": stats,
         "grad": named["grad"],
         "step_seconds": named["step_seconds"],
+        "gradient_noise": named["gradient_noise"],
+        "update_noise": named["update_noise"],
+        "meta_batch": jnp.full(4, named["meta"]),
     }
 
 
@@ -100,6 +110,7 @@ def trajectory(name: str):
 def good_rows() -> np.ndarray:
     row = dict.fromkeys(COLUMNS, 1.0) | {"variance_trace": 40.0, "num_examples": 20.0}
     row |= {"half_cosine": 0.5, "inner_product_variance": 40.0, "step_seconds": 0.01}
+    row |= {"update_noise": -0.1}
     return np.asarray([[row[column] for column in COLUMNS]] * NUM_STEPS, np.float32)
 
 
@@ -136,6 +147,7 @@ def test_skips_and_counts(name, data, at, bad):
     free = {"num_skipped": 0}
     free |= {"count": 0} if name == "cabs" else {}  # of steps, for the learning rate
     free |= {"times": 0} if name == "goodput" else {}  # the clock runs whatever the gradient
+    free |= {"num_steps": 0} if name in ("noise_floor", "expected_gain") else {}  # likewise
     chex.assert_trees_all_equal(found._replace(**free), expected._replace(**free))
 
 
@@ -143,7 +155,8 @@ def test_skips_and_counts(name, data, at, bad):
 def test_one_example_batches_are_skipped(name):
     """No variance can be estimated from one example: those fields are NaN."""
     rows = good_rows()
-    for column in ("variance_trace", "half_cosine", "inner_product_variance", "mean_sq_norm"):
+    nothing = ("variance_trace", "half_cosine", "inner_product_variance", "mean_sq_norm")
+    for column in (*nothing, "gradient_noise", "update_noise"):
         rows[2:4, COLUMNS.index(column)] = np.nan
     rows[2:4, COLUMNS.index("num_examples")] = 1.0
     _, _, after = trajectory(name)(rows)
@@ -170,14 +183,19 @@ def test_zero_gradients_say_nothing(name):
         assert int(after.num_skipped[-1]) == 3
 
 
-@pytest.mark.parametrize("name", ["cabs", "gradient_noise_scale", "goodput", "norm_test"])
+@pytest.mark.parametrize(
+    "name",
+    ["cabs", "expected_gain", "gradient_noise_scale", "goodput", "noise_floor", "norm_test"],
+)
 def test_zero_variance_asks_for_no_more(name):
     rows = good_rows()
-    rows[:, COLUMNS.index("variance_trace")] = 0.0
+    for column in ("variance_trace", "gradient_noise", "update_noise"):
+        rows[:, COLUMNS.index(column)] = 0.0
+    rows[:, COLUMNS.index("value")] = 1 / np.arange(1, 1 + NUM_STEPS)
     _, _, after = trajectory(name)(rows)
     sizes = aj.get_batch_size(after).tolist()
     expected = START if name in ("norm_test", "goodput") else LOW
-    assert sizes[0] == expected
+    assert sizes[1] == expected
     assert int(after.num_skipped[-1]) == 0
     assert max(sizes) <= START
 

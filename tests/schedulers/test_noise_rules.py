@@ -1,0 +1,362 @@
+"""The noise floor and expected gain: their equations by hand, their statistics, what they find."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import arbiter_jax as aj
+from arbiter_jax import _noise_statistics as statistics
+from arbiter_jax import schedulers
+from arbiter_jax.inner_loop import decision_steps
+
+LIMITS = {"min_batch_size": 2, "max_batch_size": 4096}
+PACE, CURVE = 0.2, 30.0  # F = 3 - .2 log t, and xi . du = -30 / B
+
+
+def signals_at(t, size, shift=0.0, noise=CURVE):
+    """What a run reports at step t = 1, 2, ... whose loss falls evenly in log time."""
+    root = jnp.sqrt(jnp.asarray(noise / size, jnp.float32))
+    value = jnp.asarray(3 - PACE * math.log(t) + shift, jnp.float32)
+    return {"value": value, "gradient_noise": root, "update_noise": -root}
+
+
+@functools.cache
+def floor_rule(**options):
+    rule = schedulers.noise_floor(**(LIMITS | options))
+    update = lambda state, signals: rule.update(jnp.ones(()), state, **signals)[1]
+    return rule, jax.jit(update)
+
+
+def follow(num_steps, *, shift=0.0, noise=lambda t: CURVE, **options):
+    """A run of windows as long as the rule asks for, at most 20 steps: (examples, size) of each."""
+    rule, update = floor_rule(**options)
+    state, seen, t, path = rule.init(None), 0, 0, []
+    while t < num_steps:
+        size = int(aj.get_batch_size(state))
+        path.append((seen, size))
+        for _ in range(decision_steps(state, 20)):
+            t += 1
+            signals = signals_at(t, size, shift, noise(t))
+            state = update(state, signals | {"batch_size": size, "num_examples": seen})
+            seen += size
+    return path, state
+
+
+def size_by_hand(noise=CURVE, share=0.1, persistence=1.0):
+    return persistence * noise / (4 * share * PACE * math.log(10))
+
+
+# The noise floor
+
+
+def test_equation_10_by_hand():
+    path, state = follow(400, initial_batch_size=32)
+    assert path[-1][1] == pytest.approx(size_by_hand(), rel=0.03)
+    assert float(state.statistics.noise) == pytest.approx(CURVE / 4, rel=1e-4)
+    assert float(statistics.pace_of_loss(state.statistics)) == pytest.approx(PACE, rel=0.03)
+    more, _ = follow(400, initial_batch_size=32, persistence=10.0, share=0.2)
+    assert more[-1][1] == pytest.approx(size_by_hand(share=0.2, persistence=10.0), rel=0.03)
+
+
+@pytest.mark.parametrize("start", [8, 64, 512, 2048])
+def test_finds_the_scale_from_any_start_in_a_few_short_windows(start):
+    path, _ = follow(60, initial_batch_size=start, num_examples=100_000)
+    expected = size_by_hand()
+    examples, found = path[6]
+    assert expected / 1.6 < found < expected * 1.6
+    assert examples <= 0.1 * 100_000
+    assert path[1][0] <= 2048  # one step from the largest start
+
+
+def test_a_constant_added_to_the_loss_changes_nothing():
+    path, _ = follow(60, initial_batch_size=32)
+    for shift in (-4.0, 8.0):
+        shifted, _ = follow(60, initial_batch_size=32, shift=shift)
+        # But for rounding.
+        for (_, a), (_, b) in zip(path, shifted, strict=True):
+            assert a == pytest.approx(b, rel=0.02)
+
+
+def test_the_size_in_force_is_not_read_back():
+    """The same noise measured at another size leads to the same decision."""
+    decisions = []
+    for size in (16, 64, 256):
+        rule, update = floor_rule(initial_batch_size=size, max_change=1e3)
+        state = rule.init(None)
+        for t in range(1, 30):
+            state = update(state, signals_at(t, size) | {"batch_size": jnp.asarray(size)})
+        decisions.append(int(aj.get_batch_size(state)))
+    assert max(decisions) - min(decisions) <= 1
+
+
+def test_noise_that_comes_at_another_time_leads_elsewhere():
+    """The control: the same statistics, permuted in time, are not the same schedule."""
+    falling = lambda t: CURVE * 20 / (20 + t)
+    path, _ = follow(400, initial_batch_size=32, noise=falling)
+    order = np.random.default_rng(0).permutation(500)
+    permuted, _ = follow(400, initial_batch_size=32, noise=lambda t: falling(1 + order[t % 500]))
+    late = [size for _, size in path[-10:]]
+    late_permuted = [size for _, size in permuted[-10:]]
+    assert np.mean(late_permuted) > 1.5 * np.mean(late)
+
+
+def test_equation_12_holds_then_grows_in_three_doublings():
+    budget = 200_000
+    path, _ = follow(1200, initial_batch_size=32, num_examples=budget)
+    held = [size for seen, size in path if 0.1 * budget < seen < 0.8 * budget]
+    assert max(held) <= 1.2 * min(held)
+    late = [size / held[-1] for seen, size in path if 0.83 * budget < seen < budget]
+    stages = sorted({round(math.log2(ratio)) for ratio in late})
+    assert stages == [1, 2, 3]
+    assert late == sorted(late)
+
+
+def test_holds_where_there_is_no_budget():
+    path, _ = follow(1500, initial_batch_size=32)
+    sizes = [size for _, size in path[10:]]
+    assert max(sizes) <= 1.25 * min(sizes)
+
+
+def test_no_larger_batches_where_noise_goes_away_with_the_loss():
+    """Interpolation: noise in proportion to a loss that falls to zero buys steps."""
+    rule, update = floor_rule(initial_batch_size=64)
+    state = rule.init(None)
+    for t in range(1, 300):
+        loss = jnp.exp(-0.03 * t)
+        root = jnp.sqrt(CURVE * loss / 64)
+        signals = {"value": loss, "gradient_noise": root, "update_noise": -root}
+        state = update(state, signals | {"batch_size": jnp.asarray(64)})
+        if t == 60:
+            early = float(state.statistics.held_batch_size)
+    assert float(state.statistics.held_batch_size) < early / 2
+
+
+def test_larger_batches_where_more_steps_gain_nothing():
+    """A loss at its floor, and noise that is not: the largest size."""
+    rule, update = floor_rule(initial_batch_size=64)
+    state = rule.init(None)
+    for t in range(1, 200):
+        signals = signals_at(t, 64) | {"value": jnp.float32(0.5), "batch_size": jnp.asarray(64)}
+        state = update(state, signals)
+    assert int(state.batch_size) == 256  # as far as one change goes
+    assert float(state.statistics.held_batch_size) > 4096
+
+
+@pytest.mark.parametrize("cost", [10.0, 1000.0])
+def test_equation_11_a_step_that_costs_is_made_with_more_examples(cost):
+    path, _ = follow(300, initial_batch_size=32, step_cost=cost)
+    b = size_by_hand()
+    expected = (b + math.sqrt(b * b + 4 * b * cost)) / 2
+    assert path[-1][1] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("make", ["noise_floor", "expected_gain"])
+def test_the_cost_of_a_step_is_measured(make):
+    options = {"step_cost": "measured", "initial_batch_size": 32, "min_batch_size": 8}
+    extra = (quadratic_loss,) if make == "expected_gain" else ()
+    rule = getattr(schedulers, make)(*extra, **options)
+    assert "step_seconds" in aj.base.required_signals(rule.init(None))
+    update = jax.jit(lambda state, signals: rule.update(jnp.ones(2), state, jnp.ones(2), **signals))
+    state, seconds = rule.init(jnp.ones(2)), jnp.float32(jnp.nan)
+    for size in (32, 64, 128, 64):
+        for _ in range(2):
+            signals = {"step_seconds": seconds, "batch_size": jnp.asarray(size)}
+            signals |= {"value": jnp.float32(1.0), "meta_batch": jnp.zeros((4, 2))}
+            signals |= {"gradient_noise": jnp.ones(2), "update_noise": -0.1 * jnp.ones(2)}
+            state = update(state, signals)[1]
+        seconds = jnp.float32(1e-3 * (200 + size))  # 200 examples' worth a step
+    from arbiter_jax.schedulers._noise_rule import _cost_of
+
+    assert float(_cost_of(state.step_cost.times)) == pytest.approx(200, rel=0.02)
+
+
+# The persistence of noise
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.sgd(0.1), 1),
+        (optax.sgd(0.1, momentum=0.9), 10),
+        (optax.sgd(0.1, momentum=0.99), 100),
+        (optax.chain(optax.clip_by_global_norm(1e3), optax.sgd(0.1, momentum=0.5)), 2),
+        (optax.adam(1e-3), 10),
+        (optax.adam(1e-3, b1=0.0), 1),
+    ],
+)
+def test_persistence_is_the_sum_of_the_impulse_response(tx, expected):
+    assert statistics.impulse_response(tx, num_steps=2000) == pytest.approx(expected, rel=0.1)
+
+
+def test_an_optimizer_in_the_place_of_the_persistence_is_measured():
+    sgd = optax.sgd(0.1, momentum=0.9)
+    path, _ = follow(60, initial_batch_size=32, persistence=sgd)
+    same, _ = follow(60, initial_batch_size=32, persistence=10.0)
+    assert [size for _, size in path] == pytest.approx([size for _, size in same], rel=0.02)
+
+
+# Expected gain
+
+CURVATURE = jnp.array([1.0, 0.2])
+
+
+def quadratic_loss(w, batch):
+    return 0.5 * jnp.sum(CURVATURE[None] * (w[None] - batch) ** 2, axis=1)
+
+
+@functools.cache
+def drawn_statistics(batch_size, num_draws=20_000, rate=0.3):
+    """A0 and q of many batches of one point of a quadratic, and their truth in closed form."""
+    w, spread = jnp.array([0.5, -0.4]), jnp.array([1.0, 2.0])
+
+    def draw(key):
+        train_key, validation_key = jax.random.split(key)
+        examples = spread[None] * jax.random.normal(train_key, (batch_size, 2))
+        validation = spread[None] * jax.random.normal(validation_key, (8, 2))
+        gradient = jax.grad(lambda w, x: jnp.mean(quadratic_loss(w, x)))
+        g1, g2 = gradient(w, examples[::2]), gradient(w, examples[1::2])
+        signals = {"update_noise": -rate * (g1 - g2) / 2, "meta_batch": validation}
+        size = jnp.asarray(batch_size)
+        updates = -rate * (g1 + g2) / 2
+        return statistics.gain_and_noise_cost(quadratic_loss, w, updates, size, signals)
+
+    progress, cost = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.PRNGKey(0), num_draws))
+    mean_gradient = CURVATURE * w
+    bend = 0.5 * rate**2 * jnp.sum(CURVATURE * mean_gradient**2)
+    true_progress = rate * jnp.sum(mean_gradient**2) - bend
+    true_cost = 0.5 * rate**2 * jnp.sum(CURVATURE**3 * spread**2)
+    return (progress, true_progress), (cost, true_cost)
+
+
+@pytest.mark.parametrize("batch_size", [2, 16, 64])
+@pytest.mark.parametrize("which", [0, 1])
+def test_both_statistics_are_unbiased_on_a_quadratic(batch_size, which):
+    sample, truth = drawn_statistics(batch_size)[which]
+    error = np.std(sample) / math.sqrt(sample.size)
+    assert abs(np.mean(sample) - truth) < 4 * error
+    assert error < 0.05 * abs(truth)  # or the bound would say nothing
+
+
+def test_equation_6_maximises_the_gain_for_the_cost():
+    for cost in (0.0, 5.0, 300.0):
+        objective = statistics.gain_objective(quadratic_loss, step_cost=cost)
+        state = objective.init()._replace(progress=jnp.array(0.02), noise_cost=jnp.array(1.5))
+        best = float(objective.best(state))
+        sizes = np.linspace(76, 4000, 200_001)  # a step of fewer than 75 gains nothing
+        gain = (0.02 - 1.5 / sizes) / (cost + sizes)
+        assert best == pytest.approx(sizes[np.argmax(gain)], rel=1e-3)
+
+
+@pytest.mark.parametrize("start", [8, 64, 512, 2048])
+def test_expected_gain_finds_the_scale_from_any_start(start):
+    """On a quadratic with the true noise, within ten windows; b* = 2 q / A0."""
+    rule = schedulers.expected_gain(quadratic_loss, every=1, initial_batch_size=start, **LIMITS)
+    w, rate = jnp.array([0.05, -0.04]), 0.3
+    spread = jnp.array([1.0, 2.0])
+
+    @jax.jit
+    def step(state, key):
+        size = aj.get_batch_size(state)
+        noise = (CURVATURE * spread)[None] * jax.random.normal(key, (2, 2)) / jnp.sqrt(size)
+        updates = -rate * (CURVATURE * w + noise[0])
+        signals = {"update_noise": -rate * noise[1], "meta_batch": jnp.zeros((4, 2))}
+        return rule.update(updates, state, w, **signals)[1]
+
+    state = rule.init(w)
+    for key in jax.random.split(jax.random.PRNGKey(start), 100):
+        state = step(state, key)
+    bend = 0.5 * rate**2 * jnp.sum(CURVATURE**3 * w**2)
+    best = (
+        rate**2 * jnp.sum(CURVATURE**3 * spread**2) / (rate * jnp.sum((CURVATURE * w) ** 2) - bend)
+    )
+    assert best / 2.5 < int(state.batch_size) < 2.5 * best
+
+
+def test_the_statistics_are_computed_at_every_tenth_step():
+    rule = schedulers.expected_gain(quadratic_loss, every=10, initial_batch_size=32)
+    update = jax.jit(
+        lambda state, signals: rule.update(-jnp.ones(2), state, jnp.ones(2), **signals)
+    )
+    state, weights = rule.init(None), []
+    for t in range(60):
+        changes = {"update_noise": 0.1 * jnp.ones(2), "meta_batch": jnp.full((4, 2), t * 0.01)}
+        state = update(state, changes)[1]
+        weights.append(float(state.statistics.weight))
+    computed = [t for t in range(1, 60) if weights[t] != weights[t - 1]]
+    assert computed == [*range(1, 20), 20, 30, 40, 50]
+
+
+def test_an_overestimated_noise_cost_reads_itself():
+    """The trap: with k too large, A0 is almost all q / B, and the rule doubles whatever it does."""
+    for size in (32, 128):
+        objective = statistics.gain_objective(quadratic_loss, persistence=300.0)
+        signals = {"update_noise": 0.1 * jnp.ones(2), "meta_batch": jnp.zeros((4, 2))}
+        signals["update_noise"] = signals["update_noise"] / math.sqrt(size)
+        now = jnp.asarray(size)
+        state, _ = objective.update(objective.init(), -0.1 * jnp.ones(2), jnp.ones(2), now, signals)
+        assert float(objective.best(state)) == pytest.approx(2 * size, rel=0.15)
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("kind", ["noise_floor", "expected_gain"])
+def test_the_objective_is_least_at_its_closed_form(kind):
+    if kind == "noise_floor":
+        objective = statistics.floor_objective()
+        state = objective.init()._replace(held_batch_size=jnp.array(77.0))
+    else:
+        objective = statistics.gain_objective(quadratic_loss, step_cost=20.0)
+        state = objective.init()._replace(progress=jnp.array(0.02), noise_cost=jnp.array(1.5))
+    sizes = jnp.linspace(2, 1000, 100_000)
+    values = jax.vmap(lambda b: objective.objective(state, b))(sizes)
+    assert bool(jnp.all(jnp.isfinite(values)))
+    assert float(sizes[jnp.argmin(values)]) == pytest.approx(float(objective.best(state)), rel=5e-3)
+    slopes = jax.vmap(jax.grad(lambda b: objective.objective(state, b)))(sizes)
+    assert np.all(np.sign(slopes[::100]) == np.sign(sizes[::100] - objective.best(state)))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        ("noise_floor", {"share": 0}, "share must be"),
+        ("noise_floor", {"hold": 1.5}, "hold must be"),
+        ("noise_floor", {"growth": 0.5}, "growth must be >= 1, got 0.5"),
+        ("noise_floor", {"persistence": 0.5}, "persistence must be >= 1"),
+        ("noise_floor", {"num_examples": 0}, "num_examples must be"),
+        ("noise_floor", {"step_cost": "free"}, "step_cost must be one of 'measured'"),
+        ("noise_floor", {"max_change": 1.0}, "max_change must be > 1"),
+        ("expected_gain", {"every": 0}, "every must be"),
+        ("expected_gain", {"decay": 1.0}, "decay must be"),
+        ("expected_gain", {"step_cost": -1.0}, "step_cost must be"),
+    ],
+)
+def test_bad_arguments_are_named(make, options, message):
+    extra = (quadratic_loss,) if make == "expected_gain" else ()
+    with pytest.raises(ValueError, match=message):
+        getattr(schedulers, make)(*extra, **options)
+
+
+# In the engine
+
+
+def test_adam_and_gradients_that_are_always_zero_in_the_engine():
+    """No derivative of a square root at zero: the response to no noise is none."""
+    tx = optax.chain(optax.adam(1e-2), schedulers.noise_floor(num_examples=2000, persistence=10.0))
+    inputs = jax.random.normal(jax.random.PRNGKey(0), (200, 3)) * jnp.array([[1.0, 1.0, 0.0]])
+    labels = inputs @ jnp.ones(3) + jax.random.normal(jax.random.PRNGKey(1), (200,))
+    loss_fn = lambda w, batch: (batch[0] @ w - batch[1]) ** 2
+    result = aj.fit(
+        loss_fn, jnp.zeros(3), tx, aj.Data((inputs, labels)), num_examples=2000, window=20
+    )
+    state = result.state.opt_state[1]
+    assert int(state.num_skipped) == 0
+    assert float(state.statistics.noise) > 0
+    chex.assert_tree_all_finite(state)
+    assert [record.num_steps for record in result.history[:4]] == [5, 5, 5, 5]
