@@ -36,8 +36,9 @@ __all__ = [
     "anchor_batch_size", "arbiter", "attach", "autowu", "conv_agent", "datasets",
     "dynamic_batch_adaptation", "fit", "get_batch_size", "gradient_stats", "init_sampler",
     "init_state", "learning_rate", "metrics", "mlp_agent", "models", "next_bucket",
-    "noise_response", "noisy_quadratic", "plotting", "progress", "run_window", "sample_batch", "scale_by_batch_size",
-    "scale_by_ledger", "schedulers", "select_subset", "sgd_hd", "stochastic_meta_descent",
-    "subset_gradients", "to_batch_size", "to_logit", "warm_up", "window_sizes",
+    "noise_response", "noisy_quadratic", "plotting", "progress", "run_window", "sample_batch",
+    "scale_by_batch_size", "scale_by_ledger", "schedulers", "select_subset", "sgd_hd",
+    "stochastic_meta_descent", "subset_gradients", "to_batch_size", "to_logit", "warm_up",
+    "window_sizes",
 ]
 # fmt: on

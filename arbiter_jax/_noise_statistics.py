@@ -223,7 +223,7 @@ def floor_objective(
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
 ) -> NoiseObjective:
-    """The noise floor as a share of what tenfold training gains: Eqs. 7 to 13."""
+    """The noise floor as a share of the loss still to go: Eqs. 7 to 13."""
     budget = (
         None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
     )
@@ -275,7 +275,7 @@ def floor_objective(
         noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
         # Noise, and nothing to gain from steps; but a few losses do not tell.
         beyond = jnp.where((noise > 0) & (state.num_steps > _FEW), jnp.inf, jnp.nan)
-        return jnp.where(pace > 0, noise / (share * _TENFOLD * pace), beyond)  # Eq. 10
+        return jnp.where(pace > 0, noise * _EXPONENT / (share * pace), beyond)  # Eq. 10
 
     def best(state, cost=cost):
         b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
@@ -297,7 +297,7 @@ def floor_objective(
 
 
 _FEW = 8  # steps from which no pace can be told
-_TENFOLD = math.log(10)  # in log time
+_EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its pace over p. Eq. 9
 _LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
 
 

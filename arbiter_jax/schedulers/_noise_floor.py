@@ -1,4 +1,4 @@
-"""The noise floor: the batch size at which noise costs a share of what more steps would gain.
+"""The noise floor: the batch size at which noise costs a fixed share of the loss still to go.
 
 It finds that size within a few short windows from any start, holds it, and grows at the end of the
 budget, when noise no longer has time to decay. Derivation: ``experiments/NOISE.md``.
@@ -40,27 +40,28 @@ def noise_floor(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Holds the noise floor at a share of what more steps would gain, and grows at the end.
+    r"""Holds the noise floor at a share of the loss still to go, and grows at the end.
 
     .. math::
       B = \frac{k \left(-B_{now} E\langle \xi, du \rangle\right)}{4\, share\, \Delta}, \qquad
-      \Delta = -\frac{dF}{d \log_{10} t}
+      \Delta = -4\, \frac{dF}{d \log t}
 
     with :math:`\xi` half the difference of the gradients of the two halves of the batch, du the
     response of the optimizer to it (for SGD :math:`-lr\, \xi`, so that the numerator is k lr tr S),
     and k the number of steps for which a gradient goes on acting. In equilibrium noise holds the
     loss :math:`k\, lr\, tr S / (4 B)` above where it would be. It is compared with :math:`\Delta`,
-    what ten times as many steps would gain at the present pace, and not with the training loss F
-    itself: so a constant that no training removes (label noise, the entropy of a language) plays no
-    part, and where the loss goes to zero and the noise with it, steps are bought and not larger
-    batches.
+    the excess of the loss F over what is attainable, and not with F. That excess is read off the
+    pace at which F falls with the number of steps t; it is 4 times that for a loss that approaches
+    its limit as :math:`t^{-1/4}`. So a constant that no training removes (label noise, the entropy
+    of a language) plays no part, and where the loss goes to zero and the noise with it, steps are
+    bought and not larger batches.
 
     From a share `hold` of the budget on, the size grows by a factor `growth` in equal shares of the
     rest, a factor of at most 2 each. Without a budget it holds.
 
     Args:
       num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
-      share: The noise floor as a share of what ten times as many steps would gain, > 0.
+      share: The noise floor as a share of the loss still to go, > 0.
       hold: The share of the budget after which the size grows, in [0, 1].
       growth: The factor by which it grows at the end, >= 1.
       persistence: k, a number >= 1, or the optimizer in front of the rule, whose impulse response

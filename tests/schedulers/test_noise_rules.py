@@ -16,7 +16,7 @@ from arbiter_jax import schedulers
 from arbiter_jax.inner_loop import decision_steps
 
 LIMITS = {"min_batch_size": 2, "max_batch_size": 4096}
-PACE, CURVE = 0.2, 30.0  # F = 3 - .2 log t, and xi . du = -30 / B
+PACE, CURVE = 0.12, 30.0  # F = 3 - .12 log t, and xi . du = -30 / B
 
 
 def signals_at(t, size, shift=0.0, noise=CURVE):
@@ -49,7 +49,7 @@ def follow(num_steps, *, shift=0.0, noise=lambda t: CURVE, **options):
 
 
 def size_by_hand(noise=CURVE, share=0.1, persistence=1.0):
-    return persistence * noise / (4 * share * PACE * math.log(10))
+    return persistence * noise / (4 * share * 4 * PACE)
 
 
 # The noise floor
