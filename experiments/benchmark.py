@@ -22,7 +22,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import models, plotting
-from experiments import _runner
+from experiments import _benchmark_networks, _runner
 
 SHAPE = (28, 28, 1)
 NUM_TRAIN, NUM_VALIDATION = 8192, 2048
@@ -253,6 +253,7 @@ def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Ti
             ),
         ),
     ]
+    rows += _benchmark_networks.rows(size, window)
     return rows
 
 
