@@ -65,12 +65,13 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
             np.all(np.diff(ratios.horizon) > 0),
             ratios=ratios.horizon,
         )
-    top = int(np.argmax(ratios.condition))
+    # Directions flatter than 1 / steps are left alone by any rate: there is nothing to lose there.
+    felt = [c <= config.sweep_steps for c in config.conditions]
     yield _row(
-        "toy: greed costs more, the worse the conditioning",
-        f"ratio up to {ratios.condition[top]:.2f} at {config.conditions[top]:g}, "
-        f"{ratios.condition[-1]:.2f} at {config.conditions[-1]:g}",
-        np.all(np.diff(ratios.condition) > 0),
+        f"toy: greed costs more, the worse the conditioning, up to {config.sweep_steps}",
+        f"ratio {_spread(ratios.condition[felt], 3)}; at {config.conditions[-1]:g} "
+        f"{ratios.condition[-1]:.2f}",
+        np.all(np.diff(ratios.condition[felt]) > 0),
         ratios=ratios.condition,
     )
     top = int(np.argmax(ratios.noise))

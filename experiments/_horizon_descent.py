@@ -104,7 +104,7 @@ def offline(
             keys[1],
             horizon=horizon,
             num_meta_steps=num_meta_steps,
-            hyperparameters=smd.Hyperparameters(0.01, MOMENTUM, 0.1),
+            hyperparameters=smd.Hyperparameters(0.01, MOMENTUM, 10.0),
             meta_optimizer=meta_optimizer,
             **net.loop,
         )
@@ -129,6 +129,7 @@ def online(
     num_steps: int,
     meta_every: int,
     meta_rate: float,
+    reset_meta_state: bool,
 ) -> dict[str, Any]:
     """Every manual rate of a grid, then meta-descent from the one that ended lowest."""
     meta_optimizer = optax.adam(meta_rate)
@@ -143,6 +144,7 @@ def online(
             hyperparameters=smd.Hyperparameters((1 - MOMENTUM) * rate, MOMENTUM, 0.0),
             meta_every=meta_every,
             meta_optimizer=meta_optimizer,
+            reset_meta_state=reset_meta_state,
             **options,
             **net.loop,
         )

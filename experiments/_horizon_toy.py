@@ -13,7 +13,6 @@ from arbiter_jax.meta_optimization import noisy_quadratic
 from arbiter_jax.meta_optimization.noisy_quadratic import NoisyQuadratic
 
 SWEEP_DIMENSIONS = 100
-SWEEP_STEPS = 250
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,7 @@ class ToyConfig:
     momenta: tuple[bool, ...] = (False, True)
     horizons: tuple[int, ...] = (10, 30, 100, 300, 1000)  # lengths of whole runs
     conditions: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+    sweep_steps: int = 250  # of the runs that these and the next are for
     noises: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
     look_aheads: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     look_ahead_steps: int = 100  # of the run that they are for
@@ -79,8 +79,7 @@ def ratios(config: ToyConfig) -> Ratios:
     of_horizon = [_ratio(harmonic(SWEEP_DIMENSIONS), steps) for steps in config.horizons]
     # One program for both sweeps: only numbers differ.
     points = [(c, 1.0) for c in config.conditions] + [(100.0, s) for s in config.noises]
-    steps = min(SWEEP_STEPS, config.num_steps)
-    swept = jax.jit(lambda p: jax.lax.map(lambda x: _ratio(geometric(*x), steps), p))(
+    swept = jax.jit(lambda p: jax.lax.map(lambda x: _ratio(geometric(*x), config.sweep_steps), p))(
         tuple(jnp.array(column) for column in zip(*points, strict=True))
     )
     problem, steps, receding = harmonic(SWEEP_DIMENSIONS), config.look_ahead_steps, []
