@@ -11,6 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("previous g fixed", "both sampled", "look-ahead")
+_GIVEN_SIZE = 64  # of the batch that decides on the fixed g[t-1]
+_GRAM_SIZE = 1000  # examples whose gradients are held at once
+
+
+def _mean_loss(loss_fn, params, batch):
+    return jnp.mean(loss_fn(params, batch))
+
+
+def _draw_rows(key, data, *shape):
+    return jax.random.randint(key, shape, 0, len(data[1]))
+
+
+def _given(loss_fn, params, data, rate, key):
+    """The fixed previous gradient, and where it led."""
+    rows = _draw_rows(key, data, _GIVEN_SIZE)
+    grads = jax.grad(_mean_loss, 1)(loss_fn, params, jax.tree.map(lambda x: x[rows], data))
+    return jax.tree.map(lambda p, g: p - rate * g, params, grads), grads
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "size", "num_draws", "look_ahead"))
@@ -18,22 +35,18 @@ def draw_hypergradients(loss_fn, params, data, rate, key, *, size, num_draws, lo
     """float[3, num_draws]: each kind of hypergradient, from batches of independent examples."""
 
     def mean_loss(params, rows):
-        return jnp.mean(loss_fn(params, jax.tree.map(lambda x: x[rows], data)))
+        return _mean_loss(loss_fn, params, jax.tree.map(lambda x: x[rows], data))
 
     def descend(params, rate, rows):
         grads = jax.grad(mean_loss)(params, rows)
         return jax.tree.map(lambda p, g: p - rate * g, params, grads), grads
 
-    def draw_rows(key, *shape):
-        return jax.random.randint(key, shape, 0, len(data[1]))
-
     dot = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
     given_key, draws_key = jax.random.split(key)
-    # The same for every size: one batch of 64 decides on g[t-1], and so on where g[t] is taken.
-    next_given, given = descend(params, rate, draw_rows(given_key, 64))
+    next_given, given = _given(loss_fn, params, data, rate, given_key)
 
     def draw(key):
-        rows = draw_rows(key, look_ahead + 1, size)
+        rows = _draw_rows(key, data, look_ahead + 1, size)
         following, first = descend(params, rate, rows[0])
         second = jax.grad(mean_loss)(following, rows[1])
 
@@ -49,6 +62,59 @@ def draw_hypergradients(loss_fn, params, data, rate, key, *, size, num_draws, lo
     return jax.lax.map(draw, jax.random.split(draws_key, num_draws)).T
 
 
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _population(loss_fn, params, data, rate, key):
+    """Variances of the examples' gradients: along the fixed g[t-1], along G, tr(Sigma^2)."""
+    given_key, rows_key = jax.random.split(key)  # split as for the draws: the same batch is fixed
+    next_given, given = _given(loss_fn, params, data, rate, given_key)
+    along_given = jax.jvp(lambda p: loss_fn(p, data), (next_given,), (given,))[1]
+    mean_grad = jax.grad(_mean_loss, 1)(loss_fn, params, data)
+    along_mean = jax.jvp(lambda p: loss_fn(p, data), (params,), (mean_grad,))[1]
+    num_rows = min(_GRAM_SIZE, len(data[1]))
+    rows = jax.random.permutation(rows_key, len(data[1]))[:num_rows]
+
+    def grad_of(row):
+        batch = jax.tree.map(lambda x: x[row][None], data)
+        grads = jax.grad(_mean_loss, 1)(loss_fn, params, batch)
+        return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
+
+    grads = jax.lax.map(grad_of, rows)
+    gram = (grads - grads.mean(0, keepdims=True)) @ (grads - grads.mean(0, keepdims=True)).T
+    return jnp.var(along_given), jnp.var(along_mean), jnp.mean(gram**2)
+
+
+def predict(
+    loss_fn: Any,
+    params: Any,
+    data: Any,
+    key: jax.Array,
+    *,
+    learning_rate: float,
+    sizes: Sequence[int],
+    look_ahead: int,
+) -> dict[str, dict[str, float]]:
+    r"""For each kind, a and b of Var(h) = a / B + b / B^2 to first order in the learning rate.
+
+    With G and Sigma mean and covariance of the examples' gradients, all at the same parameters, the
+    hypergradient of T steps is :math:`g_T \cdot \sum_{t<T} g_t`, so that
+    :math:`a = (T^2 + T) G^T \Sigma G` and :math:`b = T \, tr(\Sigma^2)`; T = 1 for both sampled.
+    With a fixed previous gradient g, :math:`a = g^T \Sigma g` and b = 0, at any rate.
+
+    Returns:
+      {kind: {"a", "b", "slope": of log variance in log B over the sizes}}.
+    """
+    rate = jnp.float32(learning_rate)
+    given, along, squares = map(float, _population(loss_fn, params, data, rate, key))
+    found = {KINDS[0]: {"a": given, "b": 0.0}}
+    for kind, steps in zip(KINDS[1:], (1, look_ahead), strict=True):
+        found[kind] = {"a": (steps**2 + steps) * along, "b": steps * squares}
+    for numbers in found.values():
+        size = np.array(sizes, float)
+        variance = numbers["a"] / size + numbers["b"] / size**2
+        numbers["slope"] = np.polyfit(np.log(size), np.log(variance), 1)[0]
+    return found
+
+
 def measure(
     loss_fn: Any,
     params: Any,
@@ -62,20 +128,25 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """For each kind: means and variances of h over the sizes, and what they follow.
 
+    Few examples have large gradients, which makes h heavy-tailed where B is small: there are more
+    draws of the smaller sizes, up to 16 times `num_draws` of the largest.
+
     Returns:
-      {kind: {"means", "variances": float[len(sizes)], "slope": of log variance in log B,
-      "a", "b": of the fit variance = a / B + b / B^2}}.
+      {kind: {"means", "variances": float[len(sizes)], "slope": of log variance in log B}}.
     """
     sample = functools.partial(
         draw_hypergradients, loss_fn, params, data, jnp.float32(learning_rate), key
     )
-    h = [sample(size=size, num_draws=num_draws, look_ahead=look_ahead) for size in sizes]
-    h, inverse = np.stack(h), 1 / np.array(sizes, float)
+    means, variances = [], []
+    for size in sizes:
+        draws = num_draws * min(16, max(1, max(sizes) // size))
+        h = np.asarray(sample(size=size, num_draws=draws, look_ahead=look_ahead), float)
+        means.append(h.mean(1))
+        variances.append(h.var(1, ddof=1))
     found = {}
-    for kind, mean, variance in zip(KINDS, h.mean(-1).T, h.var(-1, ddof=1).T, strict=True):
-        slope = -np.polyfit(np.log(inverse), np.log(variance), 1)[0]
-        # Divided by the variance, so that relative errors count alike at every size.
-        terms = np.stack([inverse, inverse**2], axis=1) / variance[:, None]
-        a, b = np.linalg.lstsq(terms, np.ones(len(sizes)), rcond=None)[0]
-        found[kind] = {"slope": slope, "a": a, "b": b, "means": mean, "variances": variance}
+    for kind, mean, variance in zip(
+        KINDS, np.transpose(means), np.transpose(variances), strict=True
+    ):
+        slope = np.polyfit(np.log(sizes), np.log(variance), 1)[0]
+        found[kind] = {"slope": slope, "means": mean, "variances": variance}
     return found
