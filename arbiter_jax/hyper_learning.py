@@ -283,10 +283,16 @@ def arbiter(
 
     def noise_of(mixture, state):
         size = (high - low) * jax.nn.sigmoid(mixture) + low
+        inside = jax.lax.stop_gradient(jnp.clip(size, low + 0.5, high - 0.5))
+        statistics = jax.lax.stop_gradient(state.statistics)
+        value, slope = jax.value_and_grad(lambda b: objective.objective(statistics, b))(inside)
         # Beyond the last half example there is nothing to gain, and a logit that ran away there
         # would take long to come back.
-        size = jnp.clip(size, low + 0.5, high - 0.5)
-        return objective.objective(jax.lax.stop_gradient(state.statistics), size)
+        outward = ((size <= inside) & (inside == low + 0.5) & (slope > 0)) | (
+            (size >= inside) & (inside == high - 0.5) & (slope < 0)
+        )
+        slope = jax.lax.stop_gradient(jnp.where(outward, 0, slope))
+        return jax.lax.stop_gradient(value) + slope * (size - jax.lax.stop_gradient(size))
 
     def hyper_step(state, params, agent_inputs, extra, usable):
         learnable: Any = learnable_of(state)

@@ -792,3 +792,119 @@ def test_the_signature_is_the_public_contract():
     }
     assert expected.items() <= defaults.items()
     assert list(parameters)[:2] == ["agent", "response_loss"]
+
+
+# Objectives that depend on the batch size
+
+
+TRACKER = aj.mlp_agent((64,))
+
+
+def follow(targets, start, **options):
+    """The sizes and the mixtures of an agent whose objective is a / b + log b, a given a step."""
+    objective = aj.noise_response("noise_floor")
+    # The statistics are somebody else's test: here the closed form is what `value` says.
+    told = lambda state, updates, params, size, signals: (
+        state._replace(held_batch_size=signals["value"]),
+        jnp.isfinite(signals["value"]),
+    )
+    tx = aj.arbiter(
+        TRACKER,
+        objective=objective._replace(update=told),
+        initial_batch_size=start,
+        window=10,
+        **options,
+    )
+    zeros = jnp.zeros(2)
+    noise = {"gradient_noise": zeros, "update_noise": zeros}
+
+    def step(state, inputs):
+        target, seen = inputs
+        _, state = tx.update(zeros, state, zeros, agent_inputs=seen, value=target, **noise)
+        return state, (state.batch_size, aj.to_batch_size(state.mixture, 8, 512))
+
+    seen = jax.random.uniform(jax.random.PRNGKey(1), (len(targets), 32, 64))  # as pixels are
+    run = jax.jit(lambda state: jax.lax.scan(step, state, (jnp.asarray(targets), seen)))
+    state, (sizes, mixtures) = run(tx.init(zeros))
+    return np.asarray(sizes), np.asarray(mixtures), state
+
+
+@pytest.mark.parametrize(("start", "target"), [(64, 20.0), (16, 200.0), (512 - 1, 40.0)])
+def test_an_agent_tracks_the_closed_form_within_a_tenth_of_the_budget(start, target):
+    budget = 1000
+    sizes, mixtures, _ = follow(np.full(budget, target, np.float32), start)
+    after = slice(budget // 10, None)
+    assert np.quantile(np.abs(np.log(mixtures[after] / target)), 0.95) < 0.25
+    # What is selected is one of the proposals around the mixture.
+    assert np.median(np.abs(np.log(sizes[after] / target))) < 0.4
+
+
+def test_an_agent_follows_a_closed_form_that_moves():
+    targets = np.geomspace(30, 240, 600).astype(np.float32)
+    _, mixtures, _ = follow(targets, 30)
+    assert np.median(np.abs(np.log(mixtures[100:] / targets[100:]))) < 0.15
+
+
+def test_an_agent_comes_back_from_the_end_of_the_range():
+    targets = np.r_[np.full(600, 1.0), np.full(200, 60.0)].astype(np.float32)
+    sizes, mixtures, _ = follow(targets, 64)
+    assert sizes[599] <= 9
+    assert 45 < mixtures[-1] < 75
+
+
+def test_an_objective_that_says_nothing_is_skipped_and_counted():
+    targets = np.full(30, 40.0, np.float32)
+    targets[10:13] = np.nan
+    _, mixtures, state = follow(targets, 64)
+    assert int(state.num_skipped) == 3
+    assert len(set(mixtures[9:13].tolist())) == 1
+    chex.assert_tree_all_finite(state)
+
+
+def test_an_agent_with_an_objective_asks_for_what_it_reads():
+    init = lambda **options: aj.arbiter(TRACKER, **options).init(None)
+    floor = init(objective=aj.noise_response("noise_floor"))
+    assert set(floor.requires) == {"agent_inputs", "value", "gradient_noise", "update_noise"}
+    loss_fn = lambda params, batch: batch
+    gain = init(objective=aj.noise_response("expected_gain", loss_fn=loss_fn))
+    assert set(gain.requires) == {"agent_inputs", "meta_batch", "update_noise"}
+    assert isinstance(floor, aj.ArbiterState)
+    assert isinstance(gain, aj.ArbiterState)
+    assert int(aj.get_batch_size(aj.anchor_batch_size(gain, 128))) == 128
+
+
+def test_expected_gain_is_an_objective_in_the_engine():
+    """On a quadratic the agent ends near the closed form of its own statistics."""
+    loss_fn = lambda w, x: jnp.sum((w[None] - x) ** 2, axis=1) / 2
+    data = jax.random.normal(jax.random.PRNGKey(0), (512, 64))
+    objective = aj.noise_response("expected_gain", loss_fn=loss_fn)
+    rule = aj.arbiter(TRACKER, objective=objective, max_batch_size=64, window=10)
+    tx = optax.chain(optax.sgd(0.1), rule)
+    result = aj.fit(
+        loss_fn, jnp.ones(64), tx, aj.Data(data, data), num_examples=6400, window=10, key=1
+    )
+    state = result.state.opt_state[1]
+    assert int(state.num_skipped) == 0
+    # At its optimum a quadratic has nothing to gain: the largest size.
+    assert float(objective.best(state.statistics)) > 64
+    assert result.history[-1].batch_size > 50
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: aj.arbiter(AGENT), "exactly one of response_loss and objective"),
+        (
+            lambda: aj.arbiter(AGENT, response_loss, num_features=6, objective=object()),
+            "exactly one of response_loss and objective",
+        ),
+        (lambda: aj.noise_response("noise"), "kind must be one of"),
+        (lambda: aj.noise_response("expected_gain"), "loss_fn is needed"),
+        (lambda: aj.noise_response("noise_floor", loss_fn=len), "loss_fn is not used"),
+        (lambda: aj.noise_response("noise_floor", every=3), "options must be among num_examples"),
+        (lambda: aj.noise_response("noise_floor", share=-1.0), "share must be"),
+    ],
+)
+def test_a_wrong_objective_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
