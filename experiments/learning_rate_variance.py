@@ -92,7 +92,9 @@ def _trainings(task, config: Config):
     learnt, plain = method(fixed(small)).tx, method(fixed(small), meta_rate=0.0).tx
     methods = {f"HD, B = {size}": method(fixed(size), shared=learnt) for size in config.fixed_sizes}
     if not config.quick:
+        noise_response = _methods._arbiter_noise_response(task, config, limits)
         methods["HD, arbiter"] = method(lambda seed: arbiter(seed, None))
+        methods["HD, noise response"] = method(lambda seed: noise_response(seed, None))
         methods["HD, growing"] = method(lambda seed: schedule)
         for rate in config.constant_rates:  # sgd_hd at beta = 0 is SGD, and still reports h
             methods[f"SGD {rate:g}, B = {small}"] = method(fixed(small), rate, 0.0, plain)
@@ -239,8 +241,8 @@ def plot(results: _runner.Results, output: Path) -> None:
         measured = [row for row in results.extra["measured"] if row["learning_rate"] == rate]
         _plot_fixed_point(config, column, _runner.by(measured, "method"))
         column[0].set_title(f"at the rate {rate:g}; dotted: predicted", fontsize=10)
-    axes[0, 0].set_ylabel("variance of h, geometric mean over seeds")
-    axes[1, 0].set_ylabel(f"mean of h / |mean at B = {config.sizes[-1]}|: mean, range")
+    axes[0, 0].set_ylabel("variance of h: geometric mean")
+    axes[1, 0].set_ylabel(f"mean of h, relative to B = {config.sizes[-1]}")
     fig.savefig(output / "variance.png")
 
     fig, axes = plotting.figure(1, 2, size=(10.0, 4.0))
