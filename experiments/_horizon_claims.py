@@ -179,14 +179,14 @@ def online(found: dict[str, Any], rates: Any, num_steps: int) -> Iterator[dict[s
     share = adjusted["rates"][:, num_steps // 2 - 1] / start
     yield _row(
         "online: the best manual rate falls to a sixth or less",
-        f"from {start:g} to {_spread(share)} of it",
+        f"shares of {_spread(share)} of the rate {start:g}",
         share.max() <= 1 / 6,
         shares=share,
     )
     factor = adjusted["final_loss"] / manual["final_loss"]
     yield _row(
         "online: the training loss ends 10 times or more higher",
-        f"{_spread(factor)} times, of {manual['final_loss'].mean():.2g}",
+        f"{_spread(factor)} times the {manual['final_loss'].mean():.2g} without",
         factor.min() >= 10,
         factors=factor,
     )

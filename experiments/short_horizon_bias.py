@@ -199,8 +199,8 @@ def table(results: _runner.Results):
                 f"offline meta-descent, then {config.offline_steps:,} steps with what it learnt",
                 ["look-ahead", "meta steps", "first rate", "decay", "last rate", "training loss"],
                 cells,
-                "rates: effective, lowest and highest seed. training loss: over all examples, at "
-                "the end, ± half-width of\nthe 95% interval over seeds.",
+                "rates: effective, lowest and highest seed. training loss: over all examples, at\n"
+                "the end, ± half-width of the 95% interval over seeds.",
             )
         )
     if "online" in extra:
