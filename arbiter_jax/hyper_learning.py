@@ -18,15 +18,11 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._noise_statistics import NoiseObjective
+from arbiter_jax._response import ResponseLoss, call_response_loss
 from arbiter_jax.agent import Agent, mix, sorted_proposals
-from arbiter_jax.base import PyTree, WeightedLoss, all_finite, require, tree_where
+from arbiter_jax.base import PyTree, all_finite, require, tree_where
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
 from arbiter_jax.reparameterization import to_batch_size, to_logit
-
-ResponseLoss = Callable[..., "jax.Array | WeightedLoss"]
-"""``response_loss(params, response, meta_batch) -> float[M]``, or with a fourth argument
-``model_state`` where the model has one: the loss of each meta example, in inference mode, with the
-head's input multiplied by ``1 + response``, response: float[num_features]."""
 
 ALPHA_SCALE = 1e-6  # the standard deviation of fresh mixture logits
 
@@ -276,7 +272,7 @@ def arbiter(
             response_weights = state.response_weights
         # Constants to the objective, said outright: the batch decides nothing it can feel.
         params, meta_batch = jax.lax.stop_gradient((params, replace_padding(meta_batch, mask)))
-        losses = _call_response_loss(
+        losses = call_response_loss(
             response_loss, num_features, params, response_weights * mixture, meta_batch, extra
         )
         return masked_mean(losses, mask), meta_batch_size
@@ -387,6 +383,10 @@ def arbiter(
             state,
         )
         state = state._replace(**dict(zip(fields, values, strict=True)))
+        if (
+            objective is not None
+        ):  # the meta batch is as large as the batch, and in a bucket with it
+            state = state._replace(meta_batch_size=jnp.array(state.batch_size))
         if hyper_every > 1:
             state = state._replace(signals_due=state.window_step % hyper_every == 0)
         return updates, state
@@ -412,37 +412,6 @@ def _do_if(condition: jax.Array, fn: Callable[[Any], Any], state: Any) -> Any:
 
 def _is_key(seed: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(seed), jax.dtypes.prng_key)
-
-
-def _call_response_loss(response_loss, num_features, params, response, meta_batch, extra):
-    """Calls the response loss, and turns a mismatch of widths into one sentence that names them."""
-    state = (extra["model_state"],) if extra.get("model_state") is not None else ()
-    call = lambda response: response_loss(params, response, meta_batch, *state)
-    advice = (
-        f"num_features must be the width of the head's input, got {num_features}, which the "
-        "response loss does not accept"
-    )
-    try:
-        losses = call(response)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{advice}: {error}") from error
-    if num_features == 1:
-        # One number broadcasts over any width. That of the head is the length of some axis of the
-        # parameters, and unlike a head without parameters it accepts no other.
-        sizes = {2} | {size for leaf in jax.tree.leaves(params) for size in jnp.shape(leaf)}
-        accepts = lambda n: _accepts(call, jnp.zeros(n, response.dtype))
-        accepted = [n for n in sorted(sizes - {1}) if accepts(n)]
-        if accepted and not accepts(max(sizes) + 1):
-            raise ValueError(f"{advice}: it broadcasts one number over {accepted[0]} features.")
-    return losses
-
-
-def _accepts(call: Callable[[jax.Array], Any], response: jax.Array) -> bool:
-    try:
-        jax.eval_shape(call, response)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:

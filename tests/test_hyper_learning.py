@@ -856,6 +856,7 @@ def test_an_objective_that_says_nothing_is_skipped_and_counted():
     targets = np.full(30, 40.0, np.float32)
     targets[10:13] = np.nan
     _, mixtures, state = follow(targets, 64)
+    assert int(state.meta_batch_size) == int(state.batch_size)
     assert int(state.num_skipped) == 3
     assert len(set(mixtures[9:13].tolist())) == 1
     chex.assert_tree_all_finite(state)
