@@ -233,12 +233,16 @@ def make_task(dataset: str, model: str, hidden_sizes: Sequence[int] = (128,)) ->
     loaded = datasets.load(dataset)
     if not loaded.num_classes:
         raise UsageError(f"--dataset must have class labels, got {dataset!r}.")
-    if model == "mlp":
-        net = models.mlp(loaded.input_shape, hidden_sizes, loaded.num_classes)
-    elif model == "lenet":
-        net = models.lenet(loaded.input_shape, loaded.num_classes)
-    else:
-        raise UsageError(f"--model must be one of 'mlp', 'lenet', got {model!r}.")
+    shape, num_classes = loaded.input_shape, loaded.num_classes
+    known: dict[str, Callable[[], Any]] = {
+        "mlp": lambda: models.mlp(shape, hidden_sizes, num_classes),
+        "lenet": lambda: models.lenet(shape, num_classes),
+        "vgg11": lambda: models.vgg11(shape, num_classes),
+        "wrn_16_4": lambda: models.wide_resnet(shape, num_classes, depth=16, widen_factor=4),
+    }
+    if model not in known:
+        raise UsageError(f"--model must be one of {', '.join(map(repr, known))}, got {model!r}.")
+    net = known[model]()
     loss = optax.softmax_cross_entropy_with_integer_labels
     data = jax.tree.map(jax.numpy.asarray, aj.Data(loaded.train, loaded.validation))
     return Task(loaded, data, net, models.losses(net, loss), loss)

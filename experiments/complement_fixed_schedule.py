@@ -41,7 +41,7 @@ class Config:
 CONFIGS = {
     "smoke": Config(seeds=(0,), schedules=("step",), agent_learning_rates=(1e-5,), epochs=3.0),
     "default": Config(),
-    "paper": Config(dataset="cifar10", model="lenet", epochs=100.0, window=100),
+    "paper": Config(dataset="cifar10", model="vgg11", epochs=100.0, window=100),
 }
 
 MILESTONES = (0.4, 0.7)  # shares of the budget

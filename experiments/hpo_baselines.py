@@ -39,7 +39,7 @@ class Config:
 CONFIGS = {
     "smoke": Config(seeds=(0,), methods=("cabs",), num_trials=(1, 2), epochs=2.0),
     "default": Config(),
-    "paper": Config(dataset="cifar10", model="lenet", epochs=100.0, window=100),
+    "paper": Config(dataset="cifar10", model="vgg11", epochs=100.0, window=100),
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import plotting, progress
+from arbiter_jax import datasets, plotting, progress
 from experiments import _methods, _runner
 
 ADAPTIVE = ("arbiter", "random_pick", "gradient_noise_scale", "cabs")
@@ -39,23 +39,27 @@ class Config:
     min_batch_size: int = 8
     max_batch_size: int = 512
     initial_batch_size: int = 64
+    augment: bool = False  # pad, crop and flip, as is usual for CIFAR-10
     shadows: bool = False  # one more run, in which every rule says what it would choose
 
 
+PAPER = Config(
+    dataset="cifar10",
+    model="vgg11",
+    methods=("all",),
+    seeds=(0, 1, 2, 3, 4),
+    learning_rates=(0.01, 0.05, 0.1),
+    decays=("constant", "cosine"),
+    epochs=100.0,
+    window=100,
+    augment=True,
+    shadows=True,
+)
 CONFIGS = {
     "smoke": Config(seeds=(0,), epochs=4.0, methods=("arbiter", "constant_64")),
     "default": Config(),
-    "paper": Config(
-        dataset="cifar10",
-        model="lenet",
-        methods=("all",),
-        seeds=(0, 1, 2, 3, 4),
-        learning_rates=(0.01, 0.05, 0.1),
-        decays=("constant", "cosine"),
-        epochs=100.0,
-        window=100,
-        shadows=True,
-    ),
+    "paper": PAPER,
+    "paper_wrn": dataclasses.replace(PAPER, model="wrn_16_4"),
 }
 
 
@@ -68,6 +72,11 @@ def resolve(config: Config) -> Config:
         methods = (*_methods.RULES, *_methods.GRID)
     epochs = config.epochs or (30.0 if small else 10.0)
     return dataclasses.replace(config, methods=methods, epochs=epochs)
+
+
+def _augment(key, batch):
+    inputs, labels = batch
+    return datasets.pad_crop_flip(key, inputs), labels
 
 
 def run(config: Config) -> _runner.Results:
@@ -99,6 +108,7 @@ def run(config: Config) -> _runner.Results:
                             num_examples=num_examples,
                             window=config.window,
                             callbacks=[start(f"{name}, seed {seed}", num_examples)],
+                            transform_batch=_augment if config.augment else None,
                             decay=decay,
                         )
                         results.rows.append(row)
