@@ -6,8 +6,9 @@ predicted; a small transformer writes English by character, with a loss for each
 are squeezed through eight numbers by a model that was not written for this library (`attach`). Each
 stands beside a constant batch size at equal examples.
 Command: python -m experiments.tasks [--tasks language] [--seeds 0 1 2 3 4]
-Time: see README.md.
-Expected: every loss falls with every seed. Arbiter does as well as its control, not better.
+Time: 7 minutes on one core.
+Expected: every loss falls with every seed. Arbiter's test loss is that of its control up to the
+noise, but for the autoencoder: larger batches, fewer steps of Adam, and a loss 4% higher.
 """
 
 from __future__ import annotations
