@@ -176,6 +176,39 @@ def test_the_cost_of_a_step_is_measured(make):
     assert float(_cost_of(state.step_cost.times)) == pytest.approx(200, rel=0.02)
 
 
+# The horizon
+
+
+@functools.cache
+def ends_on_the_noisy_quadratic():
+    """Excess loss at the end of 2,000 examples: each constant size, and held then grown by 16."""
+    h = 1 / np.arange(1, 101)
+    problem = aj.noisy_quadratic.NoisyQuadratic(*map(jnp.asarray, (h, 1 / h, 10 * np.ones(100))))
+    rate, total, segments = 0.5, 2000, 40
+    sizes = np.geomspace(1, 20, 25)
+    growth = 2.0 ** np.clip(np.arange(segments) // 4 - 5, 0, 4)  # from .6 of the examples on
+    schedules = np.concatenate([np.outer(sizes, np.ones(segments)), np.outer(sizes, growth)])
+    schedules = jnp.asarray(np.clip(schedules, 1, total / segments))
+    end = lambda b: aj.noisy_quadratic.rollout_batch_sizes(problem, b, total, rate).excess_loss[-1]
+    constant, grown = np.split(np.asarray(jax.jit(jax.vmap(end))(schedules)), 2)
+    best = int(np.argmin(constant))
+    steps = total / sizes[best] * np.exp([-0.1, 0.1])
+    bias = [np.sum(h * 5 * (1 - rate * h) ** (2 * t)) for t in steps]
+    floor = rate * np.sum(h) / (4 * sizes[best])
+    return constant, grown, floor, (bias[0] - bias[1]) / 0.2
+
+
+def test_equation_9_the_best_constant_size_has_its_floor_at_the_pace():
+    _, _, floor, pace = ends_on_the_noisy_quadratic()
+    assert 1 / 1.5 < floor / pace < 1.5
+
+
+def test_a_size_held_and_grown_at_the_end_beats_every_constant_size():
+    constant, grown, _, _ = ends_on_the_noisy_quadratic()
+    assert grown.min() < 0.6 * constant.min()
+    assert np.argmin(grown) < np.argmin(constant)  # more noise in the meantime
+
+
 # The persistence of noise
 
 
