@@ -163,8 +163,9 @@ def _compare(config, task, columns: dict[str, Any], results, display) -> None:
         rates, phase = fit.steps("learning_rate"), fit.history[-1].info.logged.get("phase")
         row |= {"validation_accuracy": validation.accuracy, "selected": kind == "autowu"}
         row |= {"steps_per_epoch": steps_per_epoch, "peak_learning_rate": float(rates.max())}
-        if phase is not None:  # the first step at the largest rate follows the last of the warm-up
-            row["warm_up_share"] = float(np.argmax(fit.steps("phase") > 0) + 1) / num_steps
+        if phase is not None:  # both are logged as the step leaves them
+            end = int(np.argmax(fit.steps("phase") > 0))
+            row |= {"warm_up_share": (end + 1) / num_steps, "found_learning_rate": rates[end]}
             results.extra["rates"][(*columns.values(), seed)] = rates
         results.rows.append(row)
         results.windows.extend(windows)
@@ -218,6 +219,7 @@ def table(results: _runner.Results):
                 cell,
                 f"{methods['autowu'][0]['steps_per_epoch']}",
                 f"{mean('autowu', 'peak_learning_rate'):.3f}",
+                f"{mean('autowu', 'found_learning_rate'):.3f}",
                 f"{mean('autowu', 'warm_up_share'):.2f}",
                 f"{100 * (mean('autowu', 'test_accuracy') - highest):+.2f}",
             ]
@@ -235,10 +237,11 @@ def table(results: _runner.Results):
     )
     found = _runner.make_table(
         "what AutoWU found",
-        ["optimizer, batch", "steps/epoch", "peak rate", "warm-up", "autowu - highest"],
+        ["optimizer, batch", "steps/epoch", "peak rate", "found", "warm-up", "- highest"],
         automatic,
-        "peak rate, warm-up (share of all steps): means over seeds.\nautowu - highest: points, from "
-        "the highest of the three baselines' mean test accuracies.",
+        "peak rate: the largest of the run. found: where the decay starts.\nwarm-up: share of all "
+        "steps. Means over seeds. - highest: points,\nfrom the highest of the baselines' mean test "
+        "accuracies.",
     )
     return Group(compared, found)
 
@@ -247,7 +250,9 @@ def plot(results: _runner.Results, output: Path) -> None:
     cells = _cells(results)
     panels = list(dict.fromkeys(cell[:2] for cell in cells))
     size = (1 + 3.6 * len(panels), 3.8)
-    pictures = [plotting.figure(1, len(panels), size=size, squeeze=False) for _ in range(2)]
+    pictures = [
+        plotting.figure(1, len(panels), size=size, squeeze=False, sharey=True) for _ in range(2)
+    ]
     (accuracy, left), (trajectory, right) = pictures
     for panel, ax, bx in zip(panels, left[0], right[0], strict=True):
         mine = {cell[2]: methods for cell, methods in cells.items() if cell[:2] == panel}
