@@ -63,7 +63,7 @@ def schedules(config: ToyConfig) -> dict[str, noisy_quadratic.Schedule]:
         steps = (problem, config.num_steps, momentum)
         found["greedy" + suffix] = noisy_quadratic.greedy_schedule(*steps)
         found["optimal" + suffix] = noisy_quadratic.optimal_schedule(*steps)
-    return jax.tree.map(np.asarray, found)
+    return {name: jax.tree.map(np.asarray, schedule) for name, schedule in found.items()}
 
 
 def _ratio(problem: NoisyQuadratic, num_steps: int) -> jax.Array:
@@ -138,4 +138,4 @@ def batch_sizes(config: ToyConfig, learning_rate: float = 0.5) -> dict[str, Any]
     )(grid)
     best = int(jnp.argmin(constant.excess_loss[:, -1]))
     found["best constant"] = jax.tree.map(lambda x: x[best], constant)
-    return jax.tree.map(np.asarray, found)
+    return {name: jax.tree.map(np.asarray, schedule) for name, schedule in found.items()}

@@ -149,7 +149,8 @@ def run(config: Config) -> _runner.Results:
     if "surface" in config.parts:
         grid = tuple(np.geomspace(*ends, config.surface_points) for ends in SURFACE)
         extra["surface"] = grid, descent.surface(net, config.seeds[0], config.horizons, *grid)
-        rows.extend(claims.surface(extra["surface"][1], grid, config.offline_steps, net))
+        at = (extra["surface"][1], grid, config.horizons, config.offline_steps, net)
+        rows.extend(claims.surface(*at))
     results.windows = [*_records(extra, config)]
     return results
 
