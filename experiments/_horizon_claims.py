@@ -205,7 +205,7 @@ def surface(
     """Of the meta-objective itself: where the minimum of its grid lies."""
     rates, decays = grid
     # Over much less than the time constant of the decay, the loss hardly depends on its exponent.
-    felt = [5 * T >= net.time_constant for T in horizons]
+    felt = [net.time_constant <= 5 * T for T in horizons]
     lowest = [np.unravel_index(np.argmin(np.nan_to_num(x, nan=np.inf)), x.shape) for x in losses]
     finals = [
         rates[rate] * (1 + num_steps / net.time_constant) ** -decays[decay]
