@@ -73,15 +73,19 @@ def _methods(fits: Mapping[tuple[str, int], Any]) -> dict[str, list[Any]]:
 def batch_sizes(
     fits: Mapping[tuple[str, int], Any], limits: tuple[int, int], title: str = ""
 ) -> Any:
-    """Batch size against examples, one colour a method, one line a seed.
+    """Batch size against examples, one colour a method (or a panel, of many), one line a seed.
 
     Args:
       fits: {(method, seed): FitResult}.
       limits: Smallest and largest batch size.
       title: Title of the figure.
     """
-    fig, ax = figure()
-    for color, (method, group) in zip(_cycle(), _methods(fits).items(), strict=False):
+    groups = _methods(fits)
+    if len(groups) > len(COLORS):  # a panel each, without those that need none
+        groups = {k: v for k, v in groups.items() if not k.startswith("constant")}
+    fig, places = _places(groups)
+    for method, group in groups.items():
+        ax, color = places[method]
         constant = method.startswith("constant")
         for i, fit in enumerate(group[:1] if constant else group):
             ends = np.array([record.num_examples for record in fit.history])
@@ -90,12 +94,40 @@ def batch_sizes(
             style = {"linestyle": (0, (4, 2)), "linewidth": 1.2} if constant else {"linewidth": 1.6}
             label = method if i == 0 else None
             ax.stairs(sizes, edges, color=color, baseline=None, label=label, alpha=0.85, **style)
-    _size_axis(ax, limits)
-    _thousands(ax)
-    ax.set_xlim(left=0)
-    ax.set_title(title, fontsize=10)
-    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
+        _size_axis(ax, limits)
+    _finish(fig, places, "batch size [examples]", title)
     return fig
+
+
+def _places(methods: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[Any, str]]]:
+    """Where each method is drawn, (axes, color): all in one panel while the colors last."""
+    if len(methods) <= len(COLORS):
+        fig, ax = figure()
+        return fig, {method: (ax, color) for method, color in zip(methods, COLORS, strict=False)}
+    rows = -(-len(methods) // 4)
+    fig, axes = figure(rows, 4, size=(11.0, 1.9 * rows + 0.6), sharex=True, sharey=True)
+    for ax in axes.ravel()[len(methods) :]:
+        ax.remove()
+    return fig, {m: (ax, COLORS[0]) for m, ax in zip(methods, axes.ravel(), strict=False)}
+
+
+def _finish(fig: Any, places: Mapping[str, tuple[Any, str]], ylabel: str, title: str) -> None:
+    panels = {id(ax): ax for ax, _ in places.values()}
+    for method, (ax, _) in places.items():
+        _thousands(ax)
+        ax.set_xlim(left=0)
+        ax.set_ylabel(ylabel)
+        if len(panels) > 1:
+            ax.set_title(method.replace("_", " "), fontsize=9)
+            ax.label_outer()
+            ax.set(xlabel="", ylabel="")
+    if len(panels) > 1:
+        fig.suptitle(title, fontsize=10)
+        fig.supxlabel("training examples seen", fontsize=9)
+        fig.supylabel(ylabel, fontsize=9)
+    else:
+        fig.axes[0].set_title(title, fontsize=10)
+        fig.legend(loc="outside right upper", frameon=False, fontsize=8)
 
 
 def _cycle():
@@ -104,29 +136,30 @@ def _cycle():
 
 
 def losses(fits: Mapping[tuple[str, int], Any], title: str = "", num_points: int = 120) -> Any:
-    """Training loss against examples: mean over the seeds, and their range.
+    """Training loss against examples: mean over the seeds, and their range; a panel each of many.
 
     Args:
       fits: {(method, seed): FitResult}.
       title: Title of the figure.
       num_points: Points of a curve; each is the mean of the steps around it.
     """
-    fig, ax = figure()
     smallest = min(float(np.sum(fit.steps("batch_size"))) for fit in fits.values())
     edges = np.linspace(0, smallest, num_points + 1)
-    for color, (method, group) in zip(_cycle(), _methods(fits).items(), strict=False):
-        curves = np.array([_binned(fit, edges) for fit in group])
-        centre = (edges[:-1] + edges[1:]) / 2
+    centre = (edges[:-1] + edges[1:]) / 2
+    groups = _methods(fits)
+    curves = {k: np.array([_binned(fit, edges) for fit in group]) for k, group in groups.items()}
+    fig, places = _places(groups)
+    for method, mine in curves.items():
+        ax, color = places[method]
+        if len(groups) > len(COLORS):
+            for other in curves.values():
+                ax.plot(centre, other.mean(0), color="#cccccc", linewidth=0.6)
         style = {"linestyle": (0, (4, 2))} if method.startswith("constant") else {}
-        ax.plot(centre, curves.mean(0), color=color, label=method, linewidth=1.5, **style)
-        if len(group) > 1:
-            ax.fill_between(centre, curves.min(0), curves.max(0), color=color, alpha=0.13, lw=0)
-    ax.set_yscale("log")
-    ax.set_ylabel("training loss")
-    _thousands(ax)
-    ax.set_xlim(left=0)
-    ax.set_title(title, fontsize=10)
-    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
+        ax.plot(centre, mine.mean(0), color=color, label=method, linewidth=1.5, **style)
+        if len(mine) > 1:
+            ax.fill_between(centre, mine.min(0), mine.max(0), color=color, alpha=0.13, lw=0)
+        ax.set_yscale("log")
+    _finish(fig, places, "training loss", title)
     return fig
 
 
