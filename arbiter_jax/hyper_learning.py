@@ -356,19 +356,19 @@ def arbiter(
         # Computed out here, where it is one with the step that the caller takes: old parameters and
         # updates kept alive for later would both have to be copied.
         new_params = optax.apply_updates(cast("optax.Params", params), updates)
-
-        def learn(state):
-            if objective is None:
-                return hyper_step(state, new_params, agent_inputs, extra_args, jnp.array(True))
+        usable = jnp.array(True)
+        if objective is not None:
             in_force = extra_args.get("batch_size")
             in_force = state.batch_size if in_force is None else jnp.asarray(in_force, jnp.int32)
             in_force = jnp.clip(in_force, low, high)
-            statistics, usable = objective.update(
-                state.statistics, updates, params, in_force, extra_args
-            )
+            look = lambda old: objective.update(old, updates, params, in_force, extra_args)
+            if hyper_every == 1:
+                statistics, usable = look(state.statistics)
+            else:  # a few scalars
+                idle = lambda old: (old, jnp.array(True))
+                statistics, usable = jax.lax.cond(state.signals_due, look, idle, state.statistics)
             state = state._replace(statistics=statistics)
-            return hyper_step(state, new_params, agent_inputs, extra_args, usable)
-
+        learn = lambda state: hyper_step(state, new_params, agent_inputs, extra_args, usable)
         if hyper_every == 1:
             state = learn(state)
         else:

@@ -48,6 +48,7 @@ from arbiter_jax.gradients import (
 )
 
 VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
+NOISE_SIGNALS = frozenset({"grad_stats", "gradient_noise", "update_noise"})
 
 
 class Data(NamedTuple):
@@ -283,9 +284,26 @@ def _with_extra_args(
 
 
 def _pick_gradient_fn(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
-    if needed & {"grad_stats", "gradient_noise", "update_noise"}:
+    if needed & NOISE_SIGNALS:
         return value_grad_and_stats(loss_fn, sampled=True)
     return masked_value_and_grad(loss_fn, sampled=True)
+
+
+def _only_when_due(full: GradientFn, loss_fn: Any, due: jax.Array) -> GradientFn:
+    """The statistics of the gradient where they are due, and zeros in their place where not."""
+    plain = masked_value_and_grad(loss_fn, sampled=True)
+
+    def gradient_fn(*args):
+        shapes = jax.eval_shape(full, *args)
+        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+        def idle(args):
+            stats, noise = zeros((shapes.grad_stats, shapes.gradient_noise))
+            return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
+
+        return jax.lax.cond(due, lambda args: full(*args), idle, args)
+
+    return gradient_fn
 
 
 @functools.partial(
@@ -380,6 +398,7 @@ def run_window(
                 "got None."
             )
         num_rows(data.validation)
+    given = gradient_fn is not None
     if gradient_fn is None:
         gradient_fn = _pick_gradient_fn(loss_fn, needed)
     rules = find_rules(state.opt_state)
@@ -405,8 +424,15 @@ def run_window(
         state = state._replace(validation_sampler=sampler)
         if "step_seconds" in needed:
             signals["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
+        due = _signals_due(state.opt_state, NOISE_SIGNALS)
+        always = given or due is None
         state, gradient = inner_step(
-            state, batch, mask, gradient_fn=gradient_fn, tx=tx, signals=signals
+            state,
+            batch,
+            mask,
+            gradient_fn=gradient_fn if always else _only_when_due(gradient_fn, loss_fn, due),
+            tx=tx,
+            signals=signals,
         )
         info = StepInfo(
             gradient.value, jnp.sum(mask, dtype=jnp.int32), logged_fields(state.opt_state)
@@ -448,7 +474,7 @@ def _validation_signals(
         batch = peek(sampler, validation, jnp.arange(total, dtype=jnp.int32))
         return advance(sampler, used, num_rows(validation)), batch
 
-    due = _signals_due(state.opt_state)
+    due = _signals_due(state.opt_state, VALIDATION_SIGNALS)
     if due is None:
         sampler, batch = draw(sampler)
     else:
@@ -466,17 +492,17 @@ def _validation_signals(
     return sampler, signals
 
 
-def _signals_due(opt_state: PyTree) -> jax.Array | None:
-    """Whether any rule looks at the validation examples of the next step; None where always.
+def _signals_due(opt_state: PyTree, signals: frozenset[str]) -> jax.Array | None:
+    """Whether any rule looks at any of some signals at the next step; None where always, or never.
 
     A state that does so now and then tells in a field `signals_due`, bool[].
     """
     due = [
         getattr(node, "signals_due", None)
         for node in nodes(opt_state)
-        if VALIDATION_SIGNALS & set(getattr(node, "requires", ()))
+        if signals & set(getattr(node, "requires", ()))
     ]
-    if any(flag is None for flag in due):
+    if not due or any(flag is None for flag in due):
         return None
     return functools.reduce(jnp.logical_or, due)
 

@@ -113,9 +113,9 @@ def noise_rule(
         if every == 1:
             new = look(state)
         else:
-            # A loop of no or one turn: a condition would copy what its idle branch passes through.
-            turns = state.signals_due.astype(jnp.int32)
-            new = jax.lax.fori_loop(0, turns, lambda _, state: look(state), state)
+            # The state is a few scalars; parameters and noise only go in. Not a loop of one turn,
+            # which XLA would relieve of everything that its state has no part in.
+            new = jax.lax.cond(state.signals_due, look, lambda state: state, state)
         num_steps = optax.safe_increment(state.num_steps)
         new = new._replace(
             window_steps=window_steps(num_steps, new.batch_size),

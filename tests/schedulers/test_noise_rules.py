@@ -379,6 +379,26 @@ def test_bad_arguments_are_named(make, options, message):
 # In the engine
 
 
+def test_statistics_that_are_not_due_are_not_computed_and_not_missed():
+    """Every tenth step in the engine: the same training, and no step is skipped."""
+    inputs = jax.random.normal(jax.random.PRNGKey(0), (64, 2))
+    results = []
+    for every in (1, 10):
+        rule = schedulers.expected_gain(
+            quadratic_loss, every=every, min_batch_size=8, max_batch_size=8
+        )
+        tx = optax.chain(optax.sgd(0.1), rule)
+        data = aj.Data(inputs, inputs)
+        results.append(
+            aj.fit(quadratic_loss, jnp.ones(2), tx, data, num_examples=320, window=40).state
+        )
+    chex.assert_trees_all_close(results[0].params, results[1].params, rtol=1e-5)
+    for state, looks in zip(results, (40, 20 + 2), strict=True):
+        weight = float(state.opt_state[1].statistics.weight)
+        assert weight == pytest.approx(1 - 0.9**looks, rel=1e-5)
+        assert int(state.opt_state[1].num_skipped) == 0
+
+
 def test_adam_and_gradients_that_are_always_zero_in_the_engine():
     """No derivative of a square root at zero: the response to no noise is none."""
     tx = optax.chain(optax.adam(1e-2), schedulers.noise_floor(num_examples=2000, persistence=10.0))
