@@ -156,8 +156,8 @@ class Block(NamedTuple):
     """The batches of one window, drawn by the host, in the place of the data they come from."""
 
     batches: PyTree  # leaves [T, bucket_size, ...], rows as `block_rows` lays them out
-    batch_size: jax.typing.ArrayLike  # shape=(), dtype=int32, real examples of each step
-    num_steps: jax.typing.ArrayLike  # shape=(), dtype=int32, steps that there are batches for
+    batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples of each step
+    num_steps: jax.Array | np.integer  # shape=(), dtype=int32, steps that there are batches for
 
 
 def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -> np.ndarray:
