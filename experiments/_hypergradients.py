@@ -129,7 +129,7 @@ def measure(
     """For each kind: means and variances of h over the sizes, and what they follow.
 
     Few examples have large gradients, which makes h heavy-tailed where B is small: there are more
-    draws of the smaller sizes, up to 16 times `num_draws` of the largest.
+    draws of the smaller sizes, up to 8 times `num_draws`, which is that of the largest.
 
     Returns:
       {kind: {"means", "variances": float[len(sizes)], "slope": of log variance in log B}}.
@@ -139,7 +139,7 @@ def measure(
     )
     means, variances = [], []
     for size in sizes:
-        draws = num_draws * min(16, max(1, max(sizes) // size))
+        draws = num_draws * min(8, max(1, max(sizes) // size))
         h = np.asarray(sample(size=size, num_draws=draws, look_ahead=look_ahead), float)
         means.append(h.mean(1))
         variances.append(h.var(1, ddof=1))

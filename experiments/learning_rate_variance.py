@@ -38,7 +38,7 @@ class Config:
     model: str = "mlp"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)  # at which the variance is measured
-    num_draws: int = 500  # at the largest size; more at smaller ones
+    num_draws: int = 400  # at the largest size; more at smaller ones
     look_ahead: int = 5
     measured_rates: tuple[float, ...] = (0.01, 0.05)
     pretraining_epochs: float = 5.0  # up to the fixed point
