@@ -12,7 +12,8 @@ fewer the epochs, the further the rate runs on in three of them: it grows by 10^
 `--network plain --weight-decay 0 --epochs 60` shows it fail.
 Command: python -m experiments.autowu_large_batch [--dataset fashion_mnist]
 Time: see README.md.
-Expected: within half a point of the best tuned baseline at every batch size, or the table says so.
+Expected: on digits within half a point of the best tuned baseline at every batch size. Without weight
+decay, on the plain network and in 60 epochs, LAMB at batch 1,024 ends at 11% against 96%.
 """
 
 from __future__ import annotations
