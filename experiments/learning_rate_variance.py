@@ -232,6 +232,28 @@ def _plot_fixed_point(config: Config, axes, groups) -> None:
     axes[1].set_yscale("symlog", linthresh=2.0)
 
 
+def _plot_trajectories(config: Config, windows, path: Path) -> None:
+    """Rate and variance of h: each seed's windows averaged in 30 bins, then over the seeds."""
+    fig, axes = plotting.figure(1, 2, size=(10.0, 4.0))
+    edges = np.linspace(0, 1 + max(w["num_examples"] for w in windows), 31)
+    groups = _runner.by(windows, "method").items()
+    for color, (name, group) in zip(plotting.COLORS, groups, strict=False):
+        at = np.digitize([w["num_examples"] for w in group], edges) - 1
+        for ax, field in zip(axes, ("learning_rate", "variance_h"), strict=True):
+            value = np.array([w[field] for w in group], float)
+            bins = [
+                (np.median if ax is axes[1] else np.mean)(value[at == i]) for i in np.unique(at)
+            ]
+            ax.plot(edges[1 + np.unique(at)], bins, color=color, lw=1.4, label=name)
+    axes[0].set(ylabel="learning rate: mean over seeds", ylim=(0, None))
+    axes[1].set(ylabel=f"variance of h in {config.window} steps: median", yscale="log")
+    for ax in axes:
+        ax.set_xlabel("training examples seen")
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    fig.savefig(path)
+
+
 def plot(results: _runner.Results, output: Path) -> None:
     config, fits = results.extra["config"], results.extra["fits"]
     rates = config.measured_rates
@@ -246,20 +268,7 @@ def plot(results: _runner.Results, output: Path) -> None:
     axes[1, 0].set_ylabel(f"mean of h, relative to B = {config.sizes[-1]}")
     fig.savefig(output / "variance.png")
 
-    fig, axes = plotting.figure(1, 2, size=(10.0, 4.0))
-    names = list(dict.fromkeys(name for name, _ in fits))
-    for color, name in zip(plotting.COLORS, names, strict=False):
-        for i, seed in enumerate(config.seeds):
-            fit = fits[name, seed]
-            seen, label = np.cumsum(fit.steps("batch_size")), None if i else name
-            axes[0].semilogy(seen, fit.steps("learning_rate"), color=color, lw=0.9, label=label)
-        group = [w for w in results.windows if w["method"] == name]
-        seen, variance = np.transpose([(w["num_examples"], w["variance_h"]) for w in group])
-        axes[1].loglog(seen, variance, ".", color=color, ms=3, alpha=0.7)
-    axes[0].set(xlabel="training examples seen", ylabel="learning rate", ylim=(1e-3, 1))
-    axes[1].set(xlabel="training examples seen", ylabel=f"variance of h in {config.window} steps")
-    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
-    fig.savefig(output / "learning_rates.png")
+    _plot_trajectories(config, results.windows, output / "learning_rates.png")
     limits = (config.min_batch_size, config.max_batch_size)
     hd = {key: fit for key, fit in fits.items() if key[0].startswith("HD")}
     plotting.batch_sizes(hd, limits, title=config.dataset).savefig(output / "batch_sizes.png")
