@@ -6,9 +6,10 @@ it are tuned at every batch size: a grid of rates, run with the first seed, chos
 accuracy. The test split decides nothing. Images of 28 x 28 are halved to 14 x 14, for time.
 
 As published, the network has batch normalisation, the optimizers decay the weights by .1, and a run
-has 100 epochs or more. AutoWU needs all three: its warm-up goes on until the loss has risen for three
-epochs, at rates that blow weights up which nothing scales back, and leaves them as they are. The
-fewer the epochs, the further the rate runs on in three of them: it grows by 10^(10 / epochs) in each.
+has 100 epochs or more. AutoWU's warm-up goes on until the loss has risen for three epochs, at rates
+that blow up weights which nothing scales back, and leaves them as they are. The fewer the epochs, the
+further the rate runs on in three of them: it grows by 10^(10 / epochs) in each. On the validation
+split of digits it was the weight decay that LAMB needed, and the batch normalisation that AdamP did.
 `--network plain --weight-decay 0 --epochs 60` shows it fail.
 Command: python -m experiments.autowu_large_batch [--dataset fashion_mnist]
 Time: see README.md.
