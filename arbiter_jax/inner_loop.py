@@ -31,24 +31,24 @@ from arbiter_jax.base import (
 from arbiter_jax.batching import (
     Block,
     SamplerState,
-    advance,
     check_block,
     init_sampler,
     num_rows,
-    peek,
     sample_batch,
     take_batch,
 )
 from arbiter_jax.bucketing import next_bucket
-from arbiter_jax.gradients import (
-    Gradient,
-    GradientFn,
-    masked_value_and_grad,
-    value_grad_and_stats,
+from arbiter_jax.gradients import Gradient, GradientFn
+from arbiter_jax.signals import (
+    NOISE_SIGNALS,
+    VALIDATION_SIGNALS,
+    meta_batch_sizes,
+    only_when_due,
+    pick_gradient_fn,
+    signals_due,
+    update_noise,
+    validation_signals,
 )
-
-VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
-NOISE_SIGNALS = frozenset({"grad_stats", "gradient_noise", "update_noise"})
 
 
 class Data(NamedTuple):
@@ -146,7 +146,7 @@ def window_sizes(opt_state: PyTree, max_batch_size: int | None = None) -> tuple[
     """
     get_batch_size(opt_state)  # says what is wrong where there is not exactly one rule
     (rule,) = find_rules(opt_state)
-    sizes = [rule.batch_size, *_meta_batch_sizes(rule)]
+    sizes = [rule.batch_size, *meta_batch_sizes(rule)]
     sizes = [int(size.max()) for size in jax.device_get(sizes)]
     if max_batch_size is not None:
         sizes = [min(size, max_batch_size) for size in sizes]
@@ -239,41 +239,6 @@ def inner_step(
     return state, gradient
 
 
-def update_noise(
-    tx: optax.GradientTransformationExtraArgs,
-    grads: PyTree,
-    opt_state: PyTree,
-    params: PyTree,
-    *,
-    gradient_noise: PyTree,
-    **signals: Any,
-) -> PyTree:
-    """The linear response of the updates to the noise of the gradient, du = d(update) . xi.
-
-    Args:
-      tx: A differentiable optax chain.
-      grads: Gradient of the batch.
-      opt_state: State of tx.
-      params: Parameters.
-      gradient_noise: xi, like grads: half the difference of the gradients of two halves.
-      **signals: The other extra arguments of ``tx.update``, without `update_noise`.
-
-    Returns:
-      du, like grads. For plain SGD it is ``-learning_rate * gradient_noise``.
-    """
-    zeros = jax.tree.map(jnp.zeros_like, grads)
-    signals |= {"gradient_noise": gradient_noise, "update_noise": zeros}
-
-    def updates_of(grads):
-        return tx.update(grads, opt_state, params, **signals)[0]
-
-    response = jax.jvp(updates_of, (grads,), (gradient_noise,))[1]
-    # Adam's square root has no derivative at 0. Where there was never a gradient, there is no noise.
-    return jax.tree.map(
-        lambda du, xi: jnp.where((xi == 0) & jnp.isnan(du), 0, du), response, gradient_noise
-    )
-
-
 def _with_extra_args(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
@@ -281,29 +246,6 @@ def _with_extra_args(
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
-
-
-def _pick_gradient_fn(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
-    if needed & NOISE_SIGNALS:
-        return value_grad_and_stats(loss_fn, sampled=True)
-    return masked_value_and_grad(loss_fn, sampled=True)
-
-
-def _only_when_due(full: GradientFn, loss_fn: Any, due: jax.Array) -> GradientFn:
-    """The statistics of the gradient where they are due, and zeros in their place where not."""
-    plain = masked_value_and_grad(loss_fn, sampled=True)
-
-    def gradient_fn(*args):
-        shapes = jax.eval_shape(full, *args)
-        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-        def idle(args):
-            stats, noise = zeros((shapes.grad_stats, shapes.gradient_noise))
-            return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
-
-        return jax.lax.cond(due, lambda args: full(*args), idle, args)
-
-    return gradient_fn
 
 
 @functools.partial(
@@ -400,7 +342,7 @@ def run_window(
         num_rows(data.validation)
     given = gradient_fn is not None
     if gradient_fn is None:
-        gradient_fn = _pick_gradient_fn(loss_fn, needed)
+        gradient_fn = pick_gradient_fn(loss_fn, needed)
     rules = find_rules(state.opt_state)
     batch_size = get_batch_size(state.opt_state) if rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
@@ -418,19 +360,24 @@ def run_window(
             step_key = jax.random.fold_in(state.key, state.num_steps)
             batch_key = jax.random.fold_in(step_key, 2**32 - 1)
             batch = transform_batch(batch_key, batch)
-        sampler, signals = _validation_signals(
-            state, data.validation, needed, bucket_size, num_agent_inputs
+        sampler, signals = validation_signals(
+            state.validation_sampler,
+            state.opt_state,
+            data.validation,
+            needed,
+            bucket_size,
+            num_agent_inputs,
         )
         state = state._replace(validation_sampler=sampler)
         if "step_seconds" in needed:
             signals["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
-        due = _signals_due(state.opt_state, NOISE_SIGNALS)
+        due = signals_due(state.opt_state, NOISE_SIGNALS)
         always = given or due is None
         state, gradient = inner_step(
             state,
             batch,
             mask,
-            gradient_fn=gradient_fn if always else _only_when_due(gradient_fn, loss_fn, due),
+            gradient_fn=gradient_fn if always else only_when_due(gradient_fn, loss_fn, due),
             tx=tx,
             signals=signals,
         )
@@ -447,66 +394,3 @@ def run_window(
         return jax.lax.cond(t < num_steps, step, lambda state, t: (state, idle), state, t)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
-
-
-def _validation_signals(
-    state: TrainState,
-    validation: PyTree,
-    needed: frozenset[str],
-    bucket_size: int,
-    num_agent_inputs: int,
-) -> tuple[SamplerState, dict[str, Any]]:
-    """Fresh validation examples for the rules that ask, and where the sampler stands after them."""
-    sampler, signals = state.validation_sampler, {}
-    wanted = {"agent_inputs": num_agent_inputs, "meta_batch": bucket_size}
-    num_rows_of = {name: n for name, n in wanted.items() if name in needed}
-    if not num_rows_of:
-        return sampler, signals
-    total = sum(num_rows_of.values())
-    # Only the examples that a rule looks at count as used.
-    sizes = _meta_batch_sizes(state.opt_state)
-    used = num_rows_of.get("agent_inputs", 0)
-    if "meta_batch" in needed:
-        used = used + (jnp.minimum(sizes[0], bucket_size) if sizes else bucket_size)
-
-    def draw(sampler):
-        # One draw for both: a step is short enough for the number of its operations to count.
-        batch = peek(sampler, validation, jnp.arange(total, dtype=jnp.int32))
-        return advance(sampler, used, num_rows(validation)), batch
-
-    due = _signals_due(state.opt_state, VALIDATION_SIGNALS)
-    if due is None:
-        sampler, batch = draw(sampler)
-    else:
-        shapes = jax.eval_shape(draw, sampler)[1]
-        idle = lambda sampler: (
-            sampler,
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-        )
-        sampler, batch = jax.lax.cond(due, draw, idle, sampler)
-    if "agent_inputs" in needed:
-        inputs = batch[0] if isinstance(batch, tuple) else batch
-        signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
-    if "meta_batch" in needed:
-        signals["meta_batch"] = jax.tree.map(lambda x: x[total - bucket_size :], batch)
-    return sampler, signals
-
-
-def _signals_due(opt_state: PyTree, signals: frozenset[str]) -> jax.Array | None:
-    """Whether any rule looks at any of some signals at the next step; None where always, or never.
-
-    A state that does so now and then tells in a field `signals_due`, bool[].
-    """
-    due = [
-        getattr(node, "signals_due", None)
-        for node in nodes(opt_state)
-        if signals & set(getattr(node, "requires", ()))
-    ]
-    if not due or any(flag is None for flag in due):
-        return None
-    return functools.reduce(jnp.logical_or, due)
-
-
-def _meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:
-    """How many validation examples the rules in a state look at, also inside of a wrapper."""
-    return [node.meta_batch_size for node in nodes(opt_state) if hasattr(node, "meta_batch_size")]

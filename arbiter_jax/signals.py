@@ -1,0 +1,143 @@
+"""The signals that rules ask for beside the loss: validation examples, and what noise does.
+
+Each is computed only where a state in the chain asks for it, and at the steps at which it is due.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax.base import PyTree, nodes
+from arbiter_jax.batching import SamplerState, advance, num_rows, peek
+from arbiter_jax.gradients import GradientFn, masked_value_and_grad, value_grad_and_stats
+
+VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
+NOISE_SIGNALS = frozenset({"grad_stats", "gradient_noise", "update_noise"})
+
+
+def update_noise(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    *,
+    gradient_noise: PyTree,
+    **signals: Any,
+) -> PyTree:
+    """The linear response of the updates to the noise of the gradient, du = d(update) . xi.
+
+    Args:
+      tx: A differentiable optax chain.
+      grads: Gradient of the batch.
+      opt_state: State of tx.
+      params: Parameters.
+      gradient_noise: xi, like grads: half the difference of the gradients of two halves.
+      **signals: The other extra arguments of ``tx.update``, without `update_noise`.
+
+    Returns:
+      du, like grads. For plain SGD it is ``-learning_rate * gradient_noise``.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    signals |= {"gradient_noise": gradient_noise, "update_noise": zeros}
+
+    def updates_of(grads):
+        return tx.update(grads, opt_state, params, **signals)[0]
+
+    response = jax.jvp(updates_of, (grads,), (gradient_noise,))[1]
+    # Adam's square root has no derivative at 0. Where there was never a gradient, there is no noise.
+    return jax.tree.map(
+        lambda du, xi: jnp.where((xi == 0) & jnp.isnan(du), 0, du), response, gradient_noise
+    )
+
+
+def pick_gradient_fn(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
+    """The gradient of a loss, with its statistics where a rule asks for them."""
+    if needed & NOISE_SIGNALS:
+        return value_grad_and_stats(loss_fn, sampled=True)
+    return masked_value_and_grad(loss_fn, sampled=True)
+
+
+def only_when_due(full: GradientFn, loss_fn: Any, due: jax.Array) -> GradientFn:
+    """The statistics of the gradient where they are due, and zeros in their place where not."""
+    plain = masked_value_and_grad(loss_fn, sampled=True)
+
+    def gradient_fn(*args):
+        shapes = jax.eval_shape(full, *args)
+        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+        def idle(args):
+            stats, noise = zeros((shapes.grad_stats, shapes.gradient_noise))
+            return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
+
+        return jax.lax.cond(due, lambda args: full(*args), idle, args)
+
+    return gradient_fn
+
+
+def validation_signals(
+    sampler: SamplerState,
+    opt_state: PyTree,
+    validation: PyTree,
+    needed: frozenset[str],
+    bucket_size: int,
+    num_agent_inputs: int,
+) -> tuple[SamplerState, dict[str, Any]]:
+    """Fresh validation examples for the rules that ask, and where the sampler stands after them."""
+    signals: dict[str, Any] = {}
+    wanted = {"agent_inputs": num_agent_inputs, "meta_batch": bucket_size}
+    num_rows_of = {name: n for name, n in wanted.items() if name in needed}
+    if not num_rows_of:
+        return sampler, signals
+    total = sum(num_rows_of.values())
+    # Only the examples that a rule looks at count as used.
+    sizes = meta_batch_sizes(opt_state)
+    used = num_rows_of.get("agent_inputs", 0)
+    if "meta_batch" in needed:
+        used = used + (jnp.minimum(sizes[0], bucket_size) if sizes else bucket_size)
+
+    def draw(sampler):
+        # One draw for both: a step is short enough for the number of its operations to count.
+        batch = peek(sampler, validation, jnp.arange(total, dtype=jnp.int32))
+        return advance(sampler, used, num_rows(validation)), batch
+
+    due = signals_due(opt_state, VALIDATION_SIGNALS)
+    if due is None:
+        sampler, batch = draw(sampler)
+    else:
+        shapes = jax.eval_shape(draw, sampler)[1]
+        idle = lambda sampler: (
+            sampler,
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        )
+        sampler, batch = jax.lax.cond(due, draw, idle, sampler)
+    if "agent_inputs" in needed:
+        inputs = batch[0] if isinstance(batch, tuple) else batch
+        signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
+    if "meta_batch" in needed:
+        signals["meta_batch"] = jax.tree.map(lambda x: x[total - bucket_size :], batch)
+    return sampler, signals
+
+
+def signals_due(opt_state: PyTree, signals: frozenset[str]) -> jax.Array | None:
+    """Whether any rule looks at any of some signals at the next step; None where always, or never.
+
+    A state that does so now and then tells in a field `signals_due`, bool[].
+    """
+    due = [
+        getattr(node, "signals_due", None)
+        for node in nodes(opt_state)
+        if signals & set(getattr(node, "requires", ()))
+    ]
+    if not due or any(flag is None for flag in due):
+        return None
+    return functools.reduce(jnp.logical_or, due)
+
+
+def meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:
+    """How many validation examples the rules in a state look at, also inside of a wrapper."""
+    return [node.meta_batch_size for node in nodes(opt_state) if hasattr(node, "meta_batch_size")]
