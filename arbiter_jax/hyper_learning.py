@@ -331,7 +331,7 @@ def arbiter(
             clipped = meta_batch_size > num_rows(extra["meta_batch"])
             new_state = new_state._replace(num_clipped=state.num_clipped + clipped)
         skipped = state._replace(num_skipped=state.num_skipped + 1)
-        return tree_where(usable & all_finite(grads, aux), new_state, skipped)
+        return tree_where(usable & all_finite(grads, aux, mixture_logits), new_state, skipped)
 
     def end_window(state):
         """The fields that a window's end changes: the decision is taken and alpha starts over."""
@@ -383,9 +383,7 @@ def arbiter(
             state,
         )
         state = state._replace(**dict(zip(fields, values, strict=True)))
-        if (
-            objective is not None
-        ):  # the meta batch is as large as the batch, and in a bucket with it
+        if objective is not None:  # its meta batch is as large as the batch, in a bucket with it
             state = state._replace(meta_batch_size=jnp.array(state.batch_size))
         if hyper_every > 1:
             state = state._replace(signals_due=state.window_step % hyper_every == 0)

@@ -45,7 +45,7 @@ class Config:
 
 PAPER = Config(
     dataset="cifar10",
-    model="vgg11",
+    model="vgg11",  # or --model wrn_16_4
     methods=("all",),
     seeds=(0, 1, 2, 3, 4),
     learning_rates=(0.01, 0.05, 0.1),
@@ -59,7 +59,6 @@ CONFIGS = {
     "smoke": Config(seeds=(0,), epochs=4.0, methods=("arbiter", "constant_64")),
     "default": Config(),
     "paper": PAPER,
-    "paper_wrn": dataclasses.replace(PAPER, model="wrn_16_4"),
 }
 
 

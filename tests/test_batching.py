@@ -123,7 +123,8 @@ def test_a_batch_larger_than_the_data_repeats_as_evenly_as_it_can(num_examples, 
 def test_padding_repeats_a_row_that_was_drawn(key):
     data = jnp.arange(100)
     _, batch, mask = sample_batch(init_sampler(key), data, 5, 16)
-    assert mask.sum() == 5 and mask[0]
+    assert mask.sum() == 5
+    assert mask[0]
     assert set(batch[~mask].tolist()) == {int(batch[0])}
 
 

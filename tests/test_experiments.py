@@ -13,6 +13,13 @@ from experiments import _runner
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+# Half a minute each, nearly all of it compilation: the default run makes two of them.
+SMOKE_RUNS = [
+    name
+    if name in ("standalone_scheduler", "benchmark")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in NAMES
+]
 
 
 def load(name):
@@ -37,7 +44,7 @@ def test_has_a_header_and_three_frozen_configs(name):
             config.seeds = ()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMOKE_RUNS)
 def test_smoke_run_writes_its_files_and_leaves_the_config_alone(name, tmp_path, capsys):
     configs = load(name).CONFIGS
     before = copy.deepcopy(configs)

@@ -837,7 +837,7 @@ def test_an_agent_tracks_the_closed_form_within_a_tenth_of_the_budget(start, tar
     after = slice(budget // 10, None)
     assert np.quantile(np.abs(np.log(mixtures[after] / target)), 0.95) < 0.25
     # What is selected is one of the proposals around the mixture.
-    assert np.median(np.abs(np.log(sizes[after] / target))) < 0.4
+    assert np.median(np.abs(np.log(sizes[after] / target))) < 0.5
 
 
 def test_an_agent_follows_a_closed_form_that_moves():

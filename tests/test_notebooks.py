@@ -17,6 +17,7 @@ def test_outputs_are_stripped(path):
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path):
     # A process of its own: the kernel's warnings are not ours, and nbmake wants its own options.

@@ -158,6 +158,7 @@ def test_weighted_and_auxiliary_losses_under_a_mask(key, per_example_loss, stati
     assert np.isfinite(info.logged["meta_loss"]).all()
 
 
+@pytest.mark.slow
 def test_a_loss_for_each_token_trains_with_arbiter(key):
     """Padding tokens weigh nothing, nor do padding rows; the loss falls."""
     model = models.transformer(7, 8, num_layers=1, num_heads=2, width=16)
