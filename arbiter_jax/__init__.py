@@ -1,14 +1,15 @@
 """Batch sizes that adapt while a network trains, as optax transformations."""
 
 from arbiter_jax import datasets, learning_rate, metrics, models, plotting, progress, schedulers
+from arbiter_jax._arbiter_state import ArbiterState, anchor_batch_size
 from arbiter_jax._version import __version__
 from arbiter_jax.agent import Agent, conv_agent, mlp_agent, warm_up
 from arbiter_jax.base import GradStats, StepInfo, WeightedLoss, get_batch_size
 from arbiter_jax.batching import init_sampler, sample_batch
-from arbiter_jax.bucketing import all_buckets, next_bucket
+from arbiter_jax.bucketing import all_buckets, next_bucket, window_sizes
 from arbiter_jax.gradients import gradient_stats
-from arbiter_jax.hyper_learning import ArbiterState, anchor_batch_size, arbiter
-from arbiter_jax.inner_loop import Data, TrainState, init_state, run_window, window_sizes
+from arbiter_jax.hyper_learning import arbiter
+from arbiter_jax.inner_loop import Data, TrainState, init_state, run_window
 from arbiter_jax.learning_rate import (
     adam_hd,
     adamp,

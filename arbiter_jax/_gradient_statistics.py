@@ -22,7 +22,7 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
 
     def leaf(x, y):
         dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
-        return jnp.vdot(x.astype(dtype), y.astype(dtype))
+        return jnp.vdot(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), start=jnp.zeros(()))
 
@@ -72,52 +72,36 @@ def stats_from_pieces(
 
 
 def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
-    total = jnp.sum(sizes)
-    share = sizes / total
-    batch_sq_norm = share @ gram @ share
-    count = jnp.sum(sizes > 0)
-
-    def unbiased(weighted_squares, square_of_mean):
-        # Never negative but for rounding, where all pieces agree.
-        spread = jnp.maximum(jnp.sum(weighted_squares) - total * square_of_mean, 0)
-        return jnp.where(count > 1, spread / jnp.maximum(count - 1, 1), jnp.nan)
-
-    variance_trace = unbiased(sizes * jnp.diagonal(gram), batch_sq_norm)
-    # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.
-    inner_product_variance = unbiased(sizes * (gram @ share) ** 2, batch_sq_norm**2)
+    """The same from the inner products of the pieces, float[k, k]."""
+    share = sizes / jnp.sum(sizes)
     half = jnp.arange(sizes.shape[0]) < sizes.shape[0] // 2
     first, second = jnp.where(half, sizes, 0), jnp.where(half, 0, sizes)
-    cosine = (first @ gram @ second) / jnp.sqrt((first @ gram @ first) * (second @ gram @ second))
-    return GradStats(
-        mean_sq_norm=batch_sq_norm - variance_trace / total,
-        variance_trace=variance_trace,
-        num_examples=total,
-        batch_sq_norm=batch_sq_norm,
-        half_cosine=jnp.where(count > 1, cosine, jnp.nan),
-        inner_product_variance=inner_product_variance,
-    )
+    products = first @ gram @ first, first @ gram @ second, second @ gram @ second
+    return _estimates(jnp.diagonal(gram), gram @ share, sizes, share @ gram @ share, *products)
 
 
 def stats_from_norms(norms, inner, sizes, mean, first_sum) -> GradStats:
-    """Statistics from |g_i|^2, g_i . gbar, gbar, and the sum of b_i g_i over the first half.
-
-    The same estimators as for pieces: each example is a piece of size b_i, 1 without weights.
-    """
-    sizes = sizes.astype(norms.dtype)
-    total, count = jnp.sum(sizes), jnp.sum(sizes > 0)
-    batch_sq_norm = dot(mean, mean)
-    unbias = lambda s: jnp.where(count > 1, jnp.maximum(s, 0) / jnp.maximum(count - 1, 1), jnp.nan)
-    variance_trace = unbias(jnp.sum(sizes * norms) - total * batch_sq_norm)
-    spread = inner - batch_sq_norm
+    """The same from |g_j|^2, g_j . gbar, gbar, and the sum of b_j g_j over the first half."""
+    total = jnp.sum(sizes)
     second_sum = jax.tree.map(lambda m, f: m * total.astype(m.dtype) - f, mean, first_sum)
-    cosine = dot(first_sum, second_sum) / jnp.sqrt(
-        dot(first_sum, first_sum) * dot(second_sum, second_sum)
-    )
+    halves = (first_sum, first_sum), (first_sum, second_sum), (second_sum, second_sum)
+    products = [dot(a, b) for a, b in halves]
+    return _estimates(norms, inner, sizes.astype(norms.dtype), dot(mean, mean), *products)
+
+
+def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> GradStats:
+    """From |g_j|^2, g_j . gbar, b_j, |gbar|^2, and the products of the sums of the two halves."""
+    total, count = jnp.sum(sizes), jnp.sum(sizes > 0)
+    known = lambda x: jnp.where(count > 1, x, jnp.nan)
+    # Never negative but for rounding, where all pieces agree.
+    unbiased = lambda spread: known(jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1))
+    variance_trace = unbiased(jnp.sum(sizes * norms) - total * batch_sq_norm)
     return GradStats(
         mean_sq_norm=batch_sq_norm - variance_trace / total,
         variance_trace=variance_trace,
         num_examples=total,
         batch_sq_norm=batch_sq_norm,
-        half_cosine=jnp.where(count > 1, cosine, jnp.nan),
-        inner_product_variance=unbias(jnp.sum(sizes * spread**2)),
+        half_cosine=known(across / jnp.sqrt(first * second)),
+        # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.
+        inner_product_variance=unbiased(jnp.sum(sizes * (inner - batch_sq_norm) ** 2)),
     )

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.base import PyTree, all_finite, tree_where
+from arbiter_jax._gradient_statistics import dot
+from arbiter_jax.base import PyTree, all_finite, running_mean, tree_where
 from arbiter_jax.batching import masked_mean, num_rows
 
 Persistence = Any  # a number >= 1, or an optax.GradientTransformation
@@ -60,14 +61,6 @@ class FloorState(NamedTuple):
     held_batch_size: jax.Array  # shape=(), dtype=float, what is held, before it grows; 0: unknown
 
     logged = ("noise", "recent_loss", "older_loss", "held_batch_size")
-
-
-def inner(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves, in the default float type."""
-    products = jax.tree.map(
-        lambda x, y: jnp.vdot(jnp.asarray(x, float), jnp.asarray(y, float)), a, b
-    )
-    return sum(jax.tree.leaves(products), start=jnp.zeros((), float))
 
 
 def impulse_response(tx: optax.GradientTransformation, num_steps: int = 1000) -> float:
@@ -138,13 +131,10 @@ def gain_objective(
         progress, noise_cost = gain_and_noise_cost(
             loss_fn, params, updates, batch_size, signals, persistence=k
         )
-        weight = decay * state.weight + (1 - decay)
-        rate = (1 - decay) / weight
-        new = state._replace(
-            progress=(1 - rate) * state.progress + rate * progress,
-            noise_cost=(1 - rate) * state.noise_cost + rate * noise_cost,
-            weight=weight,
+        means, weight = running_mean(
+            (state.progress, state.noise_cost), state.weight, (progress, noise_cost), decay
         )
+        new = GainState(*means, weight)
         # 0 and 0: gradients without size, which say nothing about any batch size.
         usable = ((progress != 0) | (noise_cost != 0)) & all_finite(new)
         return tree_where(usable, new, state), usable
@@ -209,8 +199,8 @@ def gain_and_noise_cost(
     gradient, bent = push(updates)
     _, noise_bent = push(signals["update_noise"])
     b = batch_size.astype(float)
-    q = 0.5 * persistence**2 * b * inner(signals["update_noise"], noise_bent)  # Eq. 3
-    progress = -inner(gradient, updates) - 0.5 * inner(updates, bent)  # Eq. 2
+    q = 0.5 * persistence**2 * b * dot(signals["update_noise"], noise_bent)  # Eq. 3
+    progress = -dot(gradient, updates) - 0.5 * dot(updates, bent)  # Eq. 2
     return progress + q / b, q  # Eq. 4
 
 
@@ -250,7 +240,7 @@ def floor_objective(
     def update(state, updates, params, batch_size, signals):
         del params
         value = jnp.asarray(signals["value"], float)
-        response = -inner(signals["gradient_noise"], signals["update_noise"])
+        response = -dot(signals["gradient_noise"], signals["update_noise"])
         seen = signals.get("num_examples")
         seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
         t = state.num_steps.astype(float) + 1
@@ -268,7 +258,7 @@ def floor_objective(
         keep = jnp.isnan(size) | (settled if budget is not None else False)
         new = new._replace(held_batch_size=jnp.where(keep, state.held_batch_size, size))
         # No noise in an update that is none: gradients without size say nothing.
-        usable = ((response != 0) | (inner(updates, updates) > 0)) & all_finite(new)
+        usable = ((response != 0) | (dot(updates, updates) > 0)) & all_finite(new)
         return tree_where(usable, new, state), usable
 
     def size_of_floor(state):

@@ -168,6 +168,38 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
     return rules[0].batch_size
 
 
+def meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:
+    """How many validation examples the rules in a state look at, also inside of a wrapper."""
+    return [node.meta_batch_size for node in nodes(opt_state) if hasattr(node, "meta_batch_size")]
+
+
+def size_in_force(batch_size: Any, state: Any) -> jax.Array:
+    """The size of the batch that this step saw.
+
+    A decision may be applied late (at the next window) or never (under `shadow`), so the size comes
+    from the caller; only a loop that does not say is taken to apply every decision at once.
+    """
+    return state.batch_size if batch_size is None else jnp.asarray(batch_size).astype(jnp.int32)
+
+
+def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tuple[Any, jax.Array]:
+    """One step of an exponential average that is corrected for its start at any time.
+
+    Args:
+      mean: Averages so far, a pytree of scalars.
+      weight: Sum of the weights so far, 1 - decay^t after t samples.
+      sample: The new samples, a pytree like `mean`.
+      decay: Weight of the past, in [0, 1).
+
+    Returns:
+      The new averages and the new weight.
+    """
+    weight = decay * weight + (1 - decay)
+    rate = (1 - decay) / weight
+    # A convex combination, not `mean + rate * (sample - mean)`: it cannot overflow.
+    return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
+
+
 def all_finite(*trees: PyTree) -> jax.Array:
     """Whether every number of every inexact leaf is finite, as bool[]."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]

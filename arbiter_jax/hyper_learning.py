@@ -17,53 +17,19 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._arbiter_state import (
+    ALPHA_SCALE,
+    ArbiterState,
+    ExpectedGainArbiterState,
+    NoiseFloorArbiterState,
+    fresh_mixture,
+)
 from arbiter_jax._noise_statistics import NoiseObjective
 from arbiter_jax._response import ResponseLoss, call_response_loss
 from arbiter_jax.agent import Agent, mix, sorted_proposals
-from arbiter_jax.base import PyTree, all_finite, require, tree_where
+from arbiter_jax.base import PyTree, all_finite, require, size_in_force, tree_where
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
 from arbiter_jax.reparameterization import to_batch_size, to_logit
-
-ALPHA_SCALE = 1e-6  # the standard deviation of fresh mixture logits
-
-
-class ArbiterState(NamedTuple):
-    """State of :func:`arbiter`: arrays only; ``state._replace(...)`` sets one."""
-
-    agent_params: PyTree  # phi
-    mixture_logits: jax.Array  # shape=(N,), dtype=float, alpha
-    response_weights: jax.Array  # shape=(num_features,), dtype=float, m
-    agent_opt_state: PyTree  # of phi and m
-    mixture_opt_state: PyTree  # of alpha
-    proposals: jax.Array  # shape=(N,), dtype=float, sorted logits of the last hyper-step
-    mixture_weights: jax.Array  # shape=(N,), dtype=float, softmax(alpha) after the last hyper-step
-    mixture: jax.Array  # shape=(), dtype=float, s
-    offset: jax.Array  # shape=(), dtype=float, added to every proposal
-    anchor_batch_size: jax.Array  # shape=(), dtype=int32, anchor here at the next hyper-step; 0: no
-    batch_size: jax.Array  # shape=(), dtype=int32, in examples
-    meta_batch_size: jax.Array  # shape=(), dtype=int32, B_s, in examples
-    meta_loss: jax.Array  # shape=(), dtype=float, F
-    window_step: jax.Array  # shape=(), dtype=int32, updates since the window began
-    signals_due: jax.Array | None  # shape=(), dtype=bool, next is a hyper-step; None: always is
-    num_clipped: jax.Array  # shape=(), dtype=int32, hyper-steps with B_s larger than the meta batch
-    num_skipped: jax.Array  # shape=(), dtype=int32, hyper-steps skipped for a non-finite number
-    key: jax.Array  # shape=(2,), dtype=uint32
-    statistics: PyTree = None  # what the objective has measured, where one is given
-
-    requires = ("agent_inputs", "meta_batch")
-    logged = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
-
-
-class NoiseFloorArbiterState(ArbiterState):
-    """State of :func:`arbiter` with the noise floor for an objective; no validation labels."""
-
-    requires = ("agent_inputs", "value", "gradient_noise", "update_noise")
-
-
-class ExpectedGainArbiterState(ArbiterState):
-    """State of :func:`arbiter` with expected gain for an objective."""
-
-    requires = ("agent_inputs", "meta_batch", "update_noise")
 
 
 class _Learnable(NamedTuple):
@@ -340,7 +306,7 @@ def arbiter(
         batch_size = jnp.where(
             state.anchor_batch_size > 0, state.batch_size, to_batch_size(chosen, low, high)
         )
-        key, mixture_logits = _fresh_mixture(state.key, state.mixture_logits)
+        key, mixture_logits = fresh_mixture(state.key, state.mixture_logits)
         fresh = mixture_optimizer.init(mixture_logits)
         fresh = jax.tree.map(lambda x, old: x.astype(old.dtype), fresh, state.mixture_opt_state)
         return batch_size, mixture_logits, fresh, jnp.zeros_like(state.window_step), key
@@ -358,9 +324,7 @@ def arbiter(
         new_params = optax.apply_updates(cast("optax.Params", params), updates)
         usable = jnp.array(True)
         if objective is not None:
-            in_force = extra_args.get("batch_size")
-            in_force = state.batch_size if in_force is None else jnp.asarray(in_force, jnp.int32)
-            in_force = jnp.clip(in_force, low, high)
+            in_force = jnp.clip(size_in_force(extra_args.get("batch_size"), state), low, high)
             look = lambda old: objective.update(old, updates, params, in_force, extra_args)
             if hyper_every == 1:
                 statistics, usable = look(state.statistics)
@@ -392,13 +356,6 @@ def arbiter(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _fresh_mixture(key: jax.Array, mixture_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A new key, and mixture logits drawn anew."""
-    key, alpha_key = jax.random.split(key)
-    noise = jax.random.normal(alpha_key, mixture_logits.shape, mixture_logits.dtype)
-    return key, ALPHA_SCALE * noise
-
-
 def _do_if(condition: jax.Array, fn: Callable[[Any], Any], state: Any) -> Any:
     """``lax.cond(condition, fn, identity, state)`` that updates the state in place.
 
@@ -410,52 +367,3 @@ def _do_if(condition: jax.Array, fn: Callable[[Any], Any], state: Any) -> Any:
 
 def _is_key(seed: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(seed), jax.dtypes.prng_key)
-
-
-def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
-    """Anchors every Arbiter in an optimizer state anew, at the milestone of a schedule, say.
-
-    The batch size in force becomes `batch_size`, the mixture stands at its logit from the next
-    hyper-step on, alpha and its window start over. What the agent has learnt stays.
-
-    Args:
-      opt_state: State of a chain with :func:`arbiter` (``anchor="offset"``) in it.
-      batch_size: int32[], in examples, within the range of that arbiter.
-
-    Returns:
-      The new optimizer state.
-
-    Raises:
-      ValueError: If there is no Arbiter in the state.
-
-    >>> import arbiter_jax as aj
-    >>> tx = aj.arbiter(aj.mlp_agent((3,)), lambda *args: None, num_features=3)
-    >>> int(aj.get_batch_size(aj.anchor_batch_size(tx.init(None), 128)))
-    128
-    """
-    found = []
-
-    def set_anchor(node):
-        if not isinstance(node, ArbiterState):
-            return node
-        found.append(node)
-        # Shapes stay as they are, also those of a state that was vmapped over seeds.
-        size = jnp.broadcast_to(jnp.asarray(batch_size, jnp.int32), node.batch_size.shape)
-        fresh = jnp.vectorize(_fresh_mixture, signature="(k),(n)->(k),(n)")
-        key, mixture_logits = fresh(node.key, node.mixture_logits)
-        return node._replace(
-            batch_size=size,
-            meta_batch_size=size,
-            anchor_batch_size=size,
-            mixture_logits=mixture_logits,
-            window_step=jnp.zeros_like(node.window_step),
-            signals_due=jax.tree.map(jnp.ones_like, node.signals_due),
-            key=key,
-        )
-
-    new_state = jax.tree.map(
-        set_anchor, opt_state, is_leaf=lambda node: isinstance(node, ArbiterState)
-    )
-    if not found:
-        raise ValueError("opt_state must hold the state of an aj.arbiter, found none.")
-    return new_state

@@ -25,7 +25,6 @@ from arbiter_jax.base import (
     find_rules,
     get_batch_size,
     logged_fields,
-    nodes,
     required_signals,
 )
 from arbiter_jax.batching import (
@@ -37,12 +36,10 @@ from arbiter_jax.batching import (
     sample_batch,
     take_batch,
 )
-from arbiter_jax.bucketing import next_bucket
 from arbiter_jax.gradients import Gradient, GradientFn
 from arbiter_jax.signals import (
     NOISE_SIGNALS,
     VALIDATION_SIGNALS,
-    meta_batch_sizes,
     only_when_due,
     pick_gradient_fn,
     signals_due,
@@ -123,57 +120,6 @@ def init_state(
 def copy_state(state: TrainState) -> TrainState:
     """A state in buffers of its own: donating one copy leaves the other as it is."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
-
-
-def window_sizes(opt_state: PyTree, max_batch_size: int | None = None) -> tuple[int, int]:
-    """Reads the decision: the batch size and the bucket of the next window. Host side.
-
-    One bucket serves the training batch and the meta batch of a window: that of the larger one.
-
-    Args:
-      opt_state: State of a chain with exactly one batch-size rule.
-      max_batch_size: Optional upper limit on both.
-
-    Returns:
-      (batch_size, bucket_size), two ints.
-
-    Raises:
-      ValueError: If the state holds no rule, or more than one.
-
-    >>> import arbiter_jax as aj
-    >>> window_sizes(aj.schedulers.constant(48).init(None))
-    (48, 64)
-    """
-    get_batch_size(opt_state)  # says what is wrong where there is not exactly one rule
-    (rule,) = find_rules(opt_state)
-    sizes = [rule.batch_size, *meta_batch_sizes(rule)]
-    sizes = [int(size.max()) for size in jax.device_get(sizes)]
-    if max_batch_size is not None:
-        sizes = [min(size, max_batch_size) for size in sizes]
-    return sizes[0], next_bucket(max(sizes))
-
-
-def decision_steps(opt_state: PyTree, window: int) -> int:
-    """How many steps the next window should have: fewer than `window` where a rule asks. Host side.
-
-    A state asks with a field `window_steps`, int32[]: apply my decision after so many steps at most.
-    A shorter window runs in the same program.
-
-    Args:
-      opt_state: State of a chain.
-      window: T, int >= 1.
-
-    Returns:
-      int in [1, window].
-
-    >>> import arbiter_jax as aj
-    >>> rule = aj.schedulers.noise_floor(num_examples=10**6)
-    >>> decision_steps(rule.init(None), 20), decision_steps(None, 20)
-    (5, 20)
-    """
-    rules = [node for rule in find_rules(opt_state) for node in nodes(rule)]
-    asked = [node.window_steps for node in rules if hasattr(node, "window_steps")]
-    return min([window, *(max(1, int(steps.min())) for steps in jax.device_get(asked))])
 
 
 def inner_step(
@@ -340,9 +286,7 @@ def run_window(
                 "got None."
             )
         num_rows(data.validation)
-    given = gradient_fn is not None
-    if gradient_fn is None:
-        gradient_fn = pick_gradient_fn(loss_fn, needed)
+    given, full = gradient_fn, gradient_fn or pick_gradient_fn(loss_fn, needed)
     rules = find_rules(state.opt_state)
     batch_size = get_batch_size(state.opt_state) if rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
@@ -371,13 +315,12 @@ def run_window(
         state = state._replace(validation_sampler=sampler)
         if "step_seconds" in needed:
             signals["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
-        due = signals_due(state.opt_state, NOISE_SIGNALS)
-        always = given or due is None
+        due = None if given else signals_due(state.opt_state, NOISE_SIGNALS)
         state, gradient = inner_step(
             state,
             batch,
             mask,
-            gradient_fn=gradient_fn if always else only_when_due(gradient_fn, loss_fn, due),
+            gradient_fn=full if due is None else only_when_due(full, loss_fn, due),
             tx=tx,
             signals=signals,
         )

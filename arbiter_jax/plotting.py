@@ -112,21 +112,20 @@ def _places(methods: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[Any, str]]
 
 
 def _finish(fig: Any, places: Mapping[str, tuple[Any, str]], ylabel: str, title: str) -> None:
-    panels = {id(ax): ax for ax, _ in places.values()}
+    many = len(fig.axes) > 1
     for method, (ax, _) in places.items():
         _thousands(ax)
         ax.set_xlim(left=0)
-        ax.set_ylabel(ylabel)
-        if len(panels) > 1:
-            ax.set_title(method.replace("_", " "), fontsize=9)
-            ax.label_outer()
+        if many:
             ax.set(xlabel="", ylabel="")
-    if len(panels) > 1:
+            ax.set_title(method.replace("_", " "), fontsize=9)
+    if many:
         fig.suptitle(title, fontsize=10)
         fig.supxlabel("training examples seen", fontsize=9)
         fig.supylabel(ylabel, fontsize=9)
     else:
         fig.axes[0].set_title(title, fontsize=10)
+        fig.axes[0].set_ylabel(ylabel)
         fig.legend(loc="outside right upper", frameon=False, fontsize=8)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax.base import PyTree, nodes
+from arbiter_jax.base import PyTree, meta_batch_sizes, nodes
 from arbiter_jax.batching import SamplerState, advance, num_rows, peek
 from arbiter_jax.gradients import GradientFn, masked_value_and_grad, value_grad_and_stats
 
@@ -136,8 +136,3 @@ def signals_due(opt_state: PyTree, signals: frozenset[str]) -> jax.Array | None:
     if not due or any(flag is None for flag in due):
         return None
     return functools.reduce(jnp.logical_or, due)
-
-
-def meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:
-    """How many validation examples the rules in a state look at, also inside of a wrapper."""
-    return [node.meta_batch_size for node in nodes(opt_state) if hasattr(node, "meta_batch_size")]

@@ -18,16 +18,15 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax.base import LossFn, PyTree, StepInfo
 from arbiter_jax.batching import Block, num_rows
+from arbiter_jax.bucketing import decision_steps, window_sizes
 from arbiter_jax.compilation import count_compilations
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.inner_loop import (
     Data,
     TrainState,
     copy_state,
-    decision_steps,
     init_state,
     run_window,
-    window_sizes,
 )
 
 

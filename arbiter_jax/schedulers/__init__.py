@@ -21,7 +21,7 @@ from arbiter_jax.schedulers._cabs import CABSState, cabs
 from arbiter_jax.schedulers._dive_batch import DiveBatchState, dive_batch
 from arbiter_jax.schedulers._expected_gain import ExpectedGainState, expected_gain
 from arbiter_jax.schedulers._fixed import ConstantState, ScheduleState, constant, from_schedule
-from arbiter_jax.schedulers._goodput import GoodputState, StepTimes, goodput
+from arbiter_jax.schedulers._goodput import GoodputState, goodput
 from arbiter_jax.schedulers._noise_floor import NoiseFloorState, noise_floor
 from arbiter_jax.schedulers._noise_rule import MeasuredCost
 from arbiter_jax.schedulers._noise_scale import GradientNoiseScaleState, gradient_noise_scale
@@ -33,6 +33,7 @@ from arbiter_jax.schedulers._norm_test import (
 )
 from arbiter_jax.schedulers._simigrad import SimigradState, simigrad
 from arbiter_jax.schedulers._smith import smith, smith_learning_rate
+from arbiter_jax.schedulers._step_times import StepTimes
 from arbiter_jax.schedulers._wrappers import (
     HysteresisState,
     ShadowState,

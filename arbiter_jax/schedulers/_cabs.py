@@ -108,7 +108,7 @@ def cabs(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         num_examples = grad_stats.num_examples
         xi = grad_stats.variance_trace * (num_examples - 1) / num_examples
-        (variance, loss), weight = _rule.running_mean(
+        (variance, loss), weight = base.running_mean(
             (state.gradient_variance, state.loss), state.weight, (xi, jnp.asarray(value)), decay
         )
         size = rate * _rule.ratio(variance, loss)

@@ -129,7 +129,7 @@ def dive_batch(
         sq_norm_sum = state.sq_norm_sum + sq_norm
         num_examples = state.num_examples + size
         diversity = _rule.ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
-        in_force = jnp.clip(_rule.size_in_force(batch_size, state), low, high)
+        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
         # An epoch of zero gradients has no diversity, and leaves the size as it is.
         wanted = jnp.where(jnp.isnan(diversity), in_force, delta * size_of_epoch * diversity)
         decision = _rule.to_size(wanted, in_force, high, jnp.floor)

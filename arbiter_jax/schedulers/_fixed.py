@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _validate, base
 from arbiter_jax.base import require
 from arbiter_jax.schedulers import _rule
 
@@ -156,7 +156,7 @@ def from_schedule(
         if of == "progress":
             require("from_schedule", "aj.run_window and aj.fit supply it.", progress=progress)
             return jnp.floor(progress).astype(jnp.int32)
-        step = _rule.counter(1) if of == "num_steps" else _rule.size_in_force(batch_size, state)
+        step = _rule.counter(1) if of == "num_steps" else base.size_in_force(batch_size, state)
         return jnp.minimum(state.count, LARGEST_COUNT - step) + step
 
     def update_fn(updates, state, params=None, *, batch_size=None, progress=None, **extra_args):

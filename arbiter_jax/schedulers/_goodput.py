@@ -14,25 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate, base
-from arbiter_jax.schedulers import _rule
-
-_TIME_DECAY = 0.9  # Weight of the past from one measured time to the next.
-_LEAST_SPREAD = 1e-6  # Of the measured sizes, relative: below it no slope can be fitted.
-
-
-class StepTimes(NamedTuple):
-    """A running regression of seconds on the batch size, inside :class:`GoodputState`."""
-
-    size: jax.Array  # shape=(), dtype=float, mean size
-    seconds: jax.Array  # shape=(), dtype=float, mean time of a step
-    size_variance: jax.Array  # shape=(), dtype=float
-    covariance: jax.Array  # shape=(), dtype=float, of size and seconds
-    weight: jax.Array  # shape=(), dtype=float, 0 before the first measurement
-    largest: jax.Array  # shape=(), dtype=int32, largest size measured
-    last_seconds: jax.Array  # shape=(), dtype=float, last finite time given, 0 before
-    last_batch_size: jax.Array  # shape=(), dtype=int32, size in force at the last step
-    num_steps: jax.Array  # shape=(), dtype=int32, steps since the last measurement
-    interval: jax.Array  # shape=(), dtype=int32, steps between two measurements, 0 if unknown
+from arbiter_jax.schedulers import _rule, _step_times
+from arbiter_jax.schedulers._step_times import StepTimes
 
 
 class GoodputState(NamedTuple):
@@ -127,18 +110,7 @@ def goodput(
             variance_trace=_rule.scalar(),
             mean_sq_norm=_rule.scalar(),
             weight=_rule.scalar(),
-            times=StepTimes(
-                size=_rule.scalar(),
-                seconds=_rule.scalar(),
-                size_variance=_rule.scalar(),
-                covariance=_rule.scalar(),
-                weight=_rule.scalar(),
-                largest=_rule.counter(),
-                last_seconds=_rule.scalar(),
-                last_batch_size=_rule.counter(start),
-                num_steps=_rule.counter(),
-                interval=_rule.counter(),
-            ),
+            times=_step_times.init(start),
             num_skipped=_rule.counter(),
         )
 
@@ -157,17 +129,17 @@ def goodput(
         base.require(
             "goodput", "It is the time of a step, nan if unknown.", step_seconds=step_seconds
         )
-        in_force = jnp.clip(_rule.size_in_force(batch_size, state), low, high)
-        timed = state._replace(times=_measure(state.times, step_seconds, in_force))
+        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
+        timed = state._replace(times=_step_times.measure(state.times, step_seconds, in_force))
 
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
-        (variance, signal), weight = _rule.running_mean(
+        (variance, signal), weight = base.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )
         signal_left = jnp.maximum(signal, 0)
 
         def goodput_of(b):
-            seconds = _seconds(timed.times, b)
+            seconds = _step_times.seconds_of(timed.times, b)
             # (phi + B_0) / (phi + b), multiplied out so that phi may be infinite.
             return b / seconds * (variance + start * signal_left) / (variance + b * signal_left)
 
@@ -197,41 +169,3 @@ def _candidates(candidates: Sequence[int] | None, low: int, high: int) -> tuple[
     if not sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
     return sizes
-
-
-def _measure(times: StepTimes, step_seconds: jax.Array, in_force: jax.Array) -> StepTimes:
-    """Takes in a measured time, once, for the size that was in force while it was measured.
-
-    The same time is given at every step of a window, of the window before. A new window shows in a
-    new time or a new size; or, where both happen to be as before, in the number of steps.
-    """
-    seconds = jnp.asarray(step_seconds, times.seconds.dtype)
-    valid = jnp.isfinite(seconds) & (seconds > 0)
-    changed = (seconds != times.last_seconds) | (in_force != times.last_batch_size)
-    repeated = (times.interval > 0) & (times.num_steps >= times.interval)
-    weight = _TIME_DECAY * times.weight + 1 / seconds**2  # relative errors count alike
-    rate = 1 / (seconds**2 * weight)
-    size = times.last_batch_size.astype(seconds.dtype)
-    off_size, off_seconds = size - times.size, seconds - times.seconds
-    measured = times._replace(
-        size=times.size + rate * off_size,
-        seconds=times.seconds + rate * off_seconds,
-        size_variance=(1 - rate) * (times.size_variance + rate * off_size**2),
-        covariance=(1 - rate) * (times.covariance + rate * off_size * off_seconds),
-        weight=weight,
-        largest=jnp.maximum(times.largest, times.last_batch_size),
-        last_seconds=seconds,
-        num_steps=jnp.zeros_like(times.num_steps),
-        interval=jnp.where(changed, times.num_steps, times.interval),
-    )
-    usable = valid & (changed | repeated) & base.all_finite(measured)
-    times = base.tree_where(usable, measured, times)
-    return times._replace(last_batch_size=in_force, num_steps=optax.safe_increment(times.num_steps))
-
-
-def _seconds(times: StepTimes, size: jax.Array) -> jax.Array:
-    """t_0 + t_1 b of the fit, with t_0, t_1 >= 0."""
-    enough = times.size_variance > _LEAST_SPREAD * times.size**2
-    slope = jnp.where(enough, times.covariance / times.size_variance, 0)
-    slope = jnp.clip(slope, 0, times.seconds / times.size)
-    return times.seconds + slope * (size - times.size)

@@ -11,7 +11,7 @@ import optax
 
 from arbiter_jax import _validate, base
 from arbiter_jax._noise_statistics import NoiseObjective
-from arbiter_jax.schedulers import _goodput, _rule
+from arbiter_jax.schedulers import _rule, _step_times
 
 SHORT_WINDOW = 5  # steps, at the start
 SHORT_WINDOWS = 40  # steps in windows as short as that
@@ -27,7 +27,7 @@ _HOW = {
 class MeasuredCost(NamedTuple):
     """The running fit of the time of a step against its size, inside of a rule's state."""
 
-    times: _goodput.StepTimes
+    times: _step_times.StepTimes
     requires = ("step_seconds",)
 
 
@@ -83,7 +83,7 @@ def noise_rule(
             batch_size=_rule.counter(start),
             window_steps=window_steps(_rule.counter(), _rule.counter(start)),
             statistics=objective.init(),
-            step_cost=None if fixed_cost is not None else MeasuredCost(_no_times(start)),
+            step_cost=None if fixed_cost is not None else MeasuredCost(_step_times.init(start)),
             num_steps=_rule.counter(),
             num_skipped=_rule.counter(),
             **({} if every == 1 else {"signals_due": jnp.array(True)}),
@@ -93,11 +93,11 @@ def noise_rule(
         for name in (*objective.signals, *(() if fixed_cost is not None else ("step_seconds",))):
             how = _HOW.get(name, "The engine supplies it.")
             base.require(rule, how, **{name: extra_args.get(name)})
-        in_force = jnp.clip(_rule.size_in_force(batch_size, state), low, high)
+        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
         timed, cost = state.step_cost, fixed_cost
         if timed is not None:
-            times = _goodput._measure(timed.times, extra_args["step_seconds"], in_force)
-            timed, cost = MeasuredCost(times), _cost_of(times)
+            times = _step_times.measure(timed.times, extra_args["step_seconds"], in_force)
+            timed, cost = MeasuredCost(times), _step_times.step_cost(times)
 
         def look(state):
             statistics, usable = objective.update(
@@ -137,22 +137,3 @@ def _limited(
     now = in_force.astype(size.dtype)
     size = jnp.clip(size, jnp.floor(now / max_change), jnp.ceil(now * max_change))
     return _rule.to_size(size, low, high)
-
-
-def _no_times(start: int) -> _goodput.StepTimes:
-    counts = {"largest": 0, "last_batch_size": start, "num_steps": 0, "interval": 0}
-    fields = _goodput.StepTimes._fields
-    return _goodput.StepTimes(
-        *(_rule.counter(counts[f]) if f in counts else _rule.scalar() for f in fields)
-    )
-
-
-def _cost_of(times: _goodput.StepTimes) -> jax.Array:
-    """t_0 / t_1 of the fit, in examples; 0 until two sizes have been measured."""
-    fixed = _goodput._seconds(times, jnp.zeros_like(times.seconds))
-    size = jnp.where(times.size > 0, times.size, 1)
-    each = (times.seconds - fixed) / size
-    known = (times.weight > 0) & (times.size_variance > 0)
-    # A slope of nothing: as many examples as one likes for the price of a step.
-    each = jnp.maximum(each, 1e-6 * times.seconds / size)
-    return jnp.where(known, fixed / jnp.where(known, each, 1), 0)

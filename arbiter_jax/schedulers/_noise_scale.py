@@ -96,7 +96,7 @@ def gradient_noise_scale(
         del params, extra_args
         base.require("gradient_noise_scale", _rule.GRAD_STATS, grad_stats=grad_stats)
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
-        (variance, signal), weight = _rule.running_mean(
+        (variance, signal), weight = base.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )
         size = scale * _rule.ratio(variance, signal)

@@ -194,14 +194,14 @@ def _growing_test(
         del params, extra_args
         base.require(name, _rule.GRAD_STATS, grad_stats=grad_stats)
         sample = read(grad_stats)
-        (numerator, denominator), weight = _rule.running_mean(
+        (numerator, denominator), weight = base.running_mean(
             (state.numerator, state.denominator), state.weight, sample, decay
         )
         needed = _rule.ratio(numerator, denominator) / tolerance**2
         # Where the test passes, what it needs is no more than the size in force, which then stays.
         # Compared with that size and not with the last decision: a decision that was never applied
         # would otherwise ratchet up on noise.
-        in_force = jnp.clip(_rule.size_in_force(batch_size, state), low, high)
+        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
         new = state._replace(
             batch_size=_rule.to_size(needed, in_force, high, jnp.ceil),
             numerator=numerator,

@@ -1,4 +1,4 @@
-"""What every rule shares: the size in force, running means, rounding into the range, skipping."""
+"""What every rule shares: beyond measure or not, rounding into the range, skipping."""
 
 from __future__ import annotations
 
@@ -25,33 +25,6 @@ def scalar() -> jax.Array:
 def counter(value: int = 0) -> jax.Array:
     """An int32 scalar: a size or a count."""
     return jnp.asarray(value, jnp.int32)
-
-
-def size_in_force(batch_size: Any, state: Any) -> jax.Array:
-    """The size of the batch that this step saw.
-
-    A decision may be applied late (at the next window) or never (under `shadow`), so the size comes
-    from the caller; only a loop that does not say is taken to apply every decision at once.
-    """
-    return state.batch_size if batch_size is None else jnp.asarray(batch_size).astype(jnp.int32)
-
-
-def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tuple[Any, jax.Array]:
-    """One step of an exponential average that is corrected for its start at any time.
-
-    Args:
-      mean: Averages so far, a pytree of scalars.
-      weight: Sum of the weights so far, 1 - decay^t after t samples.
-      sample: The new samples, a pytree like `mean`.
-      decay: Weight of the past, in [0, 1).
-
-    Returns:
-      The new averages and the new weight.
-    """
-    weight = decay * weight + (1 - decay)
-    rate = (1 - decay) / weight
-    # A convex combination, not `mean + rate * (sample - mean)`: it cannot overflow.
-    return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

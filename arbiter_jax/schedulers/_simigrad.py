@@ -108,7 +108,7 @@ def simigrad(
         cosine = grad_stats.half_cosine
         count = state.count + 1
         similarity = state.similarity + (cosine - state.similarity) / count
-        in_force = _rule.size_in_force(batch_size, state)
+        in_force = base.size_in_force(batch_size, state)
         # Rounded away from the size in force, or small sizes could never move.
         grown = _rule.to_size(in_force * factor, low, high, jnp.ceil)
         shrunk = _rule.to_size(in_force / factor, low, high, jnp.floor)

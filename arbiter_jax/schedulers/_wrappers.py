@@ -99,7 +99,7 @@ def hysteresis(
         )
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
-        in_force = _rule.size_in_force(batch_size, state)
+        in_force = base.size_in_force(batch_size, state)
         updates, inner_state = inner.update(
             updates, state.rule, params, batch_size=in_force, **extra_args
         )

@@ -9,7 +9,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import schedulers
-from arbiter_jax.schedulers import _goodput
+from arbiter_jax.schedulers import _goodput, _step_times
 
 NOISE_SCALE = 80.0
 STATS = aj.GradStats(*jnp.array([0.5, 0.5 * NOISE_SCALE, 32.0, 1.75, 0.2, 3.0]))
@@ -54,7 +54,7 @@ def test_finds_the_best_size_of_a_known_machine(fixed, each):
     # Within the gain of 1.05 that a switch must bring.
     assert value(sizes[-1]) * 1.05 >= value(expected)
     assert sizes[-1] == sizes[-2]
-    assert float(_goodput._seconds(state.times, jnp.float32(300.0))) == pytest.approx(
+    assert float(_step_times.seconds_of(state.times, jnp.float32(300.0))) == pytest.approx(
         seconds_of(300.0), rel=1e-3
     )
 
@@ -133,7 +133,7 @@ def test_the_fit_is_weighted_least_squares():
     weights = 0.9 ** np.arange(12)[::-1] / seconds**2
     slope, intercept = np.polyfit(sizes, seconds, 1, w=np.sqrt(weights))
     for size in (8.0, 512.0):
-        fitted = float(_goodput._seconds(state.times, jnp.float32(size)))
+        fitted = float(_step_times.seconds_of(state.times, jnp.float32(size)))
         assert fitted == pytest.approx(intercept + slope * size, rel=1e-3)
 
 
@@ -146,7 +146,7 @@ def test_times_of_the_fit_are_never_negative(low_time, high_time):
         _, state = rule.update(
             None, state, grad_stats=STATS, step_seconds=jnp.float32(seconds), batch_size=size
         )
-    at = lambda size: float(_goodput._seconds(state.times, jnp.float32(size)))
+    at = lambda size: float(_step_times.seconds_of(state.times, jnp.float32(size)))
     assert 0 <= at(0.0) <= at(1.0) <= at(512.0)
     assert at(512.0) > 0
 

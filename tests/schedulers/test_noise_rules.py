@@ -13,7 +13,8 @@ import pytest
 import arbiter_jax as aj
 from arbiter_jax import _noise_statistics as statistics
 from arbiter_jax import schedulers
-from arbiter_jax.inner_loop import decision_steps
+from arbiter_jax.bucketing import decision_steps
+from arbiter_jax.schedulers._step_times import step_cost
 
 LIMITS = {"min_batch_size": 2, "max_batch_size": 4096}
 PACE, CURVE = 0.12, 30.0  # F = 3 - .12 log t, and xi . du = -30 / B
@@ -171,9 +172,7 @@ def test_the_cost_of_a_step_is_measured(make):
             signals |= {"gradient_noise": jnp.ones(2), "update_noise": -0.1 * jnp.ones(2)}
             state = update(state, signals)[1]
         seconds = jnp.float32(1e-3 * (200 + size))  # 200 examples' worth a step
-    from arbiter_jax.schedulers._noise_rule import _cost_of
-
-    assert float(_cost_of(state.step_cost.times)) == pytest.approx(200, rel=0.02)
+    assert float(step_cost(state.step_cost.times)) == pytest.approx(200, rel=0.02)
 
 
 # The horizon

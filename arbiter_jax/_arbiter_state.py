@@ -1,0 +1,108 @@
+"""The state of Arbiter, and what may be set in it from outside of a chain."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.typing
+
+from arbiter_jax.base import PyTree
+
+ALPHA_SCALE = 1e-6  # the standard deviation of fresh mixture logits
+
+
+class ArbiterState(NamedTuple):
+    """State of :func:`arbiter`: arrays only; ``state._replace(...)`` sets one."""
+
+    agent_params: PyTree  # phi
+    mixture_logits: jax.Array  # shape=(N,), dtype=float, alpha
+    response_weights: jax.Array  # shape=(num_features,), dtype=float, m
+    agent_opt_state: PyTree  # of phi and m
+    mixture_opt_state: PyTree  # of alpha
+    proposals: jax.Array  # shape=(N,), dtype=float, sorted logits of the last hyper-step
+    mixture_weights: jax.Array  # shape=(N,), dtype=float, softmax(alpha) after the last hyper-step
+    mixture: jax.Array  # shape=(), dtype=float, s
+    offset: jax.Array  # shape=(), dtype=float, added to every proposal
+    anchor_batch_size: jax.Array  # shape=(), dtype=int32, anchor here at the next hyper-step; 0: no
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    meta_batch_size: jax.Array  # shape=(), dtype=int32, B_s, in examples
+    meta_loss: jax.Array  # shape=(), dtype=float, F
+    window_step: jax.Array  # shape=(), dtype=int32, updates since the window began
+    signals_due: jax.Array | None  # shape=(), dtype=bool, next is a hyper-step; None: always is
+    num_clipped: jax.Array  # shape=(), dtype=int32, hyper-steps with B_s larger than the meta batch
+    num_skipped: jax.Array  # shape=(), dtype=int32, hyper-steps skipped for a non-finite number
+    key: jax.Array  # shape=(2,), dtype=uint32
+    statistics: PyTree = None  # what the objective has measured, where one is given
+
+    requires = ("agent_inputs", "meta_batch")
+    logged = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
+
+
+class NoiseFloorArbiterState(ArbiterState):
+    """State of :func:`arbiter` with the noise floor for an objective; no validation labels."""
+
+    requires = ("agent_inputs", "value", "gradient_noise", "update_noise")
+
+
+class ExpectedGainArbiterState(ArbiterState):
+    """State of :func:`arbiter` with expected gain for an objective."""
+
+    requires = ("agent_inputs", "meta_batch", "update_noise")
+
+
+def fresh_mixture(key: jax.Array, mixture_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A new key, and mixture logits drawn anew."""
+    key, alpha_key = jax.random.split(key)
+    noise = jax.random.normal(alpha_key, mixture_logits.shape, mixture_logits.dtype)
+    return key, ALPHA_SCALE * noise
+
+
+def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
+    """Anchors every Arbiter in an optimizer state anew, at the milestone of a schedule, say.
+
+    The batch size in force becomes `batch_size`, the mixture stands at its logit from the next
+    hyper-step on, alpha and its window start over. What the agent has learnt stays.
+
+    Args:
+      opt_state: State of a chain with :func:`arbiter` (``anchor="offset"``) in it.
+      batch_size: int32[], in examples, within the range of that arbiter.
+
+    Returns:
+      The new optimizer state.
+
+    Raises:
+      ValueError: If there is no Arbiter in the state.
+
+    >>> import arbiter_jax as aj
+    >>> tx = aj.arbiter(aj.mlp_agent((3,)), lambda *args: None, num_features=3)
+    >>> int(aj.get_batch_size(aj.anchor_batch_size(tx.init(None), 128)))
+    128
+    """
+    found = []
+
+    def set_anchor(node):
+        if not isinstance(node, ArbiterState):
+            return node
+        found.append(node)
+        # Shapes stay as they are, also those of a state that was vmapped over seeds.
+        size = jnp.broadcast_to(jnp.asarray(batch_size, jnp.int32), node.batch_size.shape)
+        fresh = jnp.vectorize(fresh_mixture, signature="(k),(n)->(k),(n)")
+        key, mixture_logits = fresh(node.key, node.mixture_logits)
+        return node._replace(
+            batch_size=size,
+            meta_batch_size=size,
+            anchor_batch_size=size,
+            mixture_logits=mixture_logits,
+            window_step=jnp.zeros_like(node.window_step),
+            signals_due=jax.tree.map(jnp.ones_like, node.signals_due),
+            key=key,
+        )
+
+    new_state = jax.tree.map(
+        set_anchor, opt_state, is_leaf=lambda node: isinstance(node, ArbiterState)
+    )
+    if not found:
+        raise ValueError("opt_state must hold the state of an aj.arbiter, found none.")
+    return new_state
