@@ -40,6 +40,22 @@ class NoiseObjective(NamedTuple):
     signals: tuple[str, ...]
 
 
+def within_range(
+    objective: NoiseObjective, statistics: PyTree, size: jax.Array, low: int, high: int
+) -> jax.Array:
+    """J at a real batch size, with the slope that an agent may descend within [low, high].
+
+    Beyond the last half example there is nothing to gain, and a logit that ran away there would
+    take long to come back.
+    """
+    statistics, now = jax.lax.stop_gradient((statistics, size))
+    inside = jnp.clip(now, low + 0.5, high - 0.5)
+    value, slope = jax.value_and_grad(lambda b: objective.objective(statistics, b))(inside)
+    outward = ((now <= low + 0.5) & (slope > 0)) | ((now >= high - 0.5) & (slope < 0))
+    slope = jax.lax.stop_gradient(jnp.where(outward, 0, slope))
+    return jax.lax.stop_gradient(value) + slope * (size - now)
+
+
 class GainState(NamedTuple):
     """What a step gains and what its noise costs: averages of A0 and q."""
 

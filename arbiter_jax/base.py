@@ -200,6 +200,13 @@ def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tup
     return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
 
 
+def raw_key(seed: Any) -> jax.Array:
+    """An int, a typed or a raw PRNG key, as uint32[2]: plain arrays survive checkpoint and `where`."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(seed)
+    return jax.random.PRNGKey(seed) if jnp.ndim(seed) == 0 else jnp.asarray(seed)
+
+
 def all_finite(*trees: PyTree) -> jax.Array:
     """Whether every number of every inexact leaf is finite, as bool[]."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]

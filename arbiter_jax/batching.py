@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
-from arbiter_jax.base import PyTree, WeightedLoss
+from arbiter_jax.base import PyTree, WeightedLoss, raw_key
 
 _FEISTEL_ROUNDS = 6
 
@@ -65,10 +65,8 @@ def init_sampler(key: jax.Array) -> SamplerState:
     >>> int(sampler.epoch), int(sampler.cursor)
     (0, 0)
     """
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)  # plain arrays go through every checkpoint and `where`
     zero = jnp.zeros((), jnp.int32)
-    return SamplerState(key.reshape(-1)[-2:], zero, zero)
+    return SamplerState(raw_key(key).reshape(-1)[-2:], zero, zero)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -24,10 +24,10 @@ from arbiter_jax._arbiter_state import (
     NoiseFloorArbiterState,
     fresh_mixture,
 )
-from arbiter_jax._noise_statistics import NoiseObjective
+from arbiter_jax._noise_statistics import NoiseObjective, within_range
 from arbiter_jax._response import ResponseLoss, call_response_loss
 from arbiter_jax.agent import Agent, mix, sorted_proposals
-from arbiter_jax.base import PyTree, all_finite, require, size_in_force, tree_where
+from arbiter_jax.base import PyTree, all_finite, raw_key, require, size_in_force, tree_where
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
 from arbiter_jax.reparameterization import to_batch_size, to_logit
 
@@ -181,9 +181,7 @@ def arbiter(
 
     def init_fn(params):
         del params
-        key = jax.random.PRNGKey(seed) if jnp.ndim(seed) == 0 and not _is_key(seed) else seed
-        key = jax.random.key_data(key) if _is_key(key) else key
-        key, agent_key, response_key, alpha_key = jax.random.split(key, 4)
+        key, agent_key, response_key, alpha_key = jax.random.split(raw_key(seed), 4)
         agent_params = agent.init(agent_key)
         mixture_logits = ALPHA_SCALE * jax.random.normal(alpha_key, (num_proposals,))
         response_weights = jax.random.uniform(response_key, (num_features,), minval=-1.0)
@@ -226,7 +224,9 @@ def arbiter(
         if objective is None:
             meta_loss, meta_batch_size = response_to(mixture, learnable, state, params, extra)
         else:
-            meta_loss, meta_batch_size = noise_of(mixture, state), state.meta_batch_size
+            size = (high - low) * jax.nn.sigmoid(mixture) + low
+            meta_loss = within_range(objective, state.statistics, size, low, high)
+            meta_batch_size = state.meta_batch_size
         return meta_loss, (raw + offset, mixture, offset, meta_batch_size, meta_loss)
 
     def response_to(mixture, learnable, state, params, extra):
@@ -242,19 +242,6 @@ def arbiter(
             response_loss, num_features, params, response_weights * mixture, meta_batch, extra
         )
         return masked_mean(losses, mask), meta_batch_size
-
-    def noise_of(mixture, state):
-        size = (high - low) * jax.nn.sigmoid(mixture) + low
-        inside = jax.lax.stop_gradient(jnp.clip(size, low + 0.5, high - 0.5))
-        statistics = jax.lax.stop_gradient(state.statistics)
-        value, slope = jax.value_and_grad(lambda b: objective.objective(statistics, b))(inside)
-        # Beyond the last half example there is nothing to gain, and a logit that ran away there
-        # would take long to come back.
-        outward = ((size <= inside) & (inside == low + 0.5) & (slope > 0)) | (
-            (size >= inside) & (inside == high - 0.5) & (slope < 0)
-        )
-        slope = jax.lax.stop_gradient(jnp.where(outward, 0, slope))
-        return jax.lax.stop_gradient(value) + slope * (size - jax.lax.stop_gradient(size))
 
     def hyper_step(state, params, agent_inputs, extra, usable):
         learnable: Any = learnable_of(state)
@@ -363,7 +350,3 @@ def _do_if(condition: jax.Array, fn: Callable[[Any], Any], state: Any) -> Any:
     the carry of a loop.
     """
     return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, state: fn(state), state)
-
-
-def _is_key(seed: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(seed), jax.dtypes.prng_key)

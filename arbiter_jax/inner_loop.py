@@ -25,6 +25,7 @@ from arbiter_jax.base import (
     find_rules,
     get_batch_size,
     logged_fields,
+    raw_key,
     required_signals,
 )
 from arbiter_jax.batching import (
@@ -98,9 +99,7 @@ def init_state(
     >>> int(state.num_steps), int(aj.get_batch_size(state.opt_state))
     (0, 8)
     """
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    train_key, validation_key, model_key = jax.random.split(key, 3)
+    train_key, validation_key, model_key = jax.random.split(raw_key(key), 3)
     zero = lambda dtype: jnp.zeros((), dtype)
     state = TrainState(
         params=params,

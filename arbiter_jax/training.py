@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.base import LossFn, PyTree, StepInfo
+from arbiter_jax.base import LossFn, PyTree, StepInfo, raw_key
 from arbiter_jax.batching import Block, num_rows
 from arbiter_jax.bucketing import decision_steps, window_sizes
 from arbiter_jax.compilation import count_compilations
@@ -163,11 +163,9 @@ def fit(
     """
     num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     window = _validate.integer(window=window, minimum=1)
-    if not isinstance(key, jax.Array):
-        key = jax.random.PRNGKey(key)
     data = _on_device(data, window)
     if state is None:
-        state = init_state(params, tx, key, model_state)
+        state = init_state(params, tx, raw_key(key), model_state)
     else:
         state = copy_state(state)
     callbacks = tuple(callbacks)
