@@ -1,10 +1,11 @@
-"""Two more comparisons of :mod:`experiments.benchmark`: convolutions, and where the data is."""
+"""More rows of :mod:`experiments.benchmark`: convolutions, where the data is, AutoWU's test."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,30 @@ from flax import nnx
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, models
+from arbiter_jax.learning_rate import _autowu, _gaussian_process
 from arbiter_jax.models.lenet import LeNet
 from arbiter_jax.models.wide_resnet import WideResNet
 
 Timed = Callable[[], float]  # runs once and returns the milliseconds of a step
+
+
+def timed_steps(step: Callable, carry: Any, window: int, scan: bool) -> Timed:
+    """A window of ``step(carry, None) -> (carry, value)``: one `lax.scan`, or a loop in Python."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def program(carry):
+        return jax.lax.scan(step, carry, length=window) if scan else step(carry, None)
+
+    def run() -> float:
+        nonlocal carry
+        start = time.perf_counter()
+        for _ in range(1 if scan else window):
+            carry, value = program(carry)
+        jax.block_until_ready((carry, value))
+        return 1e3 * (time.perf_counter() - start) / window
+
+    return run
+
 
 MODULES = {
     "LeNet": ((28, 28, 1), lambda shape: functools.partial(LeNet, shape, 10, None)),
@@ -68,20 +89,7 @@ def convolution(name: str, batch_size: int, window: int, *, by_lax: bool, scan: 
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
         return (params, model_state), value
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def program(carry):
-        return jax.lax.scan(step, carry, length=window) if scan else step(carry, None)
-
-    carry = [jax.jit(model.init)(key)]
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(1 if scan else window):
-            carry[0], value = program(carry[0])
-        jax.block_until_ready((carry[0], value))
-        return 1e3 * (time.perf_counter() - start) / window
-
-    return run
+    return timed_steps(step, jax.jit(model.init)(key), window, scan)
 
 
 def training(num_examples: int, batch_sizes: tuple[int, ...], window: int, *, host: bool) -> Timed:
@@ -130,6 +138,25 @@ def training(num_examples: int, batch_sizes: tuple[int, ...], window: int, *, ho
     return run
 
 
+def autowu_test(num_losses: int = 1000) -> Timed:
+    """One statistical test of AutoWU on a full memory of losses."""
+    losses = 2 + 0.1 * jax.random.normal(jax.random.PRNGKey(0), (num_losses,))
+
+    @jax.jit
+    def test(key):
+        count, rate = jnp.asarray(num_losses, jnp.int32), jnp.asarray(0.1)
+        indices = _autowu._draw(key, losses, num_tests=5)
+        options = {"steps_per_epoch": 20, "min_learning_rate": 1e-5}
+        return _autowu._test(_gaussian_process.init(), losses, count, rate, *indices, **options)
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(test(jax.random.PRNGKey(1)))
+        return 1e3 * (time.perf_counter() - start)
+
+    return run
+
+
 Row = tuple[str, float, Callable[[], tuple[Timed, Timed]]]
 
 
@@ -166,4 +193,5 @@ def rows(batch_size: int, window: int) -> list[Row]:
             1.10,
             lambda: trainings(changing),
         ),
+        ("AutoWU, one test / 50 ms", 1.00, lambda: (autowu_test(), lambda: 50.0)),
     ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse.linalg
 
 from arbiter_jax.meta_optimization import noisy_quadratic
 from arbiter_jax.meta_optimization.noisy_quadratic import NoisyQuadratic
@@ -102,14 +103,8 @@ def without_noise(config: ToyConfig, num_steps: int = 10) -> dict[str, float]:
         for name, momentum in (("rate", False), ("rate and momentum", True))
     }
     h = np.asarray(problem.curvature, np.float64)
-    x = np.ones_like(h)
-    residual = direction = -h * x
-    for _ in range(num_steps):  # the textbook's conjugate gradient
-        rate = residual @ residual / (direction @ (h * direction))
-        x, old = x + rate * direction, residual
-        residual = residual - rate * h * direction
-        direction = residual + (residual @ residual) / (old @ old) * direction
-    return losses | {"conjugate gradient": float(0.5 * h @ x**2)}
+    moved, _ = scipy.sparse.linalg.cg(scipy.sparse.diags(h), h, rtol=0, maxiter=num_steps)
+    return losses | {"conjugate gradient": float(0.5 * h @ (1 - moved) ** 2)}
 
 
 def batch_sizes(config: ToyConfig, learning_rate: float = 0.5) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import optax
 import arbiter_jax as aj
 from arbiter_jax import models, plotting
 from experiments import _benchmark_networks, _runner
+from experiments._benchmark_networks import Timed, timed_steps
 
 SHAPE = (28, 28, 1)
 NUM_TRAIN, NUM_VALIDATION = 8192, 2048
@@ -43,8 +44,6 @@ CONFIGS = {
     "default": Config(),
     "paper": Config(pairs=51),
 }
-
-Timed = Callable[[], float]  # runs once and returns the milliseconds of a step
 
 
 @dataclasses.dataclass
@@ -112,21 +111,9 @@ class Network:
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state, key), value
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def program(carry):
-            return jax.lax.scan(step, carry, length=window) if scan else step(carry, None)
-
         start = (self.params, self.optimizer.init(self.params), jax.random.PRNGKey(2))
-        carry = [jax.tree.map(lambda x: jnp.array(x, copy=True), start)]
-
-        def run() -> float:
-            begin = time.perf_counter()
-            for _ in range(1 if scan else window):
-                carry[0], value = program(carry[0])
-            jax.block_until_ready((carry[0], value))
-            return 1e3 * (time.perf_counter() - begin) / window
-
-        return run
+        carry = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
+        return timed_steps(step, carry, window, scan)
 
 
 def bucket_change(network: Network, batch_size: int) -> tuple[Timed, Timed]:
@@ -233,6 +220,13 @@ def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Ti
                 lambda n=network, tx=tx: (n.timed(tx, large, window), n.plain(large, window)),
             )
         )
+    held = {"min_batch_size": size, "max_batch_size": size}
+    noise_rules = {
+        "noise floor": aj.schedulers.noise_floor(**held),
+        "expected gain every 10th step": aj.schedulers.expected_gain(mlp.losses.loss_fn, **held),
+    }
+    for name, rule in noise_rules.items():
+        against_plain(f"MLP, {name} / plain step", 1.25, mlp, optax.chain(mlp.optimizer, rule))
     wide = Network("MLP 784-512-10", models.mlp(SHAPE, (512,), 10), mlp.agent)
     chosen = config.subset_batch_size
     name = f"{wide.name}, subset of n = {chosen}"

@@ -102,7 +102,12 @@ def search(config: Config, task: _runner.Task, optimizer: str, metric: str | Non
             if best is None or accuracy > best[0]:
                 best = (accuracy, trials[-1], curves)
     # CPU time, whatever else the machine does; the fastest has compiled nothing.
-    return {**best[1], "trials": trials, "seconds": min(times)}, best[2]
+    return {
+        **best[1],
+        "trials": trials,
+        "seconds": min(times),
+        "num_compilations": len(sizes),
+    }, best[2]
 
 
 def run(config: Config) -> _runner.Results:
@@ -147,7 +152,6 @@ def evaluate(config: Config, task: _runner.Task, curves: _subset_training.Curves
         "selected_fraction": float(curves.fraction.mean()),
         "num_steps": config.num_steps,
         "num_examples": config.num_steps * config.batch_size,
-        "num_compilations": len(config.min_sizes),
         "batch_sizes": [config.batch_size],
     }
 

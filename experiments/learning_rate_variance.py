@@ -93,7 +93,7 @@ def _trainings(task, config: Config):
     learnt, plain = method(fixed(small)).tx, method(fixed(small), meta_rate=0.0).tx
     methods = {f"HD, B = {size}": method(fixed(size), shared=learnt) for size in config.fixed_sizes}
     if not config.quick:
-        noise_response = _methods._arbiter_noise_response(task, config, limits)
+        noise_response = _methods.RULES["arbiter_noise_response"](task, config, limits)
         methods["HD, arbiter"] = method(lambda seed: arbiter(seed, None))
         methods["HD, noise response"] = method(lambda seed: noise_response(seed, None))
         methods["HD, growing"] = method(lambda seed: schedule)

@@ -22,7 +22,7 @@ import arbiter_jax as aj
 from arbiter_jax import datasets, plotting, progress
 from experiments import _methods, _runner
 
-ADAPTIVE = ("arbiter", "random_pick", "gradient_noise_scale", "cabs")
+ADAPTIVE = ("arbiter", "random_pick", "noise_floor", "gradient_noise_scale", "cabs")
 
 
 @dataclasses.dataclass(frozen=True)

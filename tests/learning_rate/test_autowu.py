@@ -1,7 +1,6 @@
 """AutoWU against the recorded runs of the published implementation, and against bad losses."""
 
 import pathlib
-import time
 
 import jax
 import jax.extend
@@ -275,25 +274,6 @@ def test_types_are_stable_nothing_recompiles_and_scan_and_vmap_equal_a_loop():
     assert state.learning_rate.dtype == jnp.float32
     assert state.phase.dtype == jnp.int32
     assert AutoWUState.requires == ("value",)
-
-
-def test_a_test_takes_at_most_50_ms():
-    losses = 2 + 0.1 * jax.random.normal(jax.random.PRNGKey(0), (NUM_STEPS // 2,))
-
-    @jax.jit
-    def test(key):
-        process, num_losses, rate = gp.init(), jnp.asarray(950, jnp.int32), jnp.asarray(0.1)
-        indices = _autowu._draw(key, losses, num_tests=5)
-        options = {"steps_per_epoch": STEPS_PER_EPOCH, "min_learning_rate": 1e-5}
-        return _autowu._test(process, losses, num_losses, rate, *indices, **options)
-
-    seconds = []
-    for seed in range(10):
-        key = jax.block_until_ready(jax.random.PRNGKey(seed))
-        start = time.perf_counter()
-        jax.block_until_ready(test(key))
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05  # the shortest: other processes take time, never give any
 
 
 def primitives_outside_of_loops(jaxpr):
