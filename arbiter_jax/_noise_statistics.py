@@ -25,19 +25,46 @@ Persistence = Any  # a number >= 1, or an optax.GradientTransformation
 class NoiseObjective(NamedTuple):
     """An objective whose gradient depends on the batch size; from :func:`noise_response`.
 
-    ``init() -> state``; ``update(state, updates, params, batch_size, signals) -> (state, usable)``
-    takes in one step, unless its signals say nothing; ``objective(state, b) -> J`` is what an agent
-    descends, a smooth function of a real batch size b; ``best(state) -> b`` is where J is least,
-    infinite where noise is all there is and nan before anything is known. Both take the cost of a
-    step in examples as a last argument, if it is not the one of the factory. ``signals`` names what
-    `update` reads.
+    ``init() -> state``; ``measure(updates, params, batch_size, signals) -> sample`` is what costs
+    something, a tuple of scalars, nan where the signals say nothing; ``update(state, sample, due,
+    batch_size, signals) -> state`` takes in one step, with its sample where `due`, bool[]; see
+    :func:`observe`. ``objective(state, b) -> J`` is what an agent descends, a smooth function of a
+    real batch size b; ``best(state) -> b`` is where J is least, infinite where noise is all there is
+    and nan before anything is known. Both take the cost of a step in examples as a last argument, if
+    it is not the one of the factory. ``signals`` names what `measure` and `update` read.
     """
 
     init: Callable[[], Any]
-    update: Callable[..., tuple[Any, jax.Array]]
+    measure: Callable[..., tuple[jax.Array, ...]]
+    update: Callable[..., Any]
     objective: Callable[..., jax.Array]
     best: Callable[..., jax.Array]
     signals: tuple[str, ...]
+
+
+def observe(
+    objective: NoiseObjective,
+    state: Any,
+    updates: PyTree,
+    params: PyTree,
+    batch_size: jax.Array,
+    signals: dict[str, Any],
+    due: jax.Array | None = None,
+) -> tuple[Any, jax.Array]:
+    """One step of an objective: its sample, where that is due (None: always), and the new state.
+
+    Returns:
+      (state, usable): the state as it was where a number is not finite, or says nothing.
+    """
+    measure = lambda: objective.measure(updates, params, batch_size, signals)
+    if due is None:
+        due, sample = jnp.array(True), measure()
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
+        sample = jax.lax.cond(due, measure, lambda: zeros)
+    new = objective.update(state, sample, due, batch_size, signals)
+    usable = all_finite(sample, new)
+    return tree_where(usable, new, state), usable
 
 
 def within_range(
@@ -70,9 +97,10 @@ class FloorState(NamedTuple):
     """The loss that noise sustains, and the pace at which the loss falls."""
 
     noise: jax.Array  # shape=(), dtype=float, average of B times the noise floor
+    num_looks: jax.Array  # shape=(), dtype=int32, steps in it
     recent_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t^3
     older_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t
-    num_steps: jax.Array  # shape=(), dtype=int32, steps in these averages
+    num_steps: jax.Array  # shape=(), dtype=int32, steps in these two
     num_examples: jax.Array  # shape=(), dtype=int32, examples seen, of the budget
     held_batch_size: jax.Array  # shape=(), dtype=float, what is held, before it grows; 0: unknown
 
@@ -143,17 +171,17 @@ def gain_objective(
         zero = jnp.zeros((), float)
         return GainState(zero, jnp.array(zero), jnp.array(zero))  # no two fields share a buffer
 
-    def update(state, updates, params, batch_size, signals):
-        progress, noise_cost = gain_and_noise_cost(
-            loss_fn, params, updates, batch_size, signals, persistence=k
-        )
-        means, weight = running_mean(
-            (state.progress, state.noise_cost), state.weight, (progress, noise_cost), decay
-        )
-        new = GainState(*means, weight)
+    def measure(updates, params, batch_size, signals):
+        sample = gain_and_noise_cost(loss_fn, params, updates, batch_size, signals, persistence=k)
         # 0 and 0: gradients without size, which say nothing about any batch size.
-        usable = ((progress != 0) | (noise_cost != 0)) & all_finite(new)
-        return tree_where(usable, new, state), usable
+        nothing = (sample[0] == 0) & (sample[1] == 0)
+        return tuple(jnp.where(nothing, jnp.nan, x) for x in sample)
+
+    def update(state, sample, due, batch_size, signals):
+        del batch_size, signals
+        mean = (state.progress, state.noise_cost)
+        mean, weight = running_mean(mean, state.weight, sample, decay)
+        return tree_where(due, GainState(*mean, weight), state)
 
     def best(state, cost=cost):
         progress, q = state.progress, jnp.maximum(state.noise_cost, 0)
@@ -174,7 +202,8 @@ def gain_objective(
         )
         return jnp.log(cost + b) - log_gain  # Eq. 5, as a loss
 
-    return NoiseObjective(init, update, objective, best, ("update_noise", "meta_batch"))
+    signals = ("update_noise", "meta_batch")
+    return NoiseObjective(init, measure, update, objective, best, signals)
 
 
 def gain_and_noise_cost(
@@ -185,7 +214,9 @@ def gain_and_noise_cost(
     signals: dict[str, Any],
     persistence: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """One sample of A0 and q, from two `jvp`s of one gradient function on the validation batch.
+    """One sample of A0 and q, from the second derivatives along two directions on validation data.
+
+    Forward over forward: neither the gradient nor a product with the Hessian is ever formed.
 
     Args:
       loss_fn: As for training; with a model state it is called with it, and the state it returns is
@@ -208,15 +239,21 @@ def gain_and_noise_cost(
         key = jax.random.PRNGKey(0)
         return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
 
-    def push(direction):
+    def along(direction):
+        """Slope and curvature of the loss along a direction."""
         direction = jax.tree.map(lambda p, d: jnp.asarray(d, p.dtype), params, direction)
-        return jax.jvp(jax.grad(mean_loss), (params,), (direction,))
+        slope = lambda params: jax.jvp(mean_loss, (params,), (direction,))[1]
+        try:
+            return jax.jvp(slope, (params,), (direction,))
+        except TypeError:  # a custom_vjp has no forward derivative; this costs about twice as much
+            gradient, bent = jax.jvp(jax.grad(mean_loss), (params,), (direction,))
+            return dot(gradient, direction), dot(direction, bent)
 
-    gradient, bent = push(updates)
-    _, noise_bent = push(signals["update_noise"])
+    slope, curvature = along(updates)
+    _, noise_curvature = along(signals["update_noise"])
     b = batch_size.astype(float)
-    q = 0.5 * persistence**2 * b * dot(signals["update_noise"], noise_bent)  # Eq. 3
-    progress = -dot(gradient, updates) - 0.5 * dot(updates, bent)  # Eq. 2
+    q = 0.5 * persistence**2 * b * noise_curvature  # Eq. 3
+    progress = -slope - 0.5 * curvature  # Eq. 2
     return progress + q / b, q  # Eq. 4
 
 
@@ -243,6 +280,7 @@ def floor_objective(
         zero = lambda dtype: jnp.zeros((), dtype)
         return FloorState(
             noise=zero(float),
+            num_looks=zero(jnp.int32),
             recent_loss=zero(float),
             older_loss=zero(float),
             num_steps=zero(jnp.int32),
@@ -253,16 +291,24 @@ def floor_objective(
     def share_of_budget(state):
         return state.num_examples.astype(float) / (budget or 1)
 
-    def update(state, updates, params, batch_size, signals):
+    def measure(updates, params, batch_size, signals):
         del params
-        value = jnp.asarray(signals["value"], float)
         response = -dot(signals["gradient_noise"], signals["update_noise"])
+        noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
+        # No noise in an update that is none: gradients without size say nothing.
+        return (jnp.where((response != 0) | (dot(updates, updates) > 0), noise, jnp.nan),)
+
+    def update(state, sample, due, batch_size, signals):
+        n = state.num_looks.astype(float) + 1
+        new = state._replace(
+            noise=jnp.where(due, _average(state.noise, sample[0], n, 9), state.noise),
+            num_looks=jnp.where(due, optax.safe_increment(state.num_looks), state.num_looks),
+        )
+        value = jnp.asarray(signals["value"], float)
         seen = signals.get("num_examples")
         seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
         t = state.num_steps.astype(float) + 1
-        noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
-        new = state._replace(
-            noise=_average(state.noise, noise, t, 9),
+        new = new._replace(
             recent_loss=_average(state.recent_loss, value, t, 3),
             older_loss=_average(state.older_loss, value, t, 1),
             num_steps=optax.safe_increment(state.num_steps),
@@ -272,10 +318,7 @@ def floor_objective(
         size = jnp.clip(size_of_floor(new), 1 / _LARGEST, _LARGEST)
         settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
         keep = jnp.isnan(size) | (settled if budget is not None else False)
-        new = new._replace(held_batch_size=jnp.where(keep, state.held_batch_size, size))
-        # No noise in an update that is none: gradients without size say nothing.
-        usable = ((response != 0) | (dot(updates, updates) > 0)) & all_finite(new)
-        return tree_where(usable, new, state), usable
+        return new._replace(held_batch_size=jnp.where(keep, state.held_batch_size, size))
 
     def size_of_floor(state):
         noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
@@ -299,7 +342,7 @@ def floor_objective(
         return jax.lax.stop_gradient(target) / b + jnp.log(b)  # Eq. 13
 
     signals = ("value", "gradient_noise", "update_noise")
-    return NoiseObjective(init, update, objective, best, signals)
+    return NoiseObjective(init, measure, update, objective, best, signals)
 
 
 _FEW = 8  # steps from which no pace can be told

@@ -24,7 +24,7 @@ from arbiter_jax._arbiter_state import (
     NoiseFloorArbiterState,
     fresh_mixture,
 )
-from arbiter_jax._noise_statistics import NoiseObjective, within_range
+from arbiter_jax._noise_statistics import NoiseObjective, observe, within_range
 from arbiter_jax._response import ResponseLoss, call_response_loss
 from arbiter_jax.agent import Agent, mix, sorted_proposals
 from arbiter_jax.base import PyTree, all_finite, raw_key, require, size_in_force, tree_where
@@ -312,12 +312,15 @@ def arbiter(
         usable = jnp.array(True)
         if objective is not None:
             in_force = jnp.clip(size_in_force(extra_args.get("batch_size"), state), low, high)
-            look = lambda old: objective.update(old, updates, params, in_force, extra_args)
-            if hyper_every == 1:
-                statistics, usable = look(state.statistics)
-            else:  # a few scalars
-                idle = lambda old: (old, jnp.array(True))
-                statistics, usable = jax.lax.cond(state.signals_due, look, idle, state.statistics)
+            statistics, usable = observe(
+                objective,
+                state.statistics,
+                updates,
+                params,
+                in_force,
+                extra_args,
+                state.signals_due,
+            )
             state = state._replace(statistics=statistics)
         learn = lambda state: hyper_step(state, new_params, agent_inputs, extra_args, usable)
         if hyper_every == 1:

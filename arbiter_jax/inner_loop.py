@@ -39,13 +39,13 @@ from arbiter_jax.batching import (
 )
 from arbiter_jax.gradients import Gradient, GradientFn
 from arbiter_jax.signals import (
-    NOISE_SIGNALS,
     VALIDATION_SIGNALS,
-    only_when_due,
     pick_gradient_fn,
     signals_due,
     update_noise,
     validation_signals,
+    with_signals_due,
+    without_statistics,
 )
 
 
@@ -139,7 +139,8 @@ def inner_step(
       gradient_fn: See :mod:`arbiter_jax.gradients`.
       tx: The transformation; it is given `value`, `grad`, `batch_size`, the ledger before the step
         (`num_steps`, `num_examples`, `progress`), and `signals`.
-      signals: More extra arguments of ``tx.update``.
+      signals: More extra arguments of ``tx.update``; `update_noise` is computed where it is asked for
+        and not among them.
 
     Returns:
       (state, gradient).
@@ -163,7 +164,7 @@ def inner_step(
         signals["gradient_noise"] = gradient.gradient_noise
     if gradient.model_state is not None:
         signals["model_state"] = gradient.model_state
-    if "update_noise" in needed:
+    if "update_noise" in needed and "update_noise" not in signals:
         signals["update_noise"] = update_noise(
             tx,
             gradient.grads,
@@ -290,7 +291,7 @@ def run_window(
     batch_size = get_batch_size(state.opt_state) if rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
 
-    def step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
+    def step(state: TrainState, t: jax.Array, due: bool = True) -> tuple[TrainState, StepInfo]:
         if isinstance(data.train, Block):
             batch, mask = take_batch(data.train, t, bucket_size)
         else:
@@ -310,16 +311,20 @@ def run_window(
             needed,
             bucket_size,
             num_agent_inputs,
+            due,
         )
-        state = state._replace(validation_sampler=sampler)
+        state = state._replace(
+            validation_sampler=sampler, opt_state=with_signals_due(state.opt_state, due)
+        )
         if "step_seconds" in needed:
             signals["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
-        due = None if given else signals_due(state.opt_state, NOISE_SIGNALS)
+        if not due and "update_noise" in needed:
+            signals["update_noise"] = jax.tree.map(jnp.zeros_like, state.params)
         state, gradient = inner_step(
             state,
             batch,
             mask,
-            gradient_fn=full if due is None else only_when_due(full, loss_fn, due),
+            gradient_fn=full if due or given else without_statistics(full, loss_fn),
             tx=tx,
             signals=signals,
         )
@@ -329,10 +334,18 @@ def run_window(
         return state, info
 
     def maybe_step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
-        if num_steps is None:
-            return step(state, t)
-        shapes = jax.eval_shape(step, state, t)[1]
-        idle = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(t < num_steps, step, lambda state, t: (state, idle), state, t)
+        # One choice for the whole step: a step at which no signal is due is a plain one, and costs
+        # what that costs. Conditions further in would have to pass on signals as large as the model.
+        kinds, kind = [step], jnp.zeros((), jnp.int32)
+        due = signals_due(state.opt_state)
+        if due is not None:
+            kind = jnp.where(due, kind, len(kinds))
+            kinds.append(functools.partial(step, due=False))
+        if num_steps is not None:
+            shapes = jax.eval_shape(step, state, t)[1]
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            kind = jnp.where(t < num_steps, kind, len(kinds))
+            kinds.append(lambda state, t: (state, nothing))
+        return jax.lax.switch(kind, kinds, state, t)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))

@@ -62,19 +62,14 @@ def pick_gradient_fn(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
     return masked_value_and_grad(loss_fn, sampled=True)
 
 
-def only_when_due(full: GradientFn, loss_fn: Any, due: jax.Array) -> GradientFn:
-    """The statistics of the gradient where they are due, and zeros in their place where not."""
+def without_statistics(full: GradientFn, loss_fn: Any) -> GradientFn:
+    """The plain gradient, with zeros in the place of the statistics that another one returns."""
     plain = masked_value_and_grad(loss_fn, sampled=True)
 
     def gradient_fn(*args):
         shapes = jax.eval_shape(full, *args)
-        zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-        def idle(args):
-            stats, noise = zeros((shapes.grad_stats, shapes.gradient_noise))
-            return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
-
-        return jax.lax.cond(due, lambda args: full(*args), idle, args)
+        stats, noise = _zeros((shapes.grad_stats, shapes.gradient_noise))
+        return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
 
     return gradient_fn
 
@@ -86,8 +81,12 @@ def validation_signals(
     needed: frozenset[str],
     bucket_size: int,
     num_agent_inputs: int,
+    due: bool,
 ) -> tuple[SamplerState, dict[str, Any]]:
-    """Fresh validation examples for the rules that ask, and where the sampler stands after them."""
+    """Fresh validation examples for the rules that ask, and where the sampler stands after them.
+
+    Where they are not due, zeros; the sampler stays.
+    """
     signals: dict[str, Any] = {}
     wanted = {"agent_inputs": num_agent_inputs, "meta_batch": bucket_size}
     num_rows_of = {name: n for name, n in wanted.items() if name in needed}
@@ -105,16 +104,10 @@ def validation_signals(
         batch = peek(sampler, validation, jnp.arange(total, dtype=jnp.int32))
         return advance(sampler, used, num_rows(validation)), batch
 
-    due = signals_due(opt_state, VALIDATION_SIGNALS)
-    if due is None:
+    if due:
         sampler, batch = draw(sampler)
     else:
-        shapes = jax.eval_shape(draw, sampler)[1]
-        idle = lambda sampler: (
-            sampler,
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-        )
-        sampler, batch = jax.lax.cond(due, draw, idle, sampler)
+        batch = _zeros(jax.eval_shape(draw, sampler)[1])
     if "agent_inputs" in needed:
         inputs = batch[0] if isinstance(batch, tuple) else batch
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
@@ -123,16 +116,38 @@ def validation_signals(
     return sampler, signals
 
 
-def signals_due(opt_state: PyTree, signals: frozenset[str]) -> jax.Array | None:
-    """Whether any rule looks at any of some signals at the next step; None where always, or never.
+def _looking(opt_state: PyTree) -> list[Any]:
+    """The states that look at signals for which there is something to compute."""
+    costly = VALIDATION_SIGNALS | NOISE_SIGNALS
+    return [node for node in nodes(opt_state) if costly & set(getattr(node, "requires", ()))]
+
+
+def signals_due(opt_state: PyTree) -> jax.Array | None:
+    """Whether any rule looks at its signals at the next step; None where always, or never.
 
     A state that does so now and then tells in a field `signals_due`, bool[].
     """
-    due = [
-        getattr(node, "signals_due", None)
-        for node in nodes(opt_state)
-        if signals & set(getattr(node, "requires", ()))
-    ]
+    due = [getattr(node, "signals_due", None) for node in _looking(opt_state)]
     if not due or any(flag is None for flag in due):
         return None
     return functools.reduce(jnp.logical_or, due)
+
+
+def with_signals_due(opt_state: PyTree, due: bool) -> PyTree:
+    """What is known of `signals_due` in one branch of a condition, as a constant.
+
+    So that the compiler sees which conditions of the rules do not arise there. Of several rules, it
+    is not known which one it was.
+    """
+    flagged = lambda node: getattr(node, "signals_due", None) is not None
+    if due and len(_looking(opt_state)) > 1:
+        return opt_state
+    return jax.tree.map(
+        lambda node: node._replace(signals_due=jnp.full((), due)) if flagged(node) else node,
+        opt_state,
+        is_leaf=flagged,
+    )
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

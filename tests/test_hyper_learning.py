@@ -805,9 +805,8 @@ def follow(targets, start, **options):
     """The sizes and the mixtures of an agent whose objective is a / b + log b, a given a step."""
     objective = aj.noise_response("noise_floor")
     # The statistics are somebody else's test: here the closed form is what `value` says.
-    told = lambda state, updates, params, size, signals: (
-        state._replace(held_batch_size=signals["value"]),
-        jnp.isfinite(signals["value"]),
+    told = lambda state, sample, due, size, signals: state._replace(
+        held_batch_size=signals["value"]
     )
     tx = aj.arbiter(
         TRACKER,

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from arbiter_jax import _validate
 from arbiter_jax._noise_statistics import GainState, gain_objective
 from arbiter_jax.schedulers._noise_rule import MeasuredCost, as_step_cost, noise_rule
 
@@ -26,7 +25,7 @@ class ExpectedGainState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, where it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
-    signals_due: jax.Array | None = None  # shape=(), dtype=bool, is the next one; None: all are
+    signals_due: jax.Array | None  # shape=(), dtype=bool, is the next one; None: all are
     requires = ("update_noise", "meta_batch")
 
 
@@ -97,7 +96,6 @@ def expected_gain(
     >>> round(float(statistics.progress), 5), round(float(statistics.noise_cost), 5)
     (0.05375, 0.04)
     """
-    every = _validate.integer(every=every, minimum=1)
     fixed_cost = as_step_cost(step_cost)
     objective = gain_objective(
         loss_fn, decay=decay, persistence=persistence, step_cost=fixed_cost or 0.0

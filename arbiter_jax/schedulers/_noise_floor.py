@@ -24,12 +24,14 @@ class NoiseFloorState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, where it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    signals_due: jax.Array | None  # shape=(), dtype=bool, is the next one; None: all are
     requires = ("value", "gradient_noise", "update_noise")
 
 
 def noise_floor(
     *,
     num_examples: int | None = None,
+    every: int = 10,
     share: float = 0.1,
     hold: float = 0.8,
     growth: float = 8.0,
@@ -61,6 +63,8 @@ def noise_floor(
 
     Args:
       num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
+      every: The noise is measured at the first of so many steps, an integer >= 1, and at each of the
+        first 20; the loss at every step.
       share: The noise floor as a share of the loss still to go, > 0.
       hold: The share of the budget after which the size grows, in [0, 1].
       growth: The factor by which it grows at the end, >= 1.
@@ -119,4 +123,5 @@ def noise_floor(
         fixed_cost=fixed_cost,
         max_change=max_change,
         num_examples=num_examples,
+        every=every,
     )

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate, base
-from arbiter_jax._noise_statistics import NoiseObjective
+from arbiter_jax._noise_statistics import NoiseObjective, observe
 from arbiter_jax.schedulers import _rule, _step_times
 
 SHORT_WINDOW = 5  # steps, at the start
 SHORT_WINDOWS = 40  # steps in windows as short as that
 SHORT_SHARE = 50  # and none of them sees more than this part of the budget
+ALWAYS = 20  # steps at which the statistics are computed, whatever `every` says
 
 _HOW = {
     "value": _rule.VALUE,
@@ -48,7 +49,7 @@ def noise_rule(
     fixed_cost: float | None,
     max_change: float,
     num_examples: int | None = None,
-    every: int = 1,
+    every: int,
 ) -> optax.GradientTransformationExtraArgs:
     """A rule that decides for where an objective is least.
 
@@ -60,12 +61,12 @@ def noise_rule(
       fixed_cost: Of a step, in examples; None: measured.
       max_change: Largest factor between the size in force and the next.
       num_examples: The budget, or None.
-      every: The statistics are computed at the first of so many steps; if > 1, the state has a
-        field `signals_due`.
+      every: The statistics of the noise are computed at the first of so many steps.
 
     Returns:
       The transformation.
     """
+    every = _validate.integer(every=every, minimum=1)
     if _validate.positive(max_change=max_change) <= 1:
         raise ValueError(f"max_change must be > 1, got {max_change!r}.")
     low, high, start = _validate.batch_size_range(*limits)
@@ -86,7 +87,7 @@ def noise_rule(
             step_cost=None if fixed_cost is not None else MeasuredCost(_step_times.init(start)),
             num_steps=_rule.counter(),
             num_skipped=_rule.counter(),
-            **({} if every == 1 else {"signals_due": jnp.array(True)}),
+            signals_due=None if every == 1 else jnp.array(True),
         )
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
@@ -99,23 +100,16 @@ def noise_rule(
             times = _step_times.measure(timed.times, extra_args["step_seconds"], in_force)
             timed, cost = MeasuredCost(times), _step_times.step_cost(times)
 
-        def look(state):
-            statistics, usable = objective.update(
-                state.statistics, updates, params, in_force, extra_args
-            )
-            size = objective.best(statistics, cost)
-            size = jnp.where(jnp.isnan(size), in_force.astype(size.dtype), size)
-            new = state._replace(
-                batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
-            )
-            return _rule.accept(usable, new, state)
-
-        if every == 1:
-            new = look(state)
-        else:
-            # The state is a few scalars; parameters and noise only go in. Not a loop of one turn,
-            # which XLA would relieve of everything that its state has no part in.
-            new = jax.lax.cond(state.signals_due, look, lambda state: state, state)
+        due = None if every == 1 else state.signals_due
+        statistics, usable = observe(
+            objective, state.statistics, updates, params, in_force, extra_args, due
+        )
+        size = objective.best(statistics, cost)
+        size = jnp.where(jnp.isnan(size), in_force.astype(size.dtype), size)
+        new = state._replace(
+            batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
+        )
+        new = _rule.accept(usable, new, state)
         num_steps = optax.safe_increment(state.num_steps)
         new = new._replace(
             window_steps=window_steps(num_steps, new.batch_size),
@@ -123,7 +117,7 @@ def noise_rule(
             num_steps=num_steps,
         )
         if every > 1:
-            due = (num_steps < SHORT_WINDOWS // 2) | (num_steps % every == 0)
+            due = (num_steps < ALWAYS) | (num_steps % every == 0)
             new = new._replace(signals_due=due)
         return updates, new
 

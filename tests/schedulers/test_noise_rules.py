@@ -331,7 +331,9 @@ def test_an_overestimated_noise_cost_reads_itself():
         signals = {"update_noise": 0.1 * jnp.ones(2), "meta_batch": jnp.zeros((4, 2))}
         signals["update_noise"] = signals["update_noise"] / math.sqrt(size)
         now = jnp.asarray(size)
-        state, _ = objective.update(objective.init(), -0.1 * jnp.ones(2), jnp.ones(2), now, signals)
+        state, _ = statistics.observe(
+            objective, objective.init(), -0.1 * jnp.ones(2), jnp.ones(2), now, signals
+        )
         assert float(objective.best(state)) == pytest.approx(2 * size, rel=0.15)
 
 
