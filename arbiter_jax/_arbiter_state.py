@@ -40,16 +40,10 @@ class ArbiterState(NamedTuple):
     logged = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
 
 
-class NoiseFloorArbiterState(ArbiterState):
-    """State of :func:`arbiter` with the noise floor for an objective; no validation labels."""
+class NoiseArbiterState(ArbiterState):
+    """State of :func:`arbiter` with an objective, whose own state asks for what it reads."""
 
-    requires = ("agent_inputs", "value", "gradient_noise", "update_noise")
-
-
-class ExpectedGainArbiterState(ArbiterState):
-    """State of :func:`arbiter` with expected gain for an objective."""
-
-    requires = ("agent_inputs", "meta_batch", "update_noise")
+    requires = ("agent_inputs",)
 
 
 def fresh_mixture(key: jax.Array, mixture_logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -90,7 +90,18 @@ class GainState(NamedTuple):
     noise_cost: jax.Array  # shape=(), dtype=float, average of q, in loss times examples
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
 
+    requires = ("update_noise", "meta_batch")
     logged = ("progress", "noise_cost")
+
+
+class ValidationPace(NamedTuple):
+    """The same averages of the loss of validation examples, at the steps at which noise is measured."""
+
+    recent_loss: jax.Array  # shape=(), dtype=float
+    older_loss: jax.Array  # shape=(), dtype=float
+    last_step: jax.Array  # shape=(), dtype=int32, the last step in them, counted from 1; 0: none
+
+    requires = ("meta_batch",)
 
 
 class FloorState(NamedTuple):
@@ -103,7 +114,9 @@ class FloorState(NamedTuple):
     num_steps: jax.Array  # shape=(), dtype=int32, steps in these two
     num_examples: jax.Array  # shape=(), dtype=int32, examples seen, of the budget
     held_batch_size: jax.Array  # shape=(), dtype=float, what is held, before it grows; 0: unknown
+    validation: ValidationPace | None  # where the objective was given a loss function
 
+    requires = ("value", "gradient_noise", "update_noise")
     logged = ("noise", "recent_loss", "older_loss", "held_batch_size")
 
 
@@ -202,8 +215,7 @@ def gain_objective(
         )
         return jnp.log(cost + b) - log_gain  # Eq. 5, as a loss
 
-    signals = ("update_noise", "meta_batch")
-    return NoiseObjective(init, measure, update, objective, best, signals)
+    return NoiseObjective(init, measure, update, objective, best, GainState.requires)
 
 
 def gain_and_noise_cost(
@@ -230,14 +242,7 @@ def gain_and_noise_cost(
     Returns:
       (A0, q), floats.
     """
-    meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
-    rows = jnp.ones(num_rows(meta_batch), bool)
-
-    def mean_loss(params):
-        if model_state is None:
-            return masked_mean(loss_fn(params, meta_batch), rows)
-        key = jax.random.PRNGKey(0)
-        return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
+    mean_loss = _validation_loss(loss_fn, signals)
 
     def along(direction):
         """Slope and curvature of the loss along a direction."""
@@ -257,7 +262,24 @@ def gain_and_noise_cost(
     return progress + q / b, q  # Eq. 4
 
 
+def _validation_loss(
+    loss_fn: Callable[..., Any], signals: dict[str, Any]
+) -> Callable[[PyTree], jax.Array]:
+    """The mean loss of the validation examples in the signals, a function of the parameters."""
+    meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
+    rows = jnp.ones(num_rows(meta_batch), bool)
+
+    def mean_loss(params):
+        if model_state is None:
+            return masked_mean(loss_fn(params, meta_batch), rows)
+        key = jax.random.PRNGKey(0)
+        return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
+
+    return mean_loss
+
+
 def floor_objective(
+    loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
     share: float = 0.1,
@@ -286,34 +308,43 @@ def floor_objective(
             num_steps=zero(jnp.int32),
             num_examples=zero(jnp.int32),
             held_batch_size=zero(float),
+            validation=None
+            if loss_fn is None
+            else ValidationPace(zero(float), zero(float), zero(jnp.int32)),
         )
 
     def share_of_budget(state):
         return state.num_examples.astype(float) / (budget or 1)
 
     def measure(updates, params, batch_size, signals):
-        del params
         response = -dot(signals["gradient_noise"], signals["update_noise"])
         noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
         # No noise in an update that is none: gradients without size say nothing.
-        return (jnp.where((response != 0) | (dot(updates, updates) > 0), noise, jnp.nan),)
+        noise = jnp.where((response != 0) | (dot(updates, updates) > 0), noise, jnp.nan)
+        return (noise,) if loss_fn is None else (noise, _validation_loss(loss_fn, signals)(params))
 
     def update(state, sample, due, batch_size, signals):
-        n = state.num_looks.astype(float) + 1
-        new = state._replace(
-            noise=jnp.where(due, _average(state.noise, sample[0], n, 9), state.noise),
-            num_looks=jnp.where(due, optax.safe_increment(state.num_looks), state.num_looks),
-        )
+        noise, *validation_loss = sample
         value = jnp.asarray(signals["value"], float)
         seen = signals.get("num_examples")
         seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
-        t = state.num_steps.astype(float) + 1
-        new = new._replace(
-            recent_loss=_average(state.recent_loss, value, t, 3),
-            older_loss=_average(state.older_loss, value, t, 1),
-            num_steps=optax.safe_increment(state.num_steps),
+        n, t = optax.safe_increment(state.num_looks), optax.safe_increment(state.num_steps)
+        new = state._replace(
+            noise=jnp.where(due, _average(state.noise, noise, n - 1, n, 9), state.noise),
+            num_looks=jnp.where(due, n, state.num_looks),
+            recent_loss=_average(state.recent_loss, value, t - 1, t, 3),
+            older_loss=_average(state.older_loss, value, t - 1, t, 1),
+            num_steps=t,
             num_examples=seen + batch_size,
         )
+        if loss_fn is not None:
+            old = state.validation
+            looked = ValidationPace(
+                recent_loss=_average(old.recent_loss, validation_loss[0], old.last_step, t, 3),
+                older_loss=_average(old.older_loss, validation_loss[0], old.last_step, t, 1),
+                last_step=t,
+            )
+            new = new._replace(validation=tree_where(due, looked, old))
         # What growth multiplies is the last size before it began.
         size = jnp.clip(size_of_floor(new), 1 / _LARGEST, _LARGEST)
         settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
@@ -341,24 +372,35 @@ def floor_objective(
         target = jnp.where(target > 0, jnp.minimum(target, _LARGEST), b)  # unknown: stay
         return jax.lax.stop_gradient(target) / b + jnp.log(b)  # Eq. 13
 
-    signals = ("value", "gradient_noise", "update_noise")
+    signals = FloorState.requires + (() if loss_fn is None else ValidationPace.requires)
     return NoiseObjective(init, measure, update, objective, best, signals)
 
 
 _FEW = 8  # steps from which no pace can be told
 _EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its pace over p. Eq. 9
+_MEMORY = 2.0  # how many times faster the training loss may fall than that of other examples
 _LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
 
 
 def pace_of_loss(state: FloorState) -> jax.Array:
     """How much the loss falls while the number of steps grows by a factor of e: -dF / d log t.
 
-    An average with weights t^a lags by 1 / (a + 1) in log t, so two of them give the slope.
+    An average with weights t^a lags by 1 / (a + 1) in log t, so two of them give the slope. Where
+    the pace on validation examples is known, at most a multiple of that.
     """
-    return 4 * (state.older_loss - state.recent_loss)  # Eq. 9: 1 / (1/2 - 1/4)
+    pace = 4 * (state.older_loss - state.recent_loss)  # Eq. 9: 1 / (1/2 - 1/4)
+    if state.validation is None:
+        return pace
+    other = 4 * (state.validation.older_loss - state.validation.recent_loss)
+    return jnp.where(state.num_looks > _FEW, jnp.minimum(pace, _MEMORY * other), pace)
 
 
-def _average(mean: jax.Array, sample: jax.Array, t: jax.Array, a: int) -> jax.Array:
-    """The average of t samples, sample i weighing about i^a: it forgets, at any time scale."""
-    rate = (a + 1) / (t + a)
-    return (1 - rate) * mean + rate * sample
+def _average(
+    mean: jax.Array, sample: jax.Array, last: jax.Array, now: jax.Array, a: int
+) -> jax.Array:
+    """An average up to step `now` in which step i weighs i^a: it forgets, at any time scale.
+
+    The sample stands for all steps after `last`, where the average so far ends.
+    """
+    kept = (last.astype(float) / now.astype(float)) ** (a + 1)
+    return kept * mean + (1 - kept) * sample

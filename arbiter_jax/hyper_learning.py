@@ -20,8 +20,7 @@ from arbiter_jax import _validate
 from arbiter_jax._arbiter_state import (
     ALPHA_SCALE,
     ArbiterState,
-    ExpectedGainArbiterState,
-    NoiseFloorArbiterState,
+    NoiseArbiterState,
     fresh_mixture,
 )
 from arbiter_jax._noise_statistics import NoiseObjective, observe, within_range
@@ -157,10 +156,8 @@ def arbiter(
         make_state, rates = ArbiterState, (1e-5, 1e-4)
     else:
         num_features, learn_response = 0, False  # nothing responds
-        needs_labels = "meta_batch" in objective.signals
-        make_state = ExpectedGainArbiterState if needs_labels else NoiseFloorArbiterState
-        rates = (1e-3, 1e-2)
-    signals = [name for name in make_state.requires if name != "agent_inputs"]
+        make_state, rates = NoiseArbiterState, (1e-3, 1e-2)
+    signals = ("meta_batch",) if objective is None else objective.signals
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )

@@ -42,7 +42,8 @@ def noise_response(
 
     Args:
       kind: "noise_floor" or "expected_gain".
-      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss; for "expected_gain" only.
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss. "expected_gain" needs it;
+        "noise_floor" looks at validation examples only where it is given.
       **options: The constants of the rule of that name: for "noise_floor" `num_examples`, `share`,
         `hold`, `growth`, `persistence`, `step_cost`; for "expected_gain" `decay`, `persistence`,
         `step_cost`.
@@ -51,7 +52,7 @@ def noise_response(
       A :class:`NoiseObjective`.
 
     Raises:
-      ValueError: If an argument is out of its range, or `loss_fn` is missing or not needed.
+      ValueError: If an argument is out of its range, or `loss_fn` is missing.
 
     *Guarantees*: the objective is least at `best`; a step whose signals are not finite changes
     nothing.
@@ -62,10 +63,8 @@ def noise_response(
     >>> tx = aj.arbiter(agent, objective=objective, min_batch_size=8, max_batch_size=512)
     """
     _validate.one_of(("noise_floor", "expected_gain"), kind=kind)
-    needs_loss = kind == "expected_gain"
-    if needs_loss != (loss_fn is not None):
-        needed = "needed" if needs_loss else "not used"
-        raise ValueError(f"loss_fn is {needed} for kind={kind!r}, got {loss_fn!r}.")
+    if kind == "expected_gain" and loss_fn is None:
+        raise ValueError("loss_fn is needed for kind='expected_gain', got None.")
     make = {"noise_floor": floor_objective, "expected_gain": gain_objective}[kind]
     unknown = set(options) - set(make.__kwdefaults__)
     if unknown:
@@ -73,4 +72,4 @@ def noise_response(
             f"options must be among {', '.join(make.__kwdefaults__)} for kind={kind!r}, got "
             f"{', '.join(sorted(unknown))}."
         )
-    return make(loss_fn, **options) if needs_loss else make(**options)
+    return make(loss_fn, **options)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax.base import PyTree, meta_batch_sizes, nodes
+from arbiter_jax.base import PyTree, meta_batch_sizes, required_signals
 from arbiter_jax.batching import SamplerState, advance, num_rows, peek
 from arbiter_jax.gradients import GradientFn, masked_value_and_grad, value_grad_and_stats
 
@@ -116,21 +116,28 @@ def validation_signals(
     return sampler, signals
 
 
-def _looking(opt_state: PyTree) -> list[Any]:
-    """The states that look at signals for which there is something to compute."""
-    costly = VALIDATION_SIGNALS | NOISE_SIGNALS
-    return [node for node in nodes(opt_state) if costly & set(getattr(node, "requires", ()))]
+def _flags(node: PyTree) -> list[jax.Array | None]:
+    """Of each state that looks at signals that cost something, the flag that governs it, if any.
+
+    A state's `signals_due`, bool[], speaks for all that is inside of it.
+    """
+    asking = required_signals(node) & (VALIDATION_SIGNALS | NOISE_SIGNALS)
+    if not asking:
+        return []
+    if getattr(node, "signals_due", None) is not None:
+        return [node.signals_due]
+    if asking & set(getattr(node, "requires", ())):
+        return [None]
+    children = jax.tree_util.default_registry.flatten_one_level(node)
+    return [flag for child in (children[0] if children else ()) for flag in _flags(child)]
 
 
 def signals_due(opt_state: PyTree) -> jax.Array | None:
-    """Whether any rule looks at its signals at the next step; None where always, or never.
-
-    A state that does so now and then tells in a field `signals_due`, bool[].
-    """
-    due = [getattr(node, "signals_due", None) for node in _looking(opt_state)]
-    if not due or any(flag is None for flag in due):
+    """Whether any rule looks at its signals at the next step; None where always, or never."""
+    flags = _flags(opt_state)
+    if not flags or any(flag is None for flag in flags):
         return None
-    return functools.reduce(jnp.logical_or, due)
+    return functools.reduce(jnp.logical_or, flags)
 
 
 def with_signals_due(opt_state: PyTree, due: bool) -> PyTree:
@@ -140,7 +147,7 @@ def with_signals_due(opt_state: PyTree, due: bool) -> PyTree:
     is not known which one it was.
     """
     flagged = lambda node: getattr(node, "signals_due", None) is not None
-    if due and len(_looking(opt_state)) > 1:
+    if due and len(_flags(opt_state)) > 1:
         return opt_state
     return jax.tree.map(
         lambda node: node._replace(signals_due=jnp.full((), due)) if flagged(node) else node,

@@ -47,3 +47,35 @@ def scale_by_rates(kind: str, rate: float, num_steps: int) -> optax.GradientTran
         return jax.tree.map(lambda u: state.learning_rate * u, updates), state
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+DECAYS = ("constant", "cosine", "last fifth")
+
+
+class DecayState(NamedTuple):
+    """State of :func:`scale_by_decay`."""
+
+    kind: jax.Array  # shape=(), dtype=int32, a position in DECAYS
+
+
+def scale_by_decay(kind: str, num_examples: int) -> optax.GradientTransformationExtraArgs:
+    """A decay over the examples of a run; its kind lies in the state, so that all share a program.
+
+    Args:
+      kind: One of :data:`DECAYS`; "last fifth" falls linearly to 0 from four fifths of the examples.
+      num_examples: The budget.
+    """
+
+    def init_fn(params):
+        del params
+        return DecayState(jnp.int32(DECAYS.index(kind)))
+
+    def update_fn(updates, state, params=None, *, num_examples=0, **extra_args):
+        del params, extra_args
+        share = jnp.minimum(jnp.asarray(num_examples, jnp.float32) / budget, 1)
+        factors = jnp.stack([1.0, 0.5 * (1 + jnp.cos(jnp.pi * share)), jnp.minimum(1, 5 * (1 - share))])
+        factor = factors[state.kind]
+        return jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates), state
+
+    budget = num_examples
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -26,7 +26,6 @@ class ExpectedGainState(NamedTuple):
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
     signals_due: jax.Array | None  # shape=(), dtype=bool, is the next one; None: all are
-    requires = ("update_noise", "meta_batch")
 
 
 def expected_gain(

@@ -6,7 +6,8 @@ budget, when noise no longer has time to decay. Derivation: ``experiments/NOISE.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -25,10 +26,10 @@ class NoiseFloorState(NamedTuple):
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
     signals_due: jax.Array | None  # shape=(), dtype=bool, is the next one; None: all are
-    requires = ("value", "gradient_noise", "update_noise")
 
 
 def noise_floor(
+    loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
     every: int = 10,
@@ -62,6 +63,8 @@ def noise_floor(
     rest, a factor of at most 2 each. Without a budget it holds.
 
     Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, if the rule is to look at
+        validation examples as well; None if not.
       num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
       every: The noise is measured at the first of so many steps, an integer >= 1, and at each of the
         first 20; the loss at every step.
@@ -108,6 +111,7 @@ def noise_floor(
     """
     fixed_cost = as_step_cost(step_cost)
     objective = floor_objective(
+        loss_fn,
         num_examples=num_examples,
         share=share,
         hold=hold,

@@ -1,0 +1,210 @@
+"""The cases of :mod:`experiments.noise_rules`: tasks, optimizers, decays, and what runs on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import arbiter_jax as aj
+from arbiter_jax import datasets, models, schedulers
+from arbiter_jax.noise_response import impulse_response
+from experiments import _methods, _runner
+from experiments._schedules import scale_by_decay
+
+NOISE_RULES = (
+    "noise_floor",
+    "noise_floor_training",
+    "expected_gain",
+    "arbiter_noise_response",
+)
+CONTEXT = 8  # characters that the language model sees
+
+
+class Case(NamedTuple):
+    """One problem, on which all sizes and all rules are compared at equal examples."""
+
+    task: str
+    optimizer: str  # of OPTIMIZERS
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A task with its budget and its range of sizes."""
+
+    task: _runner.Task
+    agent: aj.Agent
+    num_examples: int
+    max_batch_size: int
+    scale: float = 1.0  # of all learning rates
+
+
+# Three rates each, at most a decade from one to the next.
+OPTIMIZERS: dict[str, tuple[float, ...]] = {
+    "sgd": (0.03, 0.1, 0.3),
+    "momentum": (0.01, 0.03, 0.1),
+    "adam": (0.0005, 0.0015, 0.005),
+}
+
+
+def _of_name(dataset: str, model: str, epochs: float, max_batch_size: int) -> Definition:
+    task = _runner.make_task(dataset, model)
+    budget = int(epochs * task.num_train)
+    return Definition(task, _methods.agent_for(task), budget, max_batch_size)
+
+
+def _language(epochs: float) -> Definition:
+    """The next of English characters from the eight before it."""
+    dataset = datasets.text(CONTEXT, form="context")
+    size = dataset.num_classes
+    one_hot = lambda tokens: jax.nn.one_hot(tokens, size).reshape(tokens.shape[0], -1)
+    model = models.mlp((CONTEXT * size,), (128,), size)
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    plain = models.losses(model, loss)
+    losses = plain._replace(
+        loss_fn=lambda params, batch: plain.loss_fn(params, (one_hot(batch[0]), batch[1])),
+        predict=lambda params, tokens: plain.predict(params, one_hot(tokens)),
+    )
+    data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
+    agent = aj.mlp_agent((CONTEXT,))
+    # Tokens are no quantities; an agent only has to tell one batch from another.
+    agent = agent._replace(apply=lambda p, tokens, apply=agent.apply: apply(p, tokens / size - 0.5))
+    task = _runner.Task(dataset, data, model, losses, loss)
+    return Definition(task, agent, int(epochs * task.num_train), 2048)
+
+
+def _regression(epochs: float) -> Definition:
+    dataset = datasets.diabetes()
+    model = models.mlp(dataset.input_shape, (32,), num_classes=1)
+    loss = lambda outputs, targets: jnp.square(outputs[:, 0] - targets)
+    data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
+    task = _runner.Task(dataset, data, model, models.losses(model, loss), loss)
+    agent = aj.mlp_agent(dataset.input_shape)
+    return Definition(task, agent, int(epochs * task.num_train), 256, scale=0.1)
+
+
+TASKS: dict[str, Callable[[], Definition]] = {
+    "fashion_mnist": lambda: _of_name("fashion_mnist", "mlp", 4, 2048),
+    "digits": lambda: _of_name("digits", "mlp", 30, 1024),
+    "digits_lenet": lambda: _of_name("digits", "lenet", 20, 1024),
+    "language": lambda: _language(2),
+    "regression": lambda: _regression(100),
+}
+
+
+@functools.cache
+def definition(name: str, share: float = 1.0) -> Definition:
+    """The task of a name, with a share of its budget."""
+    if name not in TASKS:
+        raise _runner.UsageError(f"--tasks must be among {', '.join(TASKS)}; got {name!r}.")
+    made = TASKS[name]()
+    return dataclasses.replace(made, num_examples=int(share * made.num_examples))
+
+
+def optimizer(kind: str, rate: float, decay: str, num_examples: int):
+    """An optimizer whose rate, momentum and decay lie in its state: one program for many."""
+    if kind == "adam":
+        base = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
+    else:
+        momentum = 0.9 if kind == "momentum" else 0.0
+        base = optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=momentum)
+    return optax.chain(base, scale_by_decay(decay, num_examples))
+
+
+@functools.cache
+def persistence(kind: str) -> float:
+    """k, measured from the optimizer's impulse response."""
+    made = {
+        "sgd": optax.sgd(0.1),
+        "momentum": optax.sgd(0.1, momentum=0.9),
+        "adam": optax.adam(0.1),
+    }
+    return impulse_response(made[kind])
+
+
+def _rule(name: str, made: Definition, kind: str, seed: int, start: int, options: dict[str, Any]):
+    limits = {"max_batch_size": made.max_batch_size, "initial_batch_size": start}
+    floor = {"num_examples": made.num_examples, "persistence": persistence(kind)} | options
+    loss_fn = made.task.losses.loss_fn
+    if name == "noise_floor":
+        return schedulers.noise_floor(loss_fn, **floor, **limits)
+    if name == "noise_floor_training":
+        return schedulers.noise_floor(**floor, **limits)
+    if name == "expected_gain":
+        return schedulers.expected_gain(loss_fn, **options, **limits)
+    return aj.arbiter(
+        made.agent,
+        objective=aj.noise_response("noise_floor", loss_fn=loss_fn, **floor),
+        window=20,
+        hyper_every=10,
+        seed=seed,
+        **limits,
+    )
+
+
+@functools.cache
+def _program(name: str, task: str, share: float, kind: str, options: tuple) -> Any:
+    """The update function that all rates, decays, sizes and seeds of a method share."""
+    made = definition(task, share)
+    base = optimizer(kind, 0.1, "constant", made.num_examples)
+    if name == "constant":
+        return optax.chain(base, schedulers.constant(1))
+    return optax.chain(base, _rule(name, made, kind, 0, 64, dict(options)))
+
+
+def run(
+    case: Case,
+    name: str,
+    *,
+    seed: int,
+    decay: str = "constant",
+    share: float = 1.0,
+    start: int = 64,
+    callbacks: Any = (),
+    **options: Any,
+) -> tuple[dict[str, Any], aj.FitResult]:
+    """One run of a method on a case: its row, and the fit.
+
+    Args:
+      case: What to train.
+      name: One of :data:`NOISE_RULES`, or "constant".
+      seed: Of everything that is drawn.
+      decay: Of the learning rate, of :data:`experiments._schedules.DECAYS`.
+      share: Of the task's budget.
+      start: The constant size, or the one that a rule starts from.
+      callbacks: For `fit`.
+      **options: More arguments of the rule.
+    """
+    made = definition(case.task, share)
+    # Momentum is in the state, but what the rules know of it is in their programs.
+    kind = "sgd" if name == "constant" and case.optimizer == "momentum" else case.optimizer
+    tx = _program(name, case.task, share, kind, tuple(sorted(options.items())))
+
+    def begin(seed, learning_rate):
+        base = optimizer(case.optimizer, learning_rate, decay, made.num_examples)
+        if name == "constant":
+            return optax.chain(base, schedulers.constant(start))
+        return optax.chain(base, _rule(name, made, case.optimizer, seed, start, options))
+
+    row, _, fit = _runner.train(
+        made.task,
+        name,
+        _methods.Method(tx, begin),
+        seed=seed,
+        num_examples=made.num_examples,
+        window=100 if name == "constant" else 20,
+        learning_rate=made.scale * case.learning_rate,
+        callbacks=callbacks,
+        task_name=case.task,
+        optimizer=case.optimizer,
+        case_rate=case.learning_rate,
+        decay=decay,
+        start=start,
+    )
+    return row, fit

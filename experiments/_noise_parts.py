@@ -1,0 +1,1 @@
+"""Two parts of :mod:`experiments.noise_rules`: the control, and steps with a fixed cost."""

@@ -1,0 +1,332 @@
+"""The rules that measure noise, against every constant size and every usual decay, at equal examples.
+
+Claim (ours; derivation in NOISE.md): held where noise costs a fixed share of the loss still to go,
+and grown at the end, a batch size does better than the best constant one, whatever the task, the
+optimizer, its rate and the start, with one set of constants.
+Command: python -m experiments.noise_rules [--parts table control step_cost] [--tasks ...]
+Time: about 90 minutes on one core; `--tasks digits` 10.
+Expected: below the best constant size where there is more to learn than the training set holds; not
+where the training loss goes to zero, nor where the smallest size is best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arbiter_jax import plotting, progress
+from experiments import _noise_cases as cases
+from experiments import _noise_parts as parts
+from experiments import _runner
+from experiments._schedules import DECAYS
+
+PARTS = ("table", "control", "step_cost")
+METHODS = ("noise_floor", "noise_floor_training", "expected_gain", "arbiter_noise_response")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    parts: tuple[str, ...] = PARTS
+    tasks: tuple[str, ...] = tuple(cases.TASKS)
+    optimizers: tuple[str, ...] = tuple(cases.OPTIMIZERS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    starts: tuple[int, ...] = (16, 64, 256)  # of the rules; the agent and the control: 64
+    share: float = 1.0  # of each task's number of examples
+    full_grid: bool = False  # every constant size, and not only those around the best
+
+
+CONFIGS = {
+    "smoke": Config(
+        parts=("table",),
+        tasks=("regression",),
+        optimizers=("momentum",),
+        seeds=(0,),
+        starts=(64,),
+        share=0.1,
+    ),
+    "default": Config(),
+    "paper": Config(seeds=(0, 1, 2, 3, 4), share=2.5, full_grid=True),
+}
+
+
+def best_constant(
+    losses_at: Callable[[int], list[dict]], sizes: list[int], full: bool
+) -> dict[int, list[dict]]:
+    """The rows of the sizes that were tried, of a grid in which the loss is taken to have one valley.
+
+    From the middle on, until the sizes on both sides of the best one are worse.
+    """
+    found: dict[int, list[dict]] = {}
+    loss = lambda i: np.mean([row["test_loss"] for row in found[sizes[i]]])
+
+    def look(i):
+        if 0 <= i < len(sizes) and sizes[i] not in found:
+            found[sizes[i]] = losses_at(sizes[i])
+
+    if full:
+        for i in range(len(sizes)):
+            look(i)
+        return found
+    best = len(sizes) // 2
+    look(best)
+    while True:
+        look(best - 1), look(best + 1)
+        known = [i for i in range(len(sizes)) if sizes[i] in found]
+        lowest = min(known, key=loss)
+        if lowest == best:
+            return found
+        best = lowest
+
+
+def run(config: Config) -> _runner.Results:
+    _check(config)
+    results = _runner.Results(extra={"config": config})
+    with progress.live() as display:
+        if "table" in config.parts:
+            results.extra["fits"] = {}
+            for task in config.tasks:
+                for kind in config.optimizers:
+                    for rate in cases.OPTIMIZERS[kind]:
+                        _run_case(cases.Case(task, kind, rate), config, results, display)
+        for name in PARTS[1:]:
+            if name in config.parts:
+                results.extra[name] = getattr(parts, name)(config, display)
+                results.rows += results.extra[name]
+    return results
+
+
+def _check(config: Config) -> None:
+    for flag, given, known in (
+        ("--parts", config.parts, PARTS),
+        ("--tasks", config.tasks, cases.TASKS),
+        ("--optimizers", config.optimizers, cases.OPTIMIZERS),
+    ):
+        if set(given) - set(known):
+            unknown = ", ".join(sorted(set(given) - set(known)))
+            raise _runner.UsageError(f"{flag} must be among {', '.join(known)}, got {unknown}.")
+
+
+def _run_case(case: cases.Case, config: Config, results: _runner.Results, display) -> None:
+    made = cases.definition(case.task, config.share)
+    sizes = [2**k for k in range(3, made.max_batch_size.bit_length())]
+
+    def several(name: str, start: int, decay: str = "constant") -> list[dict]:
+        rows = []
+        for seed in config.seeds:
+            shown = f"{case.task}, {case.optimizer} {case.learning_rate:g}, {name}, seed {seed}"
+            row, fit = cases.run(
+                case,
+                name,
+                seed=seed,
+                decay=decay,
+                start=start,
+                share=config.share,
+                callbacks=[display(shown, made.num_examples)],
+            )
+            rows.append({"part": "table", **row})
+            if (seed, start) == (config.seeds[0], 64) and name in cases.NOISE_RULES:
+                results.extra["fits"][case, name] = [
+                    (record.num_examples, record.batch_size) for record in fit.history
+                ]
+        results.rows += rows
+        return rows
+
+    for decay in DECAYS:
+        best_constant(
+            lambda size, decay=decay: several("constant", size, decay), sizes, config.full_grid
+        )
+    for name in METHODS:
+        every_start = name in ("noise_floor", "expected_gain")
+        for start in config.starts if every_start else config.starts[len(config.starts) // 2 :][:1]:
+            several(name, start)
+
+
+# What the rows say.
+
+
+def _mean(rows: list[dict], field: str = "test_loss") -> float:
+    return float(np.mean([row[field] for row in rows]))
+
+
+def judge(rows: list[dict]) -> list[dict[str, Any]]:
+    """One record a case: the best constant sizes, and what each rule did from each start."""
+    records = []
+    rows = [row for row in rows if row.get("part") == "table"]
+    for (task, kind, rate), group in _runner.by(
+        rows, "task_name", "optimizer", "case_rate"
+    ).items():
+        constants = [row for row in group if row["method"] == "constant"]
+        found = _runner.by(constants, "decay", "start")
+        fixed = {key: runs for key, runs in found.items() if key[0] == "constant"}
+        best = min(fixed, key=lambda key: _mean(fixed[key]))
+        decayed = min(found, key=lambda key: _mean(found[key]))
+        record = {
+            "case": cases.Case(task, kind, rate),
+            "constant": (best[1], _mean(found[best])),
+            "decayed": (*decayed, _mean(found[decayed]), _mean(found[decayed], "num_steps")),
+            "interval": found[best],
+            "rules": {},
+        }
+        for (name, start), runs in _runner.by(
+            [row for row in group if row["method"] != "constant"], "method", "start"
+        ).items():
+            record["rules"][name, start] = {
+                "loss": _mean(runs),
+                "over_constant": _mean(runs) / _mean(found[best]) - 1,
+                "over_decayed": _mean(runs) / _mean(found[decayed]) - 1,
+                "steps": _mean(runs, "num_steps") / _mean(found[decayed], "num_steps"),
+                "num_steps": _mean(runs, "num_steps"),
+            }
+        records.append(record)
+    return records
+
+
+def counted(records: list[dict], task: str | None = None) -> list[list[str]]:
+    """What the numbers to reach ask for: shares of the cases, a case and a start being one."""
+    lines = []
+    for name in METHODS:
+        outcomes = [
+            outcome
+            for record in records
+            if task in (None, record["case"].task)
+            for (method, _), outcome in record["rules"].items()
+            if method == name
+        ]
+        if not outcomes:
+            continue
+        over = np.array([o["over_constant"] for o in outcomes])
+        near = [o["over_decayed"] <= 0.02 for o in outcomes]
+        cheap = [o["over_decayed"] <= 0.02 and o["steps"] <= 0.6 for o in outcomes]
+        lines.append(
+            [
+                f"{task or 'all'}, {name}",
+                str(len(outcomes)),
+                f"{100 * np.mean(over < 0):.0f}",
+                f"{100 * np.mean(over <= 0.01):.0f}",
+                f"{100 * over.mean():+.1f}",
+                f"{100 * np.median(over):+.1f}",
+                f"{100 * over.max():+.1f}",
+                f"{100 * np.mean(near):.0f}",
+                f"{100 * np.mean(cheap):.0f}",
+            ]
+        )
+    return lines
+
+
+def table(results: _runner.Results):
+    from rich.console import Group
+
+    config, tables = results.extra["config"], []
+    if "table" in config.parts:
+        tables += _tables(results.rows, config)
+    if "control" in config.parts:
+        tables.append(parts.control_table(results.extra["control"]))
+    if "step_cost" in config.parts:
+        tables.append(parts.step_cost_table(results.extra["step_cost"]))
+    return Group(*tables)
+
+
+def _tables(rows: list[dict], config: Config) -> list[Any]:
+    records = judge(rows)
+    middle = config.starts[len(config.starts) // 2]
+    cells = []
+    for record in records:
+        case, (size, loss) = record["case"], record["constant"]
+        decay, decayed_size, decayed_loss, decayed_steps = record["decayed"]
+        outcome = lambda name, record=record: record["rules"].get((name, middle))
+        against = lambda name, outcome=outcome: (
+            f"{100 * outcome(name)['over_constant']:+.1f}" if outcome(name) else "-"
+        )
+        spread = [
+            o["over_constant"] for (name, _), o in record["rules"].items() if name == "noise_floor"
+        ]
+        cells.append(
+            [
+                f"{case.task}, {case.optimizer} {case.learning_rate:g}",
+                f"{loss:.4f} ({size})",
+                f"{decayed_loss:.4f} ({decayed_size}, {decay})",
+                f"{100 * min(spread):+.1f} to {100 * max(spread):+.1f}",
+                f"{outcome('noise_floor')['num_steps']:,.0f} / {decayed_steps:,.0f}",
+                *map(against, METHODS[1:]),
+            ]
+        )
+    listed = _runner.make_table(
+        f"mean test loss, {len(config.seeds)} seeds, equal examples within a task",
+        ["case", "best constant", "with decay", "noise floor %", "steps", *METHODS[1:]],
+        cells,
+        "best constant: test loss of the best constant size at a constant rate (its size); with "
+        "decay: the same over the best\nof constant rate, cosine and decay in the last fifth. "
+        "noise floor: mean test loss over that of the best constant\nsize, lowest and highest of "
+        f"the starts {', '.join(map(str, config.starts))}; the other rules from {middle}. steps: of "
+        "the noise floor / of the best\nsize with decay. noise_floor looks at validation examples "
+        "as well, noise_floor_training does not.",
+    )
+    lines = [line for task in (*config.tasks, None) for line in counted(records, task)]
+    columns = ["rule", "cases", "below %", "within 1%", "mean %", "median %", "worst %"]
+    columns += ["within 2% of decay", "and 60% of steps"]
+    counts = _runner.make_table(
+        "how often: a case and a start are one",
+        columns,
+        lines,
+        "below, within, mean, median, worst: test loss against the best constant size at a constant "
+        "rate. within 2% of\ndecay: of the best size with the best decay; and that in at most 60% "
+        "of its steps. All in % of the cases or of the loss.",
+    )
+    return [listed, counts]
+
+
+def plot(results: _runner.Results, output: Path) -> None:
+    if "table" in results.extra["config"].parts:
+        _plot_table(results).savefig(output / "noise_rules.png")
+    if "step_cost" in results.extra:
+        parts.plot_step_cost(results.extra["step_cost"]).savefig(output / "step_cost.png")
+
+
+def _plot_table(results: _runner.Results):
+    """Above what each rule gains or loses in every case, below the sizes that the noise floor takes."""
+    records, config = judge(results.rows), results.extra["config"]
+    fig, (top, bottom) = plotting.figure(2, 1, size=(9.5, 7.0))
+    ticks = np.arange(len(records))
+    for i, name in enumerate(("noise_floor", "expected_gain", "arbiter_noise_response")):
+        for x, record in zip(ticks, records, strict=True):
+            values = [
+                100 * o["over_constant"] for (n, _), o in record["rules"].items() if n == name
+            ]
+            at = x + 0.22 * (i - 1)
+            style = {"color": plotting.COLORS[i], "zorder": 3}
+            top.plot([at, at], [min(values), max(values)], lw=1.2, **style)
+            top.plot(at, np.mean(values), "o", ms=4, label=name if x == 0 else None, **style)
+    top.axhline(0, color="0.4", lw=0.8)
+    top.set_yscale("symlog", linthresh=10)
+    top.set_ylabel("test loss over that of the\nbest constant size [%]")
+    labels = [f"{r['case'].task}, {r['case'].optimizer} {r['case'].learning_rate:g}" for r in records]
+    top.set_xticks(ticks, labels, rotation=90, fontsize=6)
+    top.legend(frameon=False, fontsize=8, ncols=3)
+    for i, task in enumerate(config.tasks):
+        for j, (case, name) in enumerate(results.extra["fits"]):
+            if case.task == task and name == "noise_floor":
+                ends, sizes = np.array(results.extra["fits"][case, name]).T
+                total = ends[-1]
+                first = not any(c.task == task for c, n in list(results.extra["fits"])[:j])
+                bottom.stairs(
+                    sizes,
+                    np.concatenate([[0], ends]) / total,
+                    baseline=None,
+                    color=plotting.COLORS[i],
+                    alpha=0.7,
+                    lw=1.0,
+                    label=task if first else None,
+                )
+    bottom.set_yscale("log", base=2)
+    bottom.set_ylabel("batch size of the noise floor\n[examples]")
+    bottom.set_xlabel("share of the budget of examples")
+    bottom.legend(frameon=False, fontsize=8, ncols=5)
+    return fig
+
+
+if __name__ == "__main__":
+    _runner.main("noise_rules", CONFIGS, run, plot, table, __doc__.splitlines()[0])
