@@ -98,7 +98,9 @@ def _budget_and_persistence(task: Task, config: Any) -> dict[str, Any]:
 
 def _noise_floor(task: Task, config: Any, limits: dict[str, int]):
     known = _budget_and_persistence(task, config)
-    return lambda seed, learning_rate: schedulers.noise_floor(**known, **limits)
+    return lambda seed, learning_rate: schedulers.noise_floor(
+        task.losses.loss_fn, **known, **limits
+    )
 
 
 def _expected_gain(task: Task, config: Any, limits: dict[str, int]):
@@ -109,7 +111,7 @@ def _arbiter_noise_response(task: Task, config: Any, limits: dict[str, int]):
     agent, known = agent_for(task), _budget_and_persistence(task, config)
     return lambda seed, learning_rate: aj.arbiter(
         agent,
-        objective=noise_response("noise_floor", **known),
+        objective=noise_response("noise_floor", loss_fn=task.losses.loss_fn, **known),
         window=config.window,
         seed=seed,
         **limits,

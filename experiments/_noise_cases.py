@@ -142,7 +142,6 @@ def _rule(name: str, made: Definition, kind: str, seed: int, start: int, options
         made.agent,
         objective=aj.noise_response("noise_floor", loss_fn=loss_fn, **floor),
         window=20,
-        hyper_every=10,
         seed=seed,
         **limits,
     )

@@ -84,7 +84,7 @@ def _replayed_rule(name: str, case: cases.Case, share: float, table: np.ndarray)
         fixed_cost=0.0,
         max_change=4.0,
         num_examples=budget,
-        every=10,
+        every=4 if name == "noise_floor" else 10,
     )
 
 

@@ -25,7 +25,6 @@ from experiments import _runner
 from experiments._schedules import DECAYS
 
 PARTS = ("table", "control", "step_cost")
-METHODS = ("noise_floor", "noise_floor_training", "expected_gain", "arbiter_noise_response")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Config:
     parts: tuple[str, ...] = PARTS
     tasks: tuple[str, ...] = tuple(cases.TASKS)
     optimizers: tuple[str, ...] = tuple(cases.OPTIMIZERS)
+    methods: tuple[str, ...] = cases.NOISE_RULES
     seeds: tuple[int, ...] = (0, 1, 2)
     starts: tuple[int, ...] = (16, 64, 256)  # of the rules; the agent and the control: 64
     share: float = 1.0  # of each task's number of examples
@@ -44,6 +44,7 @@ CONFIGS = {
         parts=("table",),
         tasks=("regression",),
         optimizers=("momentum",),
+        methods=("noise_floor",),
         seeds=(0,),
         starts=(64,),
         share=0.1,
@@ -104,6 +105,7 @@ def _check(config: Config) -> None:
         ("--parts", config.parts, PARTS),
         ("--tasks", config.tasks, cases.TASKS),
         ("--optimizers", config.optimizers, cases.OPTIMIZERS),
+        ("--methods", config.methods, cases.NOISE_RULES),
     ):
         if set(given) - set(known):
             unknown = ", ".join(sorted(set(given) - set(known)))
@@ -139,7 +141,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, displa
         best_constant(
             lambda size, decay=decay: several("constant", size, decay), sizes, config.full_grid
         )
-    for name in METHODS:
+    for name in config.methods:
         every_start = name in ("noise_floor", "expected_gain")
         for start in config.starts if every_start else config.starts[len(config.starts) // 2 :][:1]:
             several(name, start)
@@ -188,7 +190,7 @@ def judge(rows: list[dict]) -> list[dict[str, Any]]:
 def counted(records: list[dict], task: str | None = None) -> list[list[str]]:
     """What the numbers to reach ask for: shares of the cases, a case and a start being one."""
     lines = []
-    for name in METHODS:
+    for name in cases.NOISE_RULES:
         outcomes = [
             outcome
             for record in records
@@ -251,12 +253,12 @@ def _tables(rows: list[dict], config: Config) -> list[Any]:
                 f"{decayed_loss:.4f} ({decayed_size}, {decay})",
                 f"{100 * min(spread):+.1f} to {100 * max(spread):+.1f}",
                 f"{outcome('noise_floor')['num_steps']:,.0f} / {decayed_steps:,.0f}",
-                *map(against, METHODS[1:]),
+                *map(against, cases.NOISE_RULES[1:]),
             ]
         )
     listed = _runner.make_table(
         f"mean test loss, {len(config.seeds)} seeds, equal examples within a task",
-        ["case", "best constant", "with decay", "noise floor %", "steps", *METHODS[1:]],
+        ["case", "best constant", "with decay", "noise floor %", "steps", *cases.NOISE_RULES[1:]],
         cells,
         "best constant: test loss of the best constant size at a constant rate (its size); with "
         "decay: the same over the best\nof constant rate, cosine and decay in the last fifth. "

@@ -32,7 +32,7 @@ def noise_floor(
     loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
-    every: int = 10,
+    every: int = 4,
     share: float = 0.1,
     hold: float = 0.8,
     growth: float = 8.0,
