@@ -51,7 +51,7 @@ def agent_for(task: Task) -> aj.Agent:
     return aj.mlp_agent(shape)
 
 
-def _arbiter(task: Task, config: Any, limits: dict[str, int], **options: Any):
+def arbiter(task: Task, config: Any, limits: dict[str, int], **options: Any):
     agent = agent_for(task)
     return lambda seed, learning_rate: aj.arbiter(
         agent,
@@ -67,7 +67,7 @@ def _arbiter(task: Task, config: Any, limits: dict[str, int], **options: Any):
 def _random_pick(task: Task, config: Any, limits: dict[str, int]):
     """Arbiter with both learning rates zero: what is left is the draw of alpha."""
     zero = optax.set_to_zero()
-    return _arbiter(task, config, limits, agent_optimizer=zero, mixture_optimizer=zero)
+    return arbiter(task, config, limits, agent_optimizer=zero, mixture_optimizer=zero)
 
 
 def _rule(factory: Callable[..., Any], **options: Any):
@@ -119,7 +119,7 @@ def _arbiter_noise_response(task: Task, config: Any, limits: dict[str, int]):
 
 
 RULES: dict[str, Callable[..., Callable[..., Any]]] = {
-    "arbiter": _arbiter,
+    "arbiter": arbiter,
     "random_pick": _random_pick,
     "arbiter_noise_response": _arbiter_noise_response,
     "noise_floor": _noise_floor,
@@ -145,7 +145,7 @@ STATISTICS_BASED = ("gradient_noise_scale", "cabs", "norm_test", "inner_product_
 STATISTICS_BASED += ("dive_batch", "adadamp", "goodput")
 
 
-def _limits(config: Any) -> dict[str, int]:
+def limits(config: Any) -> dict[str, int]:
     return {
         "min_batch_size": config.min_batch_size,
         "max_batch_size": config.max_batch_size,
@@ -175,7 +175,7 @@ def build(
     if name not in RULES:
         known = ", ".join(["all", "constant_N", *RULES])
         raise UsageError(f"--methods must be among {known}; got {name!r}.")
-    rule = RULES[name](task, config, _limits(config))
+    rule = RULES[name](task, config, limits(config))
     start = lambda seed=0, learning_rate=learning_rate: optax.chain(
         make_optimizer(learning_rate), rule(seed, learning_rate)
     )
@@ -190,6 +190,6 @@ def _shared_constant(make_optimizer: Callable[[float], Any], learning_rate: floa
 def shadows(task: Task, config: Any, learning_rate: float) -> list[optax.GradientTransformation]:
     """Every statistics-based rule as a shadow, to stand beside the one that acts."""
     return [
-        schedulers.shadow(RULES[name](task, config, _limits(config))(0, learning_rate), name=name)
+        schedulers.shadow(RULES[name](task, config, limits(config))(0, learning_rate), name=name)
         for name in STATISTICS_BASED
     ]

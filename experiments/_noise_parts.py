@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,7 +66,7 @@ def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
     return np.stack([fit.steps(field)[sizes > 0][at] for field in STATISTICS[name]], 1)
 
 
-def _replayed_rule(name: str, case: cases.Case, share: float, table: np.ndarray):
+def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray):
     made = cases.definition(case.task, share)
     loss_fn, budget = made.task.losses.loss_fn, None
     if name == "noise_floor":
@@ -76,7 +75,7 @@ def _replayed_rule(name: str, case: cases.Case, share: float, table: np.ndarray)
         objective, state = floor_objective(loss_fn, **known), schedulers.NoiseFloorState
     else:
         objective, state = gain_objective(loss_fn), schedulers.ExpectedGainState
-    return noise_rule(
+    rule = noise_rule(
         state,
         replay(objective, table, made.num_examples),
         rule=name,
@@ -86,40 +85,31 @@ def _replayed_rule(name: str, case: cases.Case, share: float, table: np.ndarray)
         num_examples=budget,
         every=4 if name == "noise_floor" else 10,
     )
+    rate = made.scale * case.learning_rate
+    optimizer = cases.optimizer(case.optimizer, rate, "constant", made.num_examples)
+    return optax.chain(optimizer, rule)
 
 
 def control(config: Any, display: Any) -> list[dict[str, Any]]:
     """Each rule as it is, with its own statistics replayed, and with them permuted in time."""
     rows = []
     for case in (case for case in CONTROLLED if case.task in config.tasks):
-        made = cases.definition(case.task, config.share)
-        optimizer = functools.partial(
-            cases.optimizer, case.optimizer, decay="constant", num_examples=made.num_examples
-        )
         for name, fields in STATISTICS.items():
             empty = np.zeros((BINS, len(fields)))
-            shared = optax.chain(
-                optimizer(case.learning_rate), _replayed_rule(name, case, config.share, empty)
-            )
+            shared = _replayed_chain(name, case, config.share, empty)
             for seed in config.seeds:
+                made = cases.definition(case.task, config.share)
                 shown = display(f"control: {case.task}, {name}, seed {seed}", made.num_examples)
-                row, fit = cases.run(
-                    case, name, seed=seed, share=config.share, callbacks=[shown]
-                )
+                row, fit = cases.run(case, name, seed=seed, share=config.share, callbacks=[shown])
                 rows.append({"part": "control", **row})
                 table = _recorded(fit, name, made.num_examples)
                 order = np.random.default_rng(seed).permutation(BINS)
                 for label, told in (("replayed", table), ("permuted", table[order])):
-                    rule = _replayed_rule(name, case, config.share, told)
-
-                    def start(seed, learning_rate, rule=rule):
-                        del seed
-                        return optax.chain(optimizer(learning_rate), rule)
-
+                    tx = _replayed_chain(name, case, config.share, told)
                     row, _, _ = _runner.train(
                         made.task,
                         f"{name}, {label}",
-                        _methods.Method(shared, start),
+                        _methods.Method(shared, lambda tx=tx, **_: tx),
                         seed=seed,
                         num_examples=made.num_examples,
                         window=20,

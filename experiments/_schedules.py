@@ -73,7 +73,9 @@ def scale_by_decay(kind: str, num_examples: int) -> optax.GradientTransformation
     def update_fn(updates, state, params=None, *, num_examples=0, **extra_args):
         del params, extra_args
         share = jnp.minimum(jnp.asarray(num_examples, jnp.float32) / budget, 1)
-        factors = jnp.stack([1.0, 0.5 * (1 + jnp.cos(jnp.pi * share)), jnp.minimum(1, 5 * (1 - share))])
+        factors = jnp.stack(
+            [1.0, 0.5 * (1 + jnp.cos(jnp.pi * share)), jnp.minimum(1, 5 * (1 - share))]
+        )
         factor = factors[state.kind]
         return jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates), state
 

@@ -221,12 +221,18 @@ def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Ti
             )
         )
     held = {"min_batch_size": size, "max_batch_size": size}
+    loss_fn = mlp.losses.loss_fn
+    objective = aj.noise_response("noise_floor", loss_fn=loss_fn)
     noise_rules = {
-        "noise floor": aj.schedulers.noise_floor(**held),
-        "expected gain every 10th step": aj.schedulers.expected_gain(mlp.losses.loss_fn, **held),
+        "noise floor": aj.schedulers.noise_floor(loss_fn, every=10, **held),
+        "expected gain": aj.schedulers.expected_gain(loss_fn, every=10, **held),
+        "Arbiter, noise response,": aj.arbiter(
+            mlp.agent, objective=objective, initial_batch_size=size, window=10**9, hyper_every=10
+        ),
     }
     for name, rule in noise_rules.items():
-        against_plain(f"MLP, {name} / plain step", 1.25, mlp, optax.chain(mlp.optimizer, rule))
+        tx = optax.chain(mlp.optimizer, rule)
+        against_plain(f"MLP, {name} every 10th step / plain step", 1.25, mlp, tx)
     wide = Network("MLP 784-512-10", models.mlp(SHAPE, (512,), 10), mlp.agent)
     chosen = config.subset_batch_size
     name = f"{wide.name}, subset of n = {chosen}"

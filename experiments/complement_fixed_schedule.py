@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -28,6 +30,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     schedules: tuple[str, ...] = ("step", "smith")
     agent_learning_rates: tuple[float, ...] = (1e-5, 1e-3)  # the published one, and a faster one
+    noise_rules: bool = True  # the agent that measures noise, and the closed forms
     learning_rate: float = 0.05
     momentum: float = 0.9
     epochs: float = 30.0
@@ -39,7 +42,9 @@ class Config:
 
 
 CONFIGS = {
-    "smoke": Config(seeds=(0,), schedules=("step",), agent_learning_rates=(1e-5,), epochs=3.0),
+    "smoke": Config(
+        seeds=(0,), schedules=("step",), agent_learning_rates=(1e-5,), noise_rules=False, epochs=3.0
+    ),
     "default": Config(),
     "paper": Config(dataset="cifar10", model="vgg11", epochs=100.0, window=100),
 }
@@ -76,11 +81,38 @@ def _optimizer(config: Config, num_train: int, schedule: str) -> optax.GradientT
     return optax.chain(optax.sgd(1.0, momentum=config.momentum), aj.scale_by_ledger(rate))
 
 
+def _anchored(task: _runner.Task, config: Config) -> dict[str, Callable[[int], Any]]:
+    """Agents that are anchored anew at each milestone: name -> rule of a seed."""
+    limits = _methods.limits(config)
+    rules = {}
+    for rate in config.agent_learning_rates:
+        learner = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(rate))
+        made = _methods.arbiter(task, config, limits, agent_optimizer=learner)
+        rules[f"arbiter {rate:g}"] = lambda seed, made=made: made(seed, None)
+    if config.noise_rules:
+        noise = _methods.RULES["arbiter_noise_response"](task, config, limits)
+        rules["arbiter_noise_response"] = lambda seed: noise(seed, None)
+    return rules
+
+
+def _alone(task: _runner.Task, config: Config) -> dict[str, Callable[[int], Any]]:
+    """Rules that need no schedule: name -> rule of a seed."""
+    rules = {}
+    for name in ("noise_floor", "expected_gain") if config.noise_rules else ():
+        made = _methods.RULES[name](task, config, _methods.limits(config))
+        rules[name] = lambda seed, made=made: made(seed, None)
+    return rules
+
+
+def _with_rule(optimizer, rule: Callable[[int], Any]) -> _methods.Method:
+    start = functools.cache(lambda seed: optax.chain(optimizer, rule(seed)))
+    return _methods.Method(start(0), lambda seed, learning_rate: start(seed))
+
+
 def run(config: Config) -> _runner.Results:
     task = _runner.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config, "fits": {}})
-    agent = _methods.agent_for(task)
     with progress.live() as start:
         for schedule in config.schedules:
             milestones = _sizes(config, task.num_train, schedule)
@@ -102,26 +134,11 @@ def run(config: Config) -> _runner.Results:
                 ),
             )
             methods = {f"{schedule}": (_methods.Method(alone, lambda alone=alone, **_: alone), ())}
-            for rate in config.agent_learning_rates:
-                decayed = optax.add_decayed_weights(5e-4)
-
-                @functools.cache
-                def make(seed=0, optimizer=optimizer, rate=rate, decayed=decayed):
-                    rule = aj.arbiter(
-                        agent,
-                        task.losses.response_loss,
-                        num_features=task.model.num_features,
-                        min_batch_size=config.min_batch_size,
-                        max_batch_size=config.max_batch_size,
-                        initial_batch_size=config.initial_batch_size,
-                        window=config.window,
-                        agent_optimizer=optax.chain(decayed, optax.adam(rate)),
-                        seed=seed,
-                    )
-                    return optax.chain(optimizer, rule)
-
-                method = _methods.Method(make(0), lambda seed, make=make, **_: make(seed))
-                methods[f"{schedule} + arbiter {rate:g}"] = (method, milestones)
+            for name, rule in _anchored(task, config).items():
+                method = _with_rule(optimizer, rule)
+                methods[f"{schedule} + {name}"] = (method, milestones)
+            for name, rule in _alone(task, config).items():
+                methods[f"{name} instead of {schedule}"] = (_with_rule(optimizer, rule), ())
             for name, (method, anchors) in methods.items():
                 for seed in config.seeds:
                     row, windows, fit = _runner.train(
@@ -163,7 +180,8 @@ def table(results: _runner.Results):
         ["method", "test accuracy %", "test loss", "test loss - schedule alone", "steps"],
         rows,
         "± half-width of the 95% interval over seeds; the difference is paired by seed. "
-        "'arbiter 1e-05': learning rate of the agent.",
+        "'arbiter 1e-05': learning rate of the agent; arbiter_noise_response, noise_floor and "
+        "expected_gain measure\nthe noise of the gradient, the last two without a schedule.",
     )
 
 

@@ -21,7 +21,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import plotting, progress
-from experiments import _methods, _runner
+from experiments import _feasibility_noise, _methods, _runner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,20 @@ class Config:
     # The published 1e-5 needs some 10,000 steps for what this rate shows in 3,000.
     agent_learning_rate: float = 1e-4
     window: int = 100
+    methods: tuple[str, ...] = ("arbiter", *_feasibility_noise.METHODS)
+    noise_epochs: float = 30.0  # for the rules that measure noise
     quick: bool = False  # two cases
 
 
 CONFIGS = {
-    "smoke": Config(seeds=(0,), num_steps=20, window=10, quick=True),
+    "smoke": Config(seeds=(0,), num_steps=20, window=10, methods=("arbiter",), quick=True),
     "default": Config(),
     "paper": Config(
-        dataset="fashion_mnist", seeds=(0, 1, 2, 3, 4), num_steps=20_000, agent_learning_rate=1e-5
+        dataset="fashion_mnist",
+        seeds=(0, 1, 2, 3, 4),
+        num_steps=20_000,
+        agent_learning_rate=1e-5,
+        noise_epochs=10.0,
     ),
 }
 
@@ -118,48 +124,69 @@ def _method(task: _runner.Task, config: Config, case: dict, optimizer) -> _metho
 
 def run(config: Config) -> _runner.Results:
     task = _runner.make_task(config.dataset, config.model)
+    known = ("arbiter", *_feasibility_noise.METHODS)
+    if set(config.methods) - set(known):
+        raise _runner.UsageError(
+            f"--methods must be among {', '.join(known)}, got {', '.join(config.methods)}."
+        )
     results = _runner.Results(extra={"config": config, "fits": {}})
-    optimizer = optax.inject_hyperparams(optax.sgd)
-    programs: dict[tuple, _methods.Method] = {}
     with progress.live() as display:
-        for name, case in cases(config).items():
-            method = _method(task, config, case, optimizer)
-            # Cases that differ only in what they start from run the same programs.
-            program = programs.setdefault((case["low"], case["high"], case["control"]), method)
-            for seed in config.seeds:
-                num_examples = config.num_steps * case["high"]
-                shown = display(f"{name}, seed {seed}", config.num_steps)
-                row, windows, fit = _runner.train(
-                    task,
-                    name,
-                    program._replace(start=method.start),
-                    seed=seed,
-                    learning_rate=case["rate"] or config.learning_rate,
-                    num_examples=num_examples,
-                    window=config.window,
-                    callbacks=[
-                        lambda record, state, shown=shown: shown(
-                            record._replace(num_examples=int(state.num_steps)), state
-                        ),
-                        lambda record, state: int(state.num_steps) >= config.num_steps,
-                    ],
-                )
-                mixture = np.asarray(
-                    aj.to_batch_size(fit.steps("mixture"), case["low"], case["high"])
-                )
-                row |= {
-                    "middle": (case["low"] + case["high"]) / 2,
-                    "start": case["start"],
-                    "end": float(np.mean(mixture[-100:])),
-                    "weight_spread": float(np.abs(fit.steps("mixture_weights") - 0.25).max()),
-                }
-                results.rows.append(row)
-                results.windows.extend(windows)
-                results.extra["fits"][name, seed] = mixture
+        if "arbiter" in config.methods:
+            _run_arbiter(task, config, results, display)
+        results.extra["paths"] = _feasibility_noise.run(task, config, display)
+    for (method, case, seed), path in results.extra["paths"].items():
+        results.rows.append(
+            {"method": f"{method}, {case}", "seed": seed, "batch_sizes": path.tolist()}
+        )
     return results
 
 
+def _run_arbiter(task, config: Config, results: _runner.Results, display) -> None:
+    optimizer = optax.inject_hyperparams(optax.sgd)
+    programs: dict[tuple, _methods.Method] = {}
+    for name, case in cases(config).items():
+        method = _method(task, config, case, optimizer)
+        # Cases that differ only in what they start from run the same programs.
+        program = programs.setdefault((case["low"], case["high"], case["control"]), method)
+        for seed in config.seeds:
+            num_examples = config.num_steps * case["high"]
+            shown = display(f"{name}, seed {seed}", config.num_steps)
+            row, windows, fit = _runner.train(
+                task,
+                name,
+                program._replace(start=method.start),
+                seed=seed,
+                learning_rate=case["rate"] or config.learning_rate,
+                num_examples=num_examples,
+                window=config.window,
+                callbacks=[
+                    lambda record, state, shown=shown: shown(
+                        record._replace(num_examples=int(state.num_steps)), state
+                    ),
+                    lambda record, state: int(state.num_steps) >= config.num_steps,
+                ],
+            )
+            mixture = np.asarray(aj.to_batch_size(fit.steps("mixture"), case["low"], case["high"]))
+            row |= {
+                "middle": (case["low"] + case["high"]) / 2,
+                "start": case["start"],
+                "end": float(np.mean(mixture[-100:])),
+                "weight_spread": float(np.abs(fit.steps("mixture_weights") - 0.25).max()),
+            }
+            results.rows.append(row)
+            results.windows.extend(windows)
+            results.extra["fits"][name, seed] = mixture
+
+
 def table(results: _runner.Results):
+    from rich.console import Group
+
+    config, paths = results.extra["config"], results.extra["paths"]
+    tables = [_arbiter_table(results)] if "arbiter" in config.methods else []
+    return Group(*tables, *([_feasibility_noise.table(paths, config)] if paths else []))
+
+
+def _arbiter_table(results: _runner.Results):
     config = results.extra["config"]
     rows = [
         [
@@ -172,6 +199,7 @@ def table(results: _runner.Results):
             _runner.interval(group, "test_accuracy", 2, scale=100),
         ]
         for name, group in _runner.by(results.rows, "method").items()
+        if "end" in group[0]
     ]
     return _runner.make_table(
         f"{config.dataset}, {config.model}: the mixture after {config.num_steps:,} steps, "
@@ -198,6 +226,13 @@ def _share(row: dict) -> float:
 
 
 def plot(results: _runner.Results, output: Path) -> None:
+    if results.extra["paths"]:
+        _feasibility_noise.plot(results.extra["paths"], results.extra["config"], output)
+    if results.extra["fits"]:
+        _plot_arbiter(results, output)
+
+
+def _plot_arbiter(results: _runner.Results, output: Path) -> None:
     config, mixtures = results.extra["config"], results.extra["fits"]
     all_cases = cases(config)
     panels = {

@@ -73,7 +73,7 @@ CONFIGS = {
 def _trainings(task, config: Config):
     """name -> Method: plain SGD at constant rates, and sgd_hd under the rules."""
     num_examples = config.epochs * task.num_train
-    limits = _methods._limits(config)
+    limits = _methods.limits(config)
     small, large = config.initial_batch_size, config.max_batch_size
     # From the initial to the largest size in factors of 4, at equal shares of the examples.
     stages = 1 + int(np.log(large / small) / np.log(4))
@@ -89,7 +89,7 @@ def _trainings(task, config: Config):
         return _methods.Method(shared or make(rule(0)), start)
 
     fixed = lambda size: lambda seed: schedulers.constant(size)
-    arbiter = _methods._arbiter(task, config, limits)
+    arbiter = _methods.arbiter(task, config, limits)
     learnt, plain = method(fixed(small)).tx, method(fixed(small), meta_rate=0.0).tx
     methods = {f"HD, B = {size}": method(fixed(size), shared=learnt) for size in config.fixed_sizes}
     if not config.quick:

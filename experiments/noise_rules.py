@@ -305,7 +305,9 @@ def _plot_table(results: _runner.Results):
     top.axhline(0, color="0.4", lw=0.8)
     top.set_yscale("symlog", linthresh=10)
     top.set_ylabel("test loss over that of the\nbest constant size [%]")
-    labels = [f"{r['case'].task}, {r['case'].optimizer} {r['case'].learning_rate:g}" for r in records]
+    labels = [
+        f"{r['case'].task}, {r['case'].optimizer} {r['case'].learning_rate:g}" for r in records
+    ]
     top.set_xticks(ticks, labels, rotation=90, fontsize=6)
     top.legend(frameon=False, fontsize=8, ncols=3)
     for i, task in enumerate(config.tasks):

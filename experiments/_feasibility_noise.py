@@ -1,0 +1,168 @@
+"""The part of :mod:`experiments.feasibility` for the rules that measure noise.
+
+Where there is a path from the batch size to the objective, the schedule has to follow the dynamics
+of training: not the range, not the start, but the learning rate.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arbiter_jax import plotting
+from experiments import _methods, _runner
+
+METHODS = ("noise_floor", "expected_gain", "arbiter_noise_response")
+BASE = {"high": 512, "rate": 0.03, "start": 64}
+CASES: dict[str, dict[str, Any]] = {
+    "8-512": {},
+    "8-256": {"high": 256},
+    "8-2048": {"high": 2048},
+    "rate 0.01": {"rate": 0.01},
+    "rate 0.1": {"rate": 0.1},
+    "start 8": {"start": 8},
+    "start 512": {"start": 512},
+}
+GROUPS = {
+    "range": ("8-256", "8-512", "8-2048"),
+    "learning rate": ("rate 0.01", "8-512", "rate 0.1"),
+    "start": ("start 8", "8-512", "start 512"),
+}
+POINTS = 200  # of the budget, at which sizes are compared
+HELD = 0.8  # of the budget: the noise floor grows from there on, relative to what it held
+
+
+def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:
+    """The size in force at equal shares of the examples: (method, case, seed) -> float[POINTS]."""
+    num_examples = int(config.noise_epochs * task.num_train)
+    make = functools.partial(
+        _methods.optimizer, momentum=config.momentum, decay="constant", num_examples=num_examples
+    )
+    paths = {}
+    for name in (name for name in config.methods if name in METHODS):
+        programs: dict[int, _methods.Method] = {}
+        for case, change in CASES.items():
+            given = BASE | change
+            settings = _Settings(config, given)
+            method = _methods.build(name, task, settings, make, given["rate"])
+            program = programs.setdefault(given["high"], method)
+            for seed in config.seeds:
+                _, _, fit = _runner.train(
+                    task,
+                    f"{name}, {case}",
+                    program._replace(start=method.start),
+                    seed=seed,
+                    learning_rate=given["rate"],
+                    num_examples=num_examples,
+                    window=settings.window,
+                    callbacks=[display(f"{name}, {case}, seed {seed}", num_examples)],
+                )
+                ends = np.array([record.num_examples for record in fit.history])
+                sizes = np.array([record.batch_size for record in fit.history], float)
+                at = np.searchsorted(ends, (np.arange(POINTS) + 0.5) / POINTS * num_examples)
+                paths[name, case, seed] = sizes[np.minimum(at, len(sizes) - 1)]
+    return paths
+
+
+class _Settings:
+    """What :func:`_methods.build` reads of a config, for one case."""
+
+    def __init__(self, config: Any, case: dict[str, Any]):
+        self.window, self.momentum, self.epochs = 20, config.momentum, config.noise_epochs
+        self.min_batch_size, self.max_batch_size = 8, case["high"]
+        self.initial_batch_size = case["start"]
+
+
+def _mean(paths: dict, name: str, case: str) -> np.ndarray:
+    """The geometric mean over seeds, smoothed over a twentieth of the budget."""
+    logs = np.mean([np.log(p) for (n, c, _), p in paths.items() if (n, c) == (name, case)], 0)
+    width = POINTS // 20
+    padded = np.pad(logs, (width // 2, width - width // 2 - 1), mode="edge")
+    return np.exp(np.convolve(padded, np.ones(width) / width, mode="valid"))
+
+
+def findings(paths: dict, name: str) -> dict[str, Any]:
+    """What the schedule follows.
+
+    Returns:
+      range: the largest ratio of two sizes at equal examples, over ranges, where neither is at the
+      end of its range, from a tenth of the budget to where the growth starts; rates: the mean size
+      of each rate there, and whether it is monotone in every seed; start: the share of the budget
+      after which sizes from all starts agree within 25%.
+    """
+    lasts = slice(POINTS // 10, int(HELD * POINTS))
+    ranges = np.stack([_mean(paths, name, case) for case in GROUPS["range"]])
+    highs = np.array([(BASE | CASES[case])["high"] for case in GROUPS["range"]])[:, None]
+    free = ((ranges > 8.5) & (ranges < 0.95 * highs))[:, lasts].all(0)
+    spread = (ranges.max(0) / ranges.min(0))[lasts][free]
+    seeds = sorted({seed for _, _, seed in paths})
+    sizes = np.array(
+        [
+            [np.exp(np.mean(np.log(paths[name, case, seed][lasts]))) for seed in seeds]
+            for case in GROUPS["learning rate"]
+        ]
+    )
+    starts = np.stack([_mean(paths, name, case) for case in GROUPS["start"]])
+    apart = np.flatnonzero((starts.max(0) / starts.min(0) > 1.25)[: int(HELD * POINTS)])
+    early = apart[apart < POINTS // 2]
+    return {
+        "range": float(spread.max()) if spread.size else float("nan"),
+        "range_median": float(np.median(spread)) if spread.size else float("nan"),
+        "rates": sizes.mean(1),
+        "monotone": int(np.sum(np.all(np.diff(sizes, axis=0) > 0, axis=0))),
+        "seeds": len(seeds),
+        "start": float((early[-1] + 1) / POINTS) if early.size else 0.0,
+    }
+
+
+def table(paths: dict, config: Any):
+    """One row a rule."""
+    rows = []
+    for name in dict.fromkeys(name for name, _, _ in paths):
+        found = findings(paths, name)
+        low, middle, high = found["rates"]
+        rows.append(
+            [
+                name,
+                f"{found['range_median']:.2f}, {found['range']:.2f}",
+                f"{low:.0f} / {middle:.0f} / {high:.0f}",
+                f"{found['monotone']} of {found['seeds']}",
+                f"{100 * found['start']:.1f}%",
+            ]
+        )
+    return _runner.make_table(
+        f"{config.dataset}, {config.model}: what a schedule follows that measures noise",
+        ["rule", "ranges apart: median, most", "size at rate .01 / .03 / .1", "monotone", "start"],
+        rows,
+        "ranges apart: ratio of the sizes at equal examples over ranges 8-256, 8-512, 8-2048, where "
+        "no limit binds, from a tenth\nof the budget to four fifths. size: geometric mean there. "
+        "monotone: seeds in which it rises with the rate. start: share of\nthe budget after which the "
+        "sizes from 8, 64 and 512 agree within 25% (geometric means over seeds).",
+    )
+
+
+def plot(paths: dict, config: Any, output: Path) -> None:
+    """A row of panels a rule: ranges, rates, starts."""
+    names = list(dict.fromkeys(name for name, _, _ in paths))
+    fig, axes = plotting.figure(
+        len(names), 3, size=(11.5, 2.9 * len(names) + 0.4), sharex=True, sharey=True, squeeze=False
+    )
+    share = (np.arange(POINTS) + 0.5) / POINTS
+    for row, name in zip(axes, names, strict=True):
+        for ax, (group, members) in zip(row, GROUPS.items(), strict=True):
+            for color, case in zip(plotting.COLORS, members, strict=False):
+                for i, seed in enumerate(config.seeds):
+                    label = None if i else (case if CASES.get(case) else "base")
+                    path = paths[name, case, seed]
+                    ax.plot(share, path, color=color, lw=1.0, alpha=0.8, label=label)
+            ax.set_yscale("log", base=2)
+            ax.set_title(f"{name}: {group}", fontsize=9)
+            ax.legend(frameon=False, fontsize=7)
+        row[0].set_ylabel("batch size [examples]")
+    for ax in axes[-1]:
+        ax.set_xlabel("share of the examples")
+    fig.suptitle(f"{config.dataset}, {config.model}; base: 8-512, rate .03, from 64", fontsize=10)
+    fig.savefig(output / "noise_feasibility.png")
