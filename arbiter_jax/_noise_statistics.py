@@ -226,7 +226,7 @@ def gain_and_noise_cost(
     signals: dict[str, Any],
     persistence: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """One sample of A0 and q, from the second derivatives along two directions on validation data.
+    """One sample of A0 and q, from second derivatives along two directions on validation data.
 
     Forward over forward: neither the gradient nor a product with the Hessian is ever formed.
 
@@ -250,7 +250,8 @@ def gain_and_noise_cost(
         slope = lambda params: jax.jvp(mean_loss, (params,), (direction,))[1]
         try:
             return jax.jvp(slope, (params,), (direction,))
-        except TypeError:  # a custom_vjp has no forward derivative; this costs about twice as much
+        except (TypeError, NotImplementedError):
+            # A custom_vjp has no forward derivative. This costs about twice as much.
             gradient, bent = jax.jvp(jax.grad(mean_loss), (params,), (direction,))
             return dot(gradient, direction), dot(direction, bent)
 
@@ -288,7 +289,7 @@ def floor_objective(
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
 ) -> NoiseObjective:
-    """The noise floor as a share of the loss still to go: Eqs. 7 to 13."""
+    """The noise floor as a share of the loss still to go: Eqs. 7 to 14."""
     budget = (
         None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
     )
@@ -392,7 +393,7 @@ def pace_of_loss(state: FloorState) -> jax.Array:
     if state.validation is None:
         return pace
     other = 4 * (state.validation.older_loss - state.validation.recent_loss)
-    return jnp.where(state.num_looks > _FEW, jnp.minimum(pace, _MEMORY * other), pace)
+    return jnp.where(state.num_looks > _FEW, jnp.minimum(pace, _MEMORY * other), pace)  # Eq. 14
 
 
 def _average(

@@ -59,6 +59,10 @@ def noise_floor(
     of a language) plays no part, and where the loss goes to zero and the noise with it, steps are
     bought and not larger batches.
 
+    Given `loss_fn`, the rule looks at validation examples too, wherever it measures noise, and takes
+    the pace of F to be at most twice that of their loss: a training loss that falls by memorising
+    buys no steps. Do so wherever examples are seen many times.
+
     From a share `hold` of the budget on, the size grows by a factor `growth` in equal shares of the
     rest, a factor of at most 2 each. Without a budget it holds.
 
@@ -67,7 +71,8 @@ def noise_floor(
         validation examples as well; None if not.
       num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
       every: The noise is measured at the first of so many steps, an integer >= 1, and at each of the
-        first 20; the loss at every step.
+        first 20; the training loss at every step. 10 makes a step about a tenth slower, but with few
+        steps in all the noise of the statistic itself costs a per cent or two of the loss.
       share: The noise floor as a share of the loss still to go, > 0.
       hold: The share of the budget after which the size grows, in [0, 1].
       growth: The factor by which it grows at the end, >= 1.
@@ -84,7 +89,8 @@ def noise_floor(
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`,
       `gradient_noise`, `update_noise` and, if given, `num_examples` and `batch_size`, the examples
-      so far and the size in force (and `step_seconds`, where the cost of a step is measured).
+      so far and the size in force (and `meta_batch`, and `model_state` where the model has one, where
+      `loss_fn` is given; and `step_seconds`, where the cost of a step is measured).
 
     Raises:
       ValueError: If an argument is out of its range.

@@ -99,9 +99,11 @@ def test_the_size_in_force_is_not_read_back():
 def test_noise_that_comes_at_another_time_leads_elsewhere():
     """The control: the same statistics, permuted in time, are not the same schedule."""
     falling = lambda t: CURVE * 20 / (20 + t)
-    path, _ = follow(400, initial_batch_size=32, noise=falling)
+    path, _ = follow(400, initial_batch_size=32, every=1, noise=falling)
     order = np.random.default_rng(0).permutation(500)
-    permuted, _ = follow(400, initial_batch_size=32, noise=lambda t: falling(1 + order[t % 500]))
+    permuted, _ = follow(
+        400, initial_batch_size=32, every=1, noise=lambda t: falling(1 + order[t % 500])
+    )
     late = [size for _, size in path[-10:]]
     late_permuted = [size for _, size in permuted[-10:]]
     assert np.mean(late_permuted) > 1.5 * np.mean(late)
@@ -173,6 +175,48 @@ def test_the_cost_of_a_step_is_measured(make):
             state = update(state, signals)[1]
         seconds = jnp.float32(1e-3 * (200 + size))  # 200 examples' worth a step
     assert float(step_cost(state.step_cost.times)) == pytest.approx(200, rel=0.02)
+
+
+# Memory
+
+
+def told_loss(params, batch):
+    """A loss function that finds the losses in the batch."""
+    del params
+    return batch
+
+
+def size_with_validation(share, every=4, num_steps=400, **options):
+    """The held size after a run whose validation loss falls `share` times as fast as the other."""
+    rule = schedulers.noise_floor(told_loss, every=every, initial_batch_size=32, **LIMITS)
+    update = jax.jit(lambda state, signals: rule.update(jnp.ones(()), state, **signals)[1])
+    state = rule.init(None)
+    for t in range(1, num_steps):
+        other = jnp.full(4, 3 - share * PACE * math.log(t), jnp.float32)
+        signals = signals_at(t, 32) | {"meta_batch": other, "batch_size": jnp.asarray(32)}
+        state = update(state, signals)
+    return float(state.statistics.held_batch_size), state.statistics
+
+
+@pytest.mark.parametrize(("share", "factor"), [(1.0, 1), (0.6, 1), (0.25, 2), (0.1, 5)])
+def test_equation_14_half_of_the_progress_may_be_memory(share, factor):
+    size, state = size_with_validation(share)
+    assert size == pytest.approx(factor * size_by_hand(), rel=0.05)
+    measured = 4 * (state.validation.older_loss - state.validation.recent_loss)
+    assert float(measured) == pytest.approx(share * PACE, rel=0.05)
+
+
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_a_validation_loss_that_rises_buys_no_steps(every):
+    size, _ = size_with_validation(-0.1, every=every, num_steps=100)
+    assert size > 4096
+
+
+def test_a_sample_stands_for_the_steps_since_the_last_one():
+    mean = statistics._average(jnp.float32(0), jnp.float32(3.0), jnp.int32(0), jnp.int32(2), 1)
+    mean = statistics._average(mean, jnp.float32(5.0), jnp.int32(2), jnp.int32(4), 1)
+    # Weights t^1, integrated from 0 to 2 and from 2 to 4: 2 and 6.
+    assert float(mean) == pytest.approx((2 * 3 + 6 * 5) / 8)
 
 
 # The horizon
@@ -324,6 +368,20 @@ def test_the_statistics_are_computed_at_every_tenth_step():
     assert computed == [*range(1, 20), 20, 30, 40, 50]
 
 
+def test_a_loss_without_a_forward_derivative_gives_the_same_statistics():
+    """A custom_vjp can only be differentiated backwards first."""
+    square = jax.custom_vjp(lambda x: x * x)
+    square.defvjp(lambda x: (x * x, x), lambda x, g: (2 * x * g,))
+
+    def custom(w, batch):
+        return 0.5 * jnp.sum(CURVATURE[None] * square(w[None] - batch), axis=1)
+
+    signals = {"update_noise": jnp.array([0.1, -0.2]), "meta_batch": jnp.ones((4, 2))}
+    at = (jnp.array([0.5, -0.4]), jnp.array([-0.1, 0.3]), jnp.asarray(8), signals)
+    expected = statistics.gain_and_noise_cost(quadratic_loss, *at)
+    np.testing.assert_allclose(statistics.gain_and_noise_cost(custom, *at), expected, rtol=1e-5)
+
+
 def test_an_overestimated_noise_cost_reads_itself():
     """The trap: with k too large, A0 is almost all q / B, and the rule doubles whatever it does."""
     for size in (32, 128):
@@ -398,6 +456,41 @@ def test_statistics_that_are_not_due_are_not_computed_and_not_missed():
         weight = float(state.opt_state[1].statistics.weight)
         assert weight == pytest.approx(1 - 0.9**looks, rel=1e-5)
         assert int(state.opt_state[1].num_skipped) == 0
+
+
+def test_of_two_rules_either_may_be_due():
+    """One choice for the whole step: both find their signals at the steps of either."""
+    inputs = jax.random.normal(jax.random.PRNGKey(0), (64, 2))
+    limits = {"min_batch_size": 8, "max_batch_size": 8}
+    gain = functools.partial(schedulers.expected_gain, quadratic_loss, **limits)
+    states = []
+    for every in (3, 5):
+        watching = schedulers.shadow(gain(every=every), name="other")
+        tx = optax.chain(optax.sgd(0.1), watching, gain(every=3))
+        result = aj.fit(
+            quadratic_loss, jnp.ones(2), tx, aj.Data(inputs, inputs), num_examples=320, window=40
+        )
+        states.append(result.state)
+    for state in states:
+        assert int(state.opt_state[2].num_skipped) == 0
+        weight = float(state.opt_state[2].statistics.weight)
+        assert weight == pytest.approx(1 - 0.9 ** (20 + 7), rel=1e-5)  # 21, 24, ... 39
+    chex.assert_trees_all_close(states[0].params, states[1].params, rtol=1e-5)
+
+
+def test_the_noise_floor_looks_at_validation_examples_in_the_engine():
+    inputs = jax.random.normal(jax.random.PRNGKey(0), (64, 2))
+    rule = schedulers.noise_floor(quadratic_loss, num_examples=3200, max_batch_size=64)
+    tx = optax.chain(optax.sgd(0.1), rule)
+    state = tx.init(jnp.ones(2))
+    assert "meta_batch" in aj.base.required_signals(state)
+    data = aj.Data(inputs, inputs + 1)
+    result = aj.fit(quadratic_loss, jnp.ones(2), tx, data, num_examples=3200, window=20)
+    seen = result.state.opt_state[1].statistics.validation
+    assert int(result.state.opt_state[1].num_skipped) == 0
+    assert int(seen.last_step) > 0 and bool(jnp.isfinite(seen.recent_loss))
+    with pytest.raises(ValueError, match=r"data\.validation must be given"):
+        aj.fit(quadratic_loss, jnp.ones(2), tx, aj.Data(inputs), num_examples=64)
 
 
 def test_adam_and_gradients_that_are_always_zero_in_the_engine():
