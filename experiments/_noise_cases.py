@@ -167,8 +167,8 @@ def run(
     start: int = 64,
     callbacks: Any = (),
     **options: Any,
-) -> tuple[dict[str, Any], aj.FitResult]:
-    """One run of a method on a case: its row, and the fit.
+) -> tuple[dict[str, Any], list[dict[str, Any]], aj.FitResult]:
+    """One run of a method on a case: its row, its windows, and the fit.
 
     Args:
       case: What to train.
@@ -191,7 +191,7 @@ def run(
             return optax.chain(base, schedulers.constant(start))
         return optax.chain(base, _rule(name, made, case.optimizer, seed, start, options))
 
-    row, _, fit = _runner.train(
+    return _runner.train(
         made.task,
         name,
         _methods.Method(tx, begin),
@@ -206,4 +206,3 @@ def run(
         decay=decay,
         start=start,
     )
-    return row, fit

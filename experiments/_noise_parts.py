@@ -100,7 +100,9 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
             for seed in config.seeds:
                 made = cases.definition(case.task, config.share)
                 shown = display(f"control: {case.task}, {name}, seed {seed}", made.num_examples)
-                row, fit = cases.run(case, name, seed=seed, share=config.share, callbacks=[shown])
+                row, _, fit = cases.run(
+                    case, name, seed=seed, share=config.share, callbacks=[shown]
+                )
                 rows.append({"part": "control", **row})
                 table = _recorded(fit, name, made.num_examples)
                 order = np.random.default_rng(seed).permutation(BINS)
@@ -193,7 +195,7 @@ def _curves(name, start, share, total, config, display) -> list[dict[str, Any]]:
     for seed in config.seeds:
         shown = display(f"step cost: {name} {start}, seed {seed}", made.num_examples)
         curve, look = _curve(made.task, total)
-        row, fit = cases.run(
+        row, _, fit = cases.run(
             COSTLY,
             name,
             seed=seed,

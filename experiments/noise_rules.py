@@ -120,7 +120,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, displa
         rows = []
         for seed in config.seeds:
             shown = f"{case.task}, {case.optimizer} {case.learning_rate:g}, {name}, seed {seed}"
-            row, fit = cases.run(
+            row, windows, fit = cases.run(
                 case,
                 name,
                 seed=seed,
@@ -131,6 +131,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, displa
             )
             rows.append({"part": "table", **row})
             if (seed, start) == (config.seeds[0], 64) and name in cases.NOISE_RULES:
+                results.windows += windows
                 results.extra["fits"][case, name] = [
                     (record.num_examples, record.batch_size) for record in fit.history
                 ]
