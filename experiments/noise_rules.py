@@ -75,7 +75,8 @@ def best_constant(
     best = len(sizes) // 2
     look(best)
     while True:
-        look(best - 1), look(best + 1)
+        look(best - 1)
+        look(best + 1)
         known = [i for i in range(len(sizes)) if sizes[i] in found]
         lowest = min(known, key=loss)
         if lowest == best:
