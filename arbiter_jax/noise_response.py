@@ -11,14 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from arbiter_jax import _validate
-from arbiter_jax._noise_statistics import (
-    FloorState,
-    GainState,
-    NoiseObjective,
-    floor_objective,
-    gain_objective,
-    impulse_response,
-)
+from arbiter_jax._expected_gain import GainState, gain_objective
+from arbiter_jax._noise_floor import FloorState, floor_objective
+from arbiter_jax._noise_statistics import NoiseObjective, impulse_response
 
 __all__ = ["FloorState", "GainState", "NoiseObjective", "impulse_response", "noise_response"]
 

@@ -135,9 +135,10 @@ def _flags(node: PyTree) -> list[jax.Array | None]:
 def signals_due(opt_state: PyTree) -> jax.Array | None:
     """Whether any rule looks at its signals at the next step; None where always, or never."""
     flags = _flags(opt_state)
-    if not flags or any(flag is None for flag in flags):
+    known = [flag for flag in flags if flag is not None]
+    if not flags or len(known) < len(flags):
         return None
-    return functools.reduce(jnp.logical_or, flags)
+    return functools.reduce(jnp.logical_or, known)
 
 
 def with_signals_due(opt_state: PyTree, due: bool) -> PyTree:

@@ -11,7 +11,9 @@ import numpy as np
 import optax
 
 from arbiter_jax import metrics, plotting, schedulers
-from arbiter_jax._noise_statistics import NoiseObjective, floor_objective, gain_objective
+from arbiter_jax._expected_gain import gain_objective
+from arbiter_jax._noise_floor import floor_objective
+from arbiter_jax._noise_statistics import NoiseObjective
 from arbiter_jax.schedulers._noise_rule import noise_rule
 from experiments import _methods, _runner
 from experiments import _noise_cases as cases

@@ -14,7 +14,8 @@ engine, which passes the size in force as `batch_size`. Without it a rule takes 
 applied.
 """
 
-from arbiter_jax._noise_statistics import FloorState, GainState
+from arbiter_jax._expected_gain import GainState
+from arbiter_jax._noise_floor import FloorState
 from arbiter_jax.schedulers._adabatch import adabatch, adabatch_learning_rate
 from arbiter_jax.schedulers._adadamp import AdadampState, adadamp
 from arbiter_jax.schedulers._cabs import CABSState, cabs

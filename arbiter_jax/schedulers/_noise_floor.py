@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from arbiter_jax._noise_statistics import FloorState, floor_objective
+from arbiter_jax._noise_floor import FloorState, floor_objective
 from arbiter_jax.schedulers._noise_rule import MeasuredCost, as_step_cost, noise_rule
 
 

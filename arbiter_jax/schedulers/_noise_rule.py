@@ -110,7 +110,7 @@ def noise_rule(
             batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
         )
         new = _rule.accept(usable, new, state)
-        num_steps = optax.safe_increment(state.num_steps)
+        num_steps: Any = optax.safe_increment(state.num_steps)
         new = new._replace(
             window_steps=window_steps(num_steps, new.batch_size),
             step_cost=timed,

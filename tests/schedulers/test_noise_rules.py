@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import arbiter_jax as aj
+from arbiter_jax import _expected_gain, _noise_floor, schedulers
 from arbiter_jax import _noise_statistics as statistics
-from arbiter_jax import schedulers
 from arbiter_jax.bucketing import decision_steps
 from arbiter_jax.schedulers._step_times import step_cost
 
@@ -60,7 +60,7 @@ def test_equation_10_by_hand():
     path, state = follow(400, initial_batch_size=32)
     assert path[-1][1] == pytest.approx(size_by_hand(), rel=0.03)
     assert float(state.statistics.noise) == pytest.approx(CURVE / 4, rel=1e-4)
-    assert float(statistics.pace_of_loss(state.statistics)) == pytest.approx(PACE, rel=0.03)
+    assert float(_noise_floor.pace_of_loss(state.statistics)) == pytest.approx(PACE, rel=0.03)
     more, _ = follow(400, initial_batch_size=32, persistence=10.0, share=0.2)
     assert more[-1][1] == pytest.approx(size_by_hand(share=0.2, persistence=10.0), rel=0.03)
 
@@ -213,8 +213,8 @@ def test_a_validation_loss_that_rises_buys_no_steps(every):
 
 
 def test_a_sample_stands_for_the_steps_since_the_last_one():
-    mean = statistics._average(jnp.float32(0), jnp.float32(3.0), jnp.int32(0), jnp.int32(2), 1)
-    mean = statistics._average(mean, jnp.float32(5.0), jnp.int32(2), jnp.int32(4), 1)
+    mean = _noise_floor._average(jnp.float32(0), jnp.float32(3.0), jnp.int32(0), jnp.int32(2), 1)
+    mean = _noise_floor._average(mean, jnp.float32(5.0), jnp.int32(2), jnp.int32(4), 1)
     # Weights t^1, integrated from 0 to 2 and from 2 to 4: 2 and 6.
     assert float(mean) == pytest.approx((2 * 3 + 6 * 5) / 8)
 
@@ -300,7 +300,7 @@ def drawn_statistics(batch_size, num_draws=20_000, rate=0.3):
         signals = {"update_noise": -rate * (g1 - g2) / 2, "meta_batch": validation}
         size = jnp.asarray(batch_size)
         updates = -rate * (g1 + g2) / 2
-        return statistics.gain_and_noise_cost(quadratic_loss, w, updates, size, signals)
+        return _expected_gain.gain_and_noise_cost(quadratic_loss, w, updates, size, signals)
 
     progress, cost = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.PRNGKey(0), num_draws))
     mean_gradient = CURVATURE * w
@@ -321,7 +321,7 @@ def test_both_statistics_are_unbiased_on_a_quadratic(batch_size, which):
 
 def test_equation_6_maximises_the_gain_for_the_cost():
     for cost in (0.0, 5.0, 300.0):
-        objective = statistics.gain_objective(quadratic_loss, step_cost=cost)
+        objective = _expected_gain.gain_objective(quadratic_loss, step_cost=cost)
         state = objective.init()._replace(progress=jnp.array(0.02), noise_cost=jnp.array(1.5))
         best = float(objective.best(state))
         sizes = np.linspace(76, 4000, 200_001)  # a step of fewer than 75 gains nothing
@@ -378,14 +378,14 @@ def test_a_loss_without_a_forward_derivative_gives_the_same_statistics():
 
     signals = {"update_noise": jnp.array([0.1, -0.2]), "meta_batch": jnp.ones((4, 2))}
     at = (jnp.array([0.5, -0.4]), jnp.array([-0.1, 0.3]), jnp.asarray(8), signals)
-    expected = statistics.gain_and_noise_cost(quadratic_loss, *at)
-    np.testing.assert_allclose(statistics.gain_and_noise_cost(custom, *at), expected, rtol=1e-5)
+    expected = _expected_gain.gain_and_noise_cost(quadratic_loss, *at)
+    np.testing.assert_allclose(_expected_gain.gain_and_noise_cost(custom, *at), expected, rtol=1e-5)
 
 
 def test_an_overestimated_noise_cost_reads_itself():
     """The trap: with k too large, A0 is almost all q / B, and the rule doubles whatever it does."""
     for size in (32, 128):
-        objective = statistics.gain_objective(quadratic_loss, persistence=300.0)
+        objective = _expected_gain.gain_objective(quadratic_loss, persistence=300.0)
         signals = {"update_noise": 0.1 * jnp.ones(2), "meta_batch": jnp.zeros((4, 2))}
         signals["update_noise"] = signals["update_noise"] / math.sqrt(size)
         now = jnp.asarray(size)
@@ -401,10 +401,10 @@ def test_an_overestimated_noise_cost_reads_itself():
 @pytest.mark.parametrize("kind", ["noise_floor", "expected_gain"])
 def test_the_objective_is_least_at_its_closed_form(kind):
     if kind == "noise_floor":
-        objective = statistics.floor_objective()
+        objective = _noise_floor.floor_objective()
         state = objective.init()._replace(held_batch_size=jnp.array(77.0))
     else:
-        objective = statistics.gain_objective(quadratic_loss, step_cost=20.0)
+        objective = _expected_gain.gain_objective(quadratic_loss, step_cost=20.0)
         state = objective.init()._replace(progress=jnp.array(0.02), noise_cost=jnp.array(1.5))
     sizes = jnp.linspace(2, 1000, 100_000)
     values = jax.vmap(lambda b: objective.objective(state, b))(sizes)
@@ -488,7 +488,8 @@ def test_the_noise_floor_looks_at_validation_examples_in_the_engine():
     result = aj.fit(quadratic_loss, jnp.ones(2), tx, data, num_examples=3200, window=20)
     seen = result.state.opt_state[1].statistics.validation
     assert int(result.state.opt_state[1].num_skipped) == 0
-    assert int(seen.last_step) > 0 and bool(jnp.isfinite(seen.recent_loss))
+    assert int(seen.last_step) > 0
+    assert bool(jnp.isfinite(seen.recent_loss))
     with pytest.raises(ValueError, match=r"data\.validation must be given"):
         aj.fit(quadratic_loss, jnp.ones(2), tx, aj.Data(inputs), num_examples=64)
 
