@@ -810,7 +810,7 @@ def follow(targets, start, **options):
     )
     tx = aj.arbiter(
         TRACKER,
-        objective=objective._replace(update=told),
+        objective=objective._replace(measure=lambda *args: (), update=told),
         initial_batch_size=start,
         window=10,
         **options,
@@ -865,10 +865,13 @@ def test_an_objective_that_says_nothing_is_skipped_and_counted():
 def test_an_agent_with_an_objective_asks_for_what_it_reads():
     init = lambda **options: aj.arbiter(TRACKER, **options).init(None)
     floor = init(objective=aj.noise_response("noise_floor"))
-    assert set(floor.requires) == {"agent_inputs", "value", "gradient_noise", "update_noise"}
+    floor_signals = {"agent_inputs", "value", "gradient_noise", "update_noise"}
+    assert aj.base.required_signals(floor) == floor_signals
     loss_fn = lambda params, batch: batch
+    guarded = init(objective=aj.noise_response("noise_floor", loss_fn=loss_fn))
+    assert aj.base.required_signals(guarded) == floor_signals | {"meta_batch"}
     gain = init(objective=aj.noise_response("expected_gain", loss_fn=loss_fn))
-    assert set(gain.requires) == {"agent_inputs", "meta_batch", "update_noise"}
+    assert aj.base.required_signals(gain) == {"agent_inputs", "meta_batch", "update_noise"}
     assert isinstance(floor, aj.ArbiterState)
     assert isinstance(gain, aj.ArbiterState)
     assert int(aj.get_batch_size(aj.anchor_batch_size(gain, 128))) == 128
@@ -901,7 +904,6 @@ def test_expected_gain_is_an_objective_in_the_engine():
         ),
         (lambda: aj.noise_response("noise"), "kind must be one of"),
         (lambda: aj.noise_response("expected_gain"), "loss_fn is needed"),
-        (lambda: aj.noise_response("noise_floor", loss_fn=len), "loss_fn is not used"),
         (lambda: aj.noise_response("noise_floor", every=3), "options must be among num_examples"),
         (lambda: aj.noise_response("noise_floor", share=-1.0), "share must be"),
     ],
