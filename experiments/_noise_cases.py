@@ -157,6 +157,12 @@ def _program(name: str, task: str, share: float, kind: str, options: tuple) -> A
     return optax.chain(base, _rule(name, made, kind, 0, 64, dict(options)))
 
 
+def forget_programs() -> None:
+    """Drops every compiled program, before the next task compiles its own."""
+    _program.cache_clear()
+    jax.clear_caches()
+
+
 def run(
     case: Case,
     name: str,

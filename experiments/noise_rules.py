@@ -94,6 +94,8 @@ def run(config: Config) -> _runner.Results:
                 for kind in config.optimizers:
                     for rate in cases.OPTIMIZERS[kind]:
                         _run_case(cases.Case(task, kind, rate), config, results, display)
+                    # A process may map only so many pieces of memory, and each program takes some.
+                    cases.forget_programs()
         for name in PARTS[1:]:
             if name in config.parts:
                 results.extra[name] = getattr(parts, name)(config, display)
