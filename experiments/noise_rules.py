@@ -12,6 +12,7 @@ training loss goes to zero, nor where the smallest size is best. The control fin
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,13 +251,14 @@ def _tables(rows: list[dict], config: Config) -> list[Any]:
         spread = [
             o["over_constant"] for (name, _), o in record["rules"].items() if name == "noise_floor"
         ]
+        floor = outcome("noise_floor")
         cells.append(
             [
                 f"{case.task}, {case.optimizer} {case.learning_rate:g}",
                 f"{loss:.4f} ({size})",
                 f"{decayed_loss:.4f} ({decayed_size}, {decay})",
-                f"{100 * min(spread):+.1f} to {100 * max(spread):+.1f}",
-                f"{outcome('noise_floor')['num_steps']:,.0f} / {decayed_steps:,.0f}",
+                f"{100 * min(spread):+.1f} to {100 * max(spread):+.1f}" if spread else "-",
+                f"{floor['num_steps'] if floor else math.nan:,.0f} / {decayed_steps:,.0f}",
                 *map(against, cases.NOISE_RULES[1:]),
             ]
         )
@@ -297,12 +299,15 @@ def _plot_table(results: _runner.Results):
     records, config = judge(results.rows), results.extra["config"]
     fig, (top, bottom) = plotting.figure(2, 1, size=(9.5, 7.0))
     ticks = np.arange(len(records))
-    for i, name in enumerate(("noise_floor", "expected_gain", "arbiter_noise_response")):
+    shown = [name for name in cases.NOISE_RULES if name in config.methods]
+    for i, name in enumerate(shown):
         for x, record in zip(ticks, records, strict=True):
             values = [
                 100 * o["over_constant"] for (n, _), o in record["rules"].items() if n == name
             ]
-            at = x + 0.22 * (i - 1)
+            if not values:
+                continue
+            at = x + 0.18 * (i - (len(shown) - 1) / 2)
             style = {"color": plotting.COLORS[i], "zorder": 3}
             top.plot([at, at], [min(values), max(values)], lw=1.2, **style)
             top.plot(at, np.mean(values), "o", ms=4, label=name if x == 0 else None, **style)
@@ -332,7 +337,8 @@ def _plot_table(results: _runner.Results):
     bottom.set_yscale("log", base=2)
     bottom.set_ylabel("batch size of the noise floor\n[examples]")
     bottom.set_xlabel("share of the budget of examples")
-    bottom.legend(frameon=False, fontsize=8, ncols=5)
+    if results.extra["fits"]:
+        bottom.legend(frameon=False, fontsize=8, ncols=5)
     return fig
 
 
