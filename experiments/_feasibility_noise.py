@@ -106,15 +106,14 @@ def findings(paths: dict, name: str) -> dict[str, Any]:
         ]
     )
     starts = np.stack([_mean(paths, name, case) for case in GROUPS["start"]])
-    apart = np.flatnonzero((starts.max(0) / starts.min(0) > 1.25)[: int(HELD * POINTS)])
-    early = apart[apart < POINTS // 2]
     return {
         "range": float(spread.max()) if spread.size else float("nan"),
         "range_median": float(np.median(spread)) if spread.size else float("nan"),
         "rates": sizes.mean(1),
         "monotone": int(np.sum(np.all(np.diff(sizes, axis=0) > 0, axis=0))),
         "seeds": len(seeds),
-        "start": float((early[-1] + 1) / POINTS) if early.size else 0.0,
+        "starts": starts[:, POINTS // 10],
+        "starts_apart": float(np.median((starts.max(0) / starts.min(0))[lasts])),
     }
 
 
@@ -124,23 +123,32 @@ def table(paths: dict, config: Any):
     for name in dict.fromkeys(name for name, _, _ in paths):
         found = findings(paths, name)
         low, middle, high = found["rates"]
+        from_8, from_64, from_512 = found["starts"]
         rows.append(
             [
                 name,
                 f"{found['range_median']:.2f}, {found['range']:.2f}",
                 f"{low:.0f} / {middle:.0f} / {high:.0f}",
                 f"{found['monotone']} of {found['seeds']}",
-                f"{100 * found['start']:.1f}%",
+                f"{from_8:.0f} / {from_64:.0f} / {from_512:.0f}",
+                f"{found['starts_apart']:.2f}",
             ]
         )
     return _runner.make_table(
         f"{config.dataset}, {config.model}: what a schedule follows that measures noise",
-        ["rule", "ranges apart: median, most", "size at rate .01 / .03 / .1", "monotone", "start"],
+        [
+            "rule",
+            "ranges apart: median, most",
+            "size at rate .01 / .03 / .1",
+            "monotone",
+            "from 8 / 64 / 512",
+            "starts apart",
+        ],
         rows,
         "ranges apart: ratio of the sizes at equal examples over ranges 8-256, 8-512, 8-2048, where "
         "no limit binds, from a tenth\nof the budget to four fifths. size: geometric mean there. "
-        "monotone: seeds in which it rises with the rate. start: share of\nthe budget after which the "
-        "sizes from 8, 64 and 512 agree within 25% (geometric means over seeds).",
+        "monotone: seeds in which it rises with the rate. from: size at a\ntenth of the budget, by "
+        "where it started; apart: median ratio of the largest to the smallest after that.",
     )
 
 
