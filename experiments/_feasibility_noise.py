@@ -7,6 +7,7 @@ of training: not the range, not the start, but the learning rate.
 from __future__ import annotations
 
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,14 @@ def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, i
         programs: dict[int, _methods.Method] = {}
         for case, change in CASES.items():
             given = BASE | change
-            settings = _Settings(config, given)
+            settings = types.SimpleNamespace(
+                window=20,
+                momentum=config.momentum,
+                epochs=config.noise_epochs,
+                min_batch_size=8,
+                max_batch_size=given["high"],
+                initial_batch_size=given["start"],
+            )
             method = _methods.build(name, task, settings, make, given["rate"])
             program = programs.setdefault(given["high"], method)
             for seed in config.seeds:
@@ -65,15 +73,6 @@ def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, i
                 at = np.searchsorted(ends, (np.arange(POINTS) + 0.5) / POINTS * num_examples)
                 paths[name, case, seed] = sizes[np.minimum(at, len(sizes) - 1)]
     return paths
-
-
-class _Settings:
-    """What :func:`_methods.build` reads of a config, for one case."""
-
-    def __init__(self, config: Any, case: dict[str, Any]):
-        self.window, self.momentum, self.epochs = 20, config.momentum, config.noise_epochs
-        self.min_batch_size, self.max_batch_size = 8, case["high"]
-        self.initial_batch_size = case["start"]
 
 
 def _mean(paths: dict, name: str, case: str) -> np.ndarray:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import arbiter_jax as aj
@@ -16,6 +15,7 @@ from arbiter_jax import datasets, models, schedulers
 from arbiter_jax.noise_response import impulse_response
 from experiments import _methods, _runner
 from experiments._schedules import scale_by_decay
+from experiments._tasks_definitions import DEFINITIONS, task_of, token_agent
 
 NOISE_RULES = (
     "noise_floor",
@@ -65,28 +65,20 @@ def _language(epochs: float) -> Definition:
     size = dataset.num_classes
     one_hot = lambda tokens: jax.nn.one_hot(tokens, size).reshape(tokens.shape[0], -1)
     model = models.mlp((CONTEXT * size,), (128,), size)
-    loss = optax.softmax_cross_entropy_with_integer_labels
-    plain = models.losses(model, loss)
+    task = task_of(dataset, model, optax.softmax_cross_entropy_with_integer_labels)
+    plain = task.losses
     losses = plain._replace(
         loss_fn=lambda params, batch: plain.loss_fn(params, (one_hot(batch[0]), batch[1])),
         predict=lambda params, tokens: plain.predict(params, one_hot(tokens)),
     )
-    data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
-    agent = aj.mlp_agent((CONTEXT,))
-    # Tokens are no quantities; an agent only has to tell one batch from another.
-    agent = agent._replace(apply=lambda p, tokens, apply=agent.apply: apply(p, tokens / size - 0.5))
-    task = _runner.Task(dataset, data, model, losses, loss)
-    return Definition(task, agent, int(epochs * task.num_train), 2048)
+    task = dataclasses.replace(task, losses=losses)
+    return Definition(task, token_agent((CONTEXT,), size), int(epochs * task.num_train), 2048)
 
 
 def _regression(epochs: float) -> Definition:
-    dataset = datasets.diabetes()
-    model = models.mlp(dataset.input_shape, (32,), num_classes=1)
-    loss = lambda outputs, targets: jnp.square(outputs[:, 0] - targets)
-    data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
-    task = _runner.Task(dataset, data, model, models.losses(model, loss), loss)
-    agent = aj.mlp_agent(dataset.input_shape)
-    return Definition(task, agent, int(epochs * task.num_train), 256, scale=0.1)
+    made = DEFINITIONS["regression"](False)
+    budget = int(epochs * made.task.num_train)
+    return Definition(made.task, made.agent, budget, 256, scale=0.1)
 
 
 TASKS: dict[str, Callable[[], Definition]] = {
@@ -101,8 +93,6 @@ TASKS: dict[str, Callable[[], Definition]] = {
 @functools.cache
 def definition(name: str, share: float = 1.0) -> Definition:
     """The task of a name, with a share of its budget."""
-    if name not in TASKS:
-        raise _runner.UsageError(f"--tasks must be among {', '.join(TASKS)}; got {name!r}.")
     made = TASKS[name]()
     return dataclasses.replace(made, num_examples=int(share * made.num_examples))
 

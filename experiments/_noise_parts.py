@@ -27,7 +27,7 @@ BINS = 100  # of the budget, in which the statistics of a run are recorded
 STATISTICS = {"noise_floor": ("noise",), "expected_gain": ("progress", "noise_cost")}
 
 
-# The control: the same numbers, in another order, decide otherwise and worse.
+# The control: do the same numbers, in another order, decide otherwise and worse?
 
 
 class Replay(NamedTuple):
@@ -60,7 +60,7 @@ def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> No
 
 
 def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
-    """The statistics of a run at equal distances in examples, float[BINS, k]."""
+    """The running averages of a run at equal distances in examples, float[BINS, k]."""
     sizes = fit.steps("batch_size")
     seen = np.cumsum(sizes)[sizes > 0]
     at = np.searchsorted(seen, (np.arange(BINS) + 0.5) / BINS * num_examples)
@@ -121,6 +121,7 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
                         task_name=case.task,
                     )
                     rows.append({"part": "control", **row})
+            cases.forget_programs()
     return rows
 
 
@@ -142,9 +143,9 @@ def control_table(rows: list[dict[str, Any]]):
         "the control: statistics permuted in time",
         ["task, rule", "test loss", "minus its own", "steps"],
         cells,
-        f"momentum .9, rate .03. replayed: the rule is told what it measured in its own run, at {BINS} "
-        "points of the budget;\npermuted: the same numbers in another order. ± half-width of the 95% "
-        "interval over seeds.",
+        "momentum .9, rate .03. replayed: the rule is told the running averages of its own run as if "
+        f"they were measured, at {BINS}\npoints of the budget; permuted: the same numbers in another "
+        "order. ± half-width of the 95% interval over seeds.",
     )
 
 
@@ -208,6 +209,8 @@ def _curves(name, start, share, total, config, display) -> list[dict[str, Any]]:
         )
         end = (sum(map(_cost, fit.history)), row["validation_loss"])
         rows.append({"part": "step_cost", **row, "share": share, "curve": [*curve, end]})
+    if name != "constant":
+        cases.forget_programs()
     return rows
 
 

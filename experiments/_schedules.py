@@ -58,13 +58,19 @@ class DecayState(NamedTuple):
     kind: jax.Array  # shape=(), dtype=int32, a position in DECAYS
 
 
-def scale_by_decay(kind: str, num_examples: int) -> optax.GradientTransformationExtraArgs:
+def scale_by_decay(kind: str, budget: int) -> optax.GradientTransformationExtraArgs:
     """A decay over the examples of a run; its kind lies in the state, so that all share a program.
 
     Args:
       kind: One of :data:`DECAYS`; "last fifth" falls linearly to 0 from four fifths of the examples.
-      num_examples: The budget.
+      budget: Examples of the run.
     """
+    last = budget // 5
+    shapes = {
+        "constant": optax.constant_schedule(1.0),
+        "cosine": optax.cosine_decay_schedule(1.0, budget),
+        "last fifth": optax.linear_schedule(1.0, 0.0, last, transition_begin=budget - last),
+    }
 
     def init_fn(params):
         del params
@@ -72,12 +78,7 @@ def scale_by_decay(kind: str, num_examples: int) -> optax.GradientTransformation
 
     def update_fn(updates, state, params=None, *, num_examples=0, **extra_args):
         del params, extra_args
-        share = jnp.minimum(jnp.asarray(num_examples, jnp.float32) / budget, 1)
-        factors = jnp.stack(
-            [1.0, 0.5 * (1 + jnp.cos(jnp.pi * share)), jnp.minimum(1, 5 * (1 - share))]
-        )
-        factor = factors[state.kind]
+        factor = jnp.stack([shapes[name](num_examples) for name in DECAYS])[state.kind]
         return jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates), state
 
-    budget = num_examples
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -31,9 +31,16 @@ class Definition(NamedTuple):
     transform_batch: Callable[[jax.Array, Any], Any] | None = None
 
 
-def _task(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _runner.Task:
+def task_of(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _runner.Task:
     data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
     return _runner.Task(dataset, data, model, models.losses(model, loss), loss)
+
+
+def token_agent(input_shape: tuple[int, ...], num_tokens: int) -> aj.Agent:
+    """Tokens are no quantities; an agent only has to tell one batch from another."""
+    agent = aj.mlp_agent(input_shape)
+    scaled = lambda params, tokens: agent.apply(params, tokens / num_tokens - 0.5)
+    return agent._replace(apply=scaled)
 
 
 def _shift(key: jax.Array, batch: Any) -> Any:
@@ -47,7 +54,7 @@ def _classification(small: bool) -> Definition:
     make = models.mlp if small else models.lenet
     model = make(dataset.input_shape, num_classes=dataset.num_classes)
     return Definition(
-        _task(dataset, model, optax.softmax_cross_entropy_with_integer_labels),
+        task_of(dataset, model, optax.softmax_cross_entropy_with_integer_labels),
         aj.mlp_agent(dataset.input_shape),
         optax.sgd(0.03, momentum=0.9),
         epochs=40,
@@ -68,7 +75,7 @@ def _regression(small: bool) -> Definition:
     del small  # it is
     dataset = datasets.diabetes()
     return Definition(
-        _task(
+        task_of(
             dataset,
             models.mlp(dataset.input_shape, (32,), num_classes=1),
             lambda outputs, targets: jnp.square(outputs[:, 0] - targets),
@@ -88,11 +95,9 @@ def _language(small: bool) -> Definition:
     dataset = datasets.text(length, form="sequence")
     size = dataset.num_classes
     model = models.transformer(size, length, num_layers=num_layers, num_heads=4, width=width)
-    agent = aj.mlp_agent(dataset.input_shape)
     return Definition(
-        _task(dataset, model, models.token_cross_entropy),
-        # Tokens are no quantities; an agent only has to tell one batch from another.
-        agent._replace(apply=lambda params, tokens: agent.apply(params, tokens / size - 0.5)),
+        task_of(dataset, model, models.token_cross_entropy),
+        token_agent(dataset.input_shape, size),
         optax.adam(2e-3),
         epochs=4,
         max_batch_size=128,
@@ -128,7 +133,7 @@ def _autoencoder(small: bool, code_size: int = 8) -> Definition:
     )
     model = model._replace(init=jax.jit(model.init))
     return Definition(
-        _task(dataset, model, lambda y, x: jnp.mean(jnp.square(y - x), axis=(1, 2, 3))),
+        task_of(dataset, model, lambda y, x: jnp.mean(jnp.square(y - x), axis=(1, 2, 3))),
         aj.mlp_agent(dataset.input_shape),
         optax.adam(2e-3),
         epochs=60,

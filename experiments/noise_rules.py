@@ -35,9 +35,14 @@ class Config:
     optimizers: tuple[str, ...] = tuple(cases.OPTIMIZERS)
     methods: tuple[str, ...] = cases.NOISE_RULES
     seeds: tuple[int, ...] = (0, 1, 2)
-    starts: tuple[int, ...] = (16, 64, 256)  # of the rules; the agent and the control: 64
+    starts: tuple[int, ...] = (16, 64, 256)  # of the rules; of the agent the one in the middle
     share: float = 1.0  # of each task's number of examples
     full_grid: bool = False  # every constant size, and not only those around the best
+
+    @property
+    def middle(self) -> int:
+        """The start of what is run from one start only."""
+        return self.starts[len(self.starts) // 2]
 
 
 CONFIGS = {
@@ -134,7 +139,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, displa
                 callbacks=[display(shown, made.num_examples)],
             )
             rows.append({"part": "table", **row})
-            if (seed, start) == (config.seeds[0], 64) and name in cases.NOISE_RULES:
+            if (seed, start) == (config.seeds[0], config.middle) and name in cases.NOISE_RULES:
                 results.windows += windows
                 results.extra["fits"][case, name] = [
                     (record.num_examples, record.batch_size) for record in fit.history
@@ -148,7 +153,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, displa
         )
     for name in config.methods:
         every_start = name in ("noise_floor", "expected_gain")
-        for start in config.starts if every_start else config.starts[len(config.starts) // 2 :][:1]:
+        for start in config.starts if every_start else (config.middle,):
             several(name, start)
 
 
@@ -175,14 +180,12 @@ def judge(rows: list[dict]) -> list[dict[str, Any]]:
             "case": cases.Case(task, kind, rate),
             "constant": (best[1], _mean(found[best])),
             "decayed": (*decayed, _mean(found[decayed]), _mean(found[decayed], "num_steps")),
-            "interval": found[best],
             "rules": {},
         }
         for (name, start), runs in _runner.by(
             [row for row in group if row["method"] != "constant"], "method", "start"
         ).items():
             record["rules"][name, start] = {
-                "loss": _mean(runs),
                 "over_constant": _mean(runs) / _mean(found[best]) - 1,
                 "over_decayed": _mean(runs) / _mean(found[decayed]) - 1,
                 "steps": _mean(runs, "num_steps") / _mean(found[decayed], "num_steps"),
@@ -239,12 +242,11 @@ def table(results: _runner.Results):
 
 def _tables(rows: list[dict], config: Config) -> list[Any]:
     records = judge(rows)
-    middle = config.starts[len(config.starts) // 2]
     cells = []
     for record in records:
         case, (size, loss) = record["case"], record["constant"]
         decay, decayed_size, decayed_loss, decayed_steps = record["decayed"]
-        outcome = lambda name, record=record: record["rules"].get((name, middle))
+        outcome = lambda name, record=record: record["rules"].get((name, config.middle))
         against = lambda name, outcome=outcome: (
             f"{100 * outcome(name)['over_constant']:+.1f}" if outcome(name) else "-"
         )
@@ -269,8 +271,8 @@ def _tables(rows: list[dict], config: Config) -> list[Any]:
         "best constant: test loss of the best constant size at a constant rate (its size); with "
         "decay: the same over the best\nof constant rate, cosine and decay in the last fifth. "
         "noise floor: mean test loss over that of the best constant\nsize, lowest and highest of "
-        f"the starts {', '.join(map(str, config.starts))}; the other rules from {middle}. steps: of "
-        "the noise floor / of the best\nsize with decay. noise_floor looks at validation examples "
+        f"the starts {', '.join(map(str, config.starts))}; the other rules from {config.middle}. "
+        "steps: of the noise floor / of the best\nsize with decay. noise_floor looks at validation examples "
         "as well, noise_floor_training does not.",
     )
     lines = [line for task in (*config.tasks, None) for line in counted(records, task)]

@@ -71,8 +71,8 @@ def noise_floor(
         validation examples as well; None if not.
       num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
       every: The noise is measured at the first of so many steps, an integer >= 1, and at each of the
-        first 20; the training loss at every step. 10 makes a step about a tenth slower, but with few
-        steps in all the noise of the statistic itself costs a per cent or two of the loss.
+        first 20; the training loss at every step. A larger number makes the steps cheaper (what 10
+        costs is in `experiments.benchmark`), and the statistic noisier.
       share: The noise floor as a share of the loss still to go, > 0.
       hold: The share of the budget after which the size grows, in [0, 1].
       growth: The factor by which it grows at the end, >= 1.
@@ -84,7 +84,8 @@ def noise_floor(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None. It is forgotten within a few windows.
+        where it is None. Its order of magnitude is forgotten within a few windows; what is left of
+        it is measured in `experiments.feasibility`.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`,
