@@ -272,8 +272,8 @@ def _tables(rows: list[dict], config: Config) -> list[Any]:
         "decay: the same over the best\nof constant rate, cosine and decay in the last fifth. "
         "noise floor: mean test loss over that of the best constant\nsize, lowest and highest of "
         f"the starts {', '.join(map(str, config.starts))}; the other rules from {config.middle}. "
-        "steps: of the noise floor / of the best\nsize with decay. noise_floor looks at validation examples "
-        "as well, noise_floor_training does not.",
+        "steps: of the noise floor / of the best\nsize with decay. noise_floor looks at validation "
+        "examples as well, noise_floor_training does not.",
     )
     lines = [line for task in (*config.tasks, None) for line in counted(records, task)]
     columns = ["rule", "cases", "below %", "within 1%", "mean %", "median %", "worst %"]
