@@ -85,7 +85,7 @@ TASKS: dict[str, Callable[[], Definition]] = {
     "fashion_mnist": lambda: _of_name("fashion_mnist", "mlp", 4, 2048),
     "digits": lambda: _of_name("digits", "mlp", 30, 1024),
     "digits_lenet": lambda: _of_name("digits", "lenet", 20, 1024),
-    "language": lambda: _language(2),
+    "language": lambda: _language(1),
     "regression": lambda: _regression(100),
 }
 

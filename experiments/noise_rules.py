@@ -23,6 +23,7 @@ from arbiter_jax import plotting, progress
 from experiments import _noise_cases as cases
 from experiments import _noise_parts as parts
 from experiments import _runner
+from experiments._kept import Kept
 from experiments._schedules import DECAYS
 
 PARTS = ("table", "control", "step_cost")
@@ -38,6 +39,7 @@ class Config:
     starts: tuple[int, ...] = (16, 64, 256)  # of the rules; of the agent the one in the middle
     share: float = 1.0  # of each task's number of examples
     full_grid: bool = False  # every constant size, and not only those around the best
+    runs: str = ""  # a file that keeps the runs of the table: those found in it are not made again
 
     @property
     def middle(self) -> int:
@@ -93,13 +95,13 @@ def best_constant(
 def run(config: Config) -> _runner.Results:
     _check(config)
     results = _runner.Results(extra={"config": config})
+    kept = Kept(config.runs)
     with progress.live() as display:
         if "table" in config.parts:
-            results.extra["fits"] = {}
             for task in config.tasks:
                 for kind in config.optimizers:
                     for rate in cases.OPTIMIZERS[kind]:
-                        _run_case(cases.Case(task, kind, rate), config, results, display)
+                        _run_case(cases.Case(task, kind, rate), config, results, kept, display)
                     # A process may map only so many pieces of memory, and each program takes some.
                     cases.forget_programs()
         for name in PARTS[1:]:
@@ -121,7 +123,7 @@ def _check(config: Config) -> None:
             raise _runner.UsageError(f"{flag} must be among {', '.join(known)}, got {unknown}.")
 
 
-def _run_case(case: cases.Case, config: Config, results: _runner.Results, display) -> None:
+def _run_case(case: cases.Case, config: Config, results: _runner.Results, kept, display) -> None:
     made = cases.definition(case.task, config.share)
     sizes = [2**k for k in range(3, made.max_batch_size.bit_length())]
 
@@ -129,21 +131,17 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, displa
         rows = []
         for seed in config.seeds:
             shown = f"{case.task}, {case.optimizer} {case.learning_rate:g}, {name}, seed {seed}"
-            row, windows, fit = cases.run(
-                case,
-                name,
-                seed=seed,
-                decay=decay,
-                start=start,
-                share=config.share,
-                callbacks=[display(shown, made.num_examples)],
-            )
+            settings = {"seed": seed, "decay": decay, "start": start, "share": config.share}
+            drawn = (seed, start) == (config.seeds[0], config.middle) and name in cases.NOISE_RULES
+
+            def make(settings=settings, shown=shown, drawn=drawn):
+                callbacks = [display(shown, made.num_examples)]
+                row, windows, _ = cases.run(case, name, callbacks=callbacks, **settings)
+                return row, windows if drawn else []
+
+            row, windows = kept.get({**case._asdict(), "name": name, **settings}, make)
             rows.append({"part": "table", **row})
-            if (seed, start) == (config.seeds[0], config.middle) and name in cases.NOISE_RULES:
-                results.windows += windows
-                results.extra["fits"][case, name] = [
-                    (record.num_examples, record.batch_size) for record in fit.history
-                ]
+            results.windows += windows
         results.rows += rows
         return rows
 
@@ -322,24 +320,24 @@ def _plot_table(results: _runner.Results):
     top.set_xticks(ticks, labels, rotation=90, fontsize=6)
     top.legend(frameon=False, fontsize=8, ncols=3)
     for i, task in enumerate(config.tasks):
-        for j, (case, name) in enumerate(results.extra["fits"]):
-            if case.task == task and name == "noise_floor":
-                ends, sizes = np.array(results.extra["fits"][case, name]).T
-                total = ends[-1]
-                first = not any(c.task == task for c, n in list(results.extra["fits"])[:j])
-                bottom.stairs(
-                    sizes,
-                    np.concatenate([[0], ends]) / total,
-                    baseline=None,
-                    color=plotting.COLORS[i],
-                    alpha=0.7,
-                    lw=1.0,
-                    label=task if first else None,
-                )
+        floor = [
+            w for w in results.windows if (w["task_name"], w["method"]) == (task, "noise_floor")
+        ]
+        for j, windows in enumerate(_runner.by(floor, "optimizer", "case_rate").values()):
+            ends = np.array([window["num_examples"] for window in windows])
+            bottom.stairs(
+                [window["batch_size"] for window in windows],
+                np.concatenate([[0], ends]) / ends[-1],
+                baseline=None,
+                color=plotting.COLORS[i],
+                alpha=0.7,
+                lw=1.0,
+                label=None if j else task,
+            )
     bottom.set_yscale("log", base=2)
     bottom.set_ylabel("batch size of the noise floor\n[examples]")
     bottom.set_xlabel("share of the budget of examples")
-    if results.extra["fits"]:
+    if results.windows:
         bottom.legend(frameon=False, fontsize=8, ncols=5)
     return fig
 

@@ -1,0 +1,44 @@
+"""Runs that are made once, for experiments that take hours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import _runner
+
+
+class Kept:
+    """A file of JSON lines, to which each run is added as it ends.
+
+    The files of several processes may be joined end to end. A run is known by its settings alone:
+    delete the lines of what was made by other code.
+    """
+
+    def __init__(self, path: str):
+        """Reads the file, if there is one. With an empty path nothing is kept."""
+        self._path, self._known = path, {}
+        if path and Path(path).exists():
+            for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+                try:
+                    settings, run = json.loads(line)
+                except ValueError:
+                    raise _runner.UsageError(
+                        f"--runs: line {i} of {path!r} is no kept run, got {line[:40]!r}."
+                    ) from None
+                self._known[json.dumps(settings)] = run
+
+    def get(self, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """The run with these settings: the one of the file, or the one that is now made and added."""
+        key = json.dumps(settings)
+        if key not in self._known:
+            self._known[key] = make()
+            if self._path:
+                line = json.dumps(
+                    [settings, self._known[key]], default=lambda number: number.item()
+                )
+                with open(self._path, "a") as file:
+                    file.write(line + "\n")
+        return self._known[key]
