@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._gradient_statistics import dot
@@ -15,8 +16,9 @@ from arbiter_jax._noise_statistics import (
     Persistence,
     as_persistence,
     validation_loss,
+    weighted_average,
 )
-from arbiter_jax.base import PyTree, running_mean, tree_where
+from arbiter_jax.base import PyTree, tree_where
 
 
 class GainState(NamedTuple):
@@ -24,7 +26,7 @@ class GainState(NamedTuple):
 
     progress: jax.Array  # shape=(), dtype=float, average of A0, the decrease of the loss in a step
     noise_cost: jax.Array  # shape=(), dtype=float, average of q, in loss times examples
-    weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    num_examples: jax.Array  # shape=(), dtype=float, in the batches that were looked at
 
     requires = ("update_noise", "meta_batch")
     logged = ("progress", "noise_cost")
@@ -33,13 +35,11 @@ class GainState(NamedTuple):
 def gain_objective(
     loss_fn: Callable[..., Any],
     *,
-    decay: float = 0.9,
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
 ) -> NoiseObjective:
     """Expected gain a step, per cost: Eqs. 1 to 6. See :func:`arbiter_jax.noise_response`."""
-    _validate.in_range(0, 1, closed="left", decay=decay)
-    k, cost = as_persistence(persistence), _validate.non_negative(step_cost=step_cost)
+    k, cost = as_persistence(persistence, power=2), _validate.non_negative(step_cost=step_cost)
 
     def init():
         zero = jnp.zeros((), float)
@@ -52,10 +52,12 @@ def gain_objective(
         return tuple(jnp.where(nothing, jnp.nan, x) for x in sample)
 
     def update(state, sample, due, batch_size, signals):
-        del batch_size, signals
-        mean = (state.progress, state.noise_cost)
-        mean, weight = running_mean(mean, state.weight, sample, decay)
-        return tree_where(due, GainState(*mean, weight), state)
+        del signals
+        # A look at a batch of twice the size is worth two: weights by examples, not by steps.
+        before, now = state.num_examples, state.num_examples + batch_size
+        mean = lambda old, new: weighted_average(old, new, before, now, 1)
+        new = GainState(mean(state.progress, sample[0]), mean(state.noise_cost, sample[1]), now)
+        return tree_where(due, new, state)
 
     def best(state, cost=cost):
         progress, q = state.progress, jnp.maximum(state.noise_cost, 0)
@@ -87,9 +89,10 @@ def gain_and_noise_cost(
     signals: dict[str, Any],
     persistence: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """One sample of A0 and q, from second derivatives along two directions on validation data.
+    """One sample of A0 and q, on validation data.
 
-    Forward over forward: neither the gradient nor a product with the Hessian is ever formed.
+    The progress is what the update changes, the noise cost a second derivative along one direction,
+    forward over forward: neither a gradient nor a product with the Hessian is formed.
 
     Args:
       loss_fn: As for training; with a model state it is called with it, and the state it returns is
@@ -104,21 +107,18 @@ def gain_and_noise_cost(
       (A0, q), floats.
     """
     mean_loss = validation_loss(loss_fn, signals)
+    direction = jax.tree.map(lambda p, d: jnp.asarray(d, p.dtype), params, signals["update_noise"])
 
-    def along(direction):
-        """Slope and curvature of the loss along a direction."""
-        direction = jax.tree.map(lambda p, d: jnp.asarray(d, p.dtype), params, direction)
-        slope = lambda params: jax.jvp(mean_loss, (params,), (direction,))[1]
-        try:
-            return jax.jvp(slope, (params,), (direction,))
-        except (TypeError, NotImplementedError):
-            # A custom_vjp has no forward derivative. This costs about twice as much.
-            gradient, bent = jax.jvp(jax.grad(mean_loss), (params,), (direction,))
-            return dot(gradient, direction), dot(direction, bent)
+    def slope(params):
+        return jax.jvp(mean_loss, (params,), (direction,))[1]
 
-    slope, curvature = along(updates)
-    _, noise_curvature = along(signals["update_noise"])
+    try:
+        curvature = jax.jvp(slope, (params,), (direction,))[1]
+    except (TypeError, NotImplementedError):
+        # A custom_vjp has no forward derivative. This costs about twice as much.
+        bent = jax.jvp(jax.grad(mean_loss), (params,), (direction,))[1]
+        curvature = dot(direction, bent)
     b = batch_size.astype(float)
-    q = 0.5 * persistence**2 * b * noise_curvature  # Eq. 3
-    progress = -slope - 0.5 * curvature  # Eq. 2
+    q = 0.5 * persistence**2 * b * curvature  # Eq. 3
+    progress = mean_loss(params) - mean_loss(optax.apply_updates(params, updates))  # Eq. 2
     return progress + q / b, q  # Eq. 4

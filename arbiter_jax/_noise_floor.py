@@ -17,6 +17,7 @@ from arbiter_jax._noise_statistics import (
     Persistence,
     as_persistence,
     validation_loss,
+    weighted_average,
 )
 from arbiter_jax.base import tree_where
 
@@ -100,18 +101,18 @@ def floor_objective(
         n: Any = optax.safe_increment(state.num_looks)
         t: Any = optax.safe_increment(state.num_steps)
         new = state._replace(
-            noise=jnp.where(due, _average(state.noise, noise, n - 1, n, 9), state.noise),
+            noise=jnp.where(due, weighted_average(state.noise, noise, n - 1, n, 9), state.noise),
             num_looks=jnp.where(due, n, state.num_looks),
-            recent_loss=_average(state.recent_loss, value, t - 1, t, 3),
-            older_loss=_average(state.older_loss, value, t - 1, t, 1),
+            recent_loss=weighted_average(state.recent_loss, value, t - 1, t, 3),
+            older_loss=weighted_average(state.older_loss, value, t - 1, t, 1),
             num_steps=t,
             num_examples=seen + batch_size,
         )
         if loss_fn is not None:
             old = state.validation
             looked = ValidationPace(
-                recent_loss=_average(old.recent_loss, other_loss[0], old.last_step, t, 3),
-                older_loss=_average(old.older_loss, other_loss[0], old.last_step, t, 1),
+                recent_loss=weighted_average(old.recent_loss, other_loss[0], old.last_step, t, 3),
+                older_loss=weighted_average(old.older_loss, other_loss[0], old.last_step, t, 1),
                 last_step=t,
             )
             new = new._replace(validation=tree_where(due, looked, old))
@@ -163,14 +164,3 @@ def pace_of_loss(state: FloorState) -> jax.Array:
         return pace
     other = 4 * (state.validation.older_loss - state.validation.recent_loss)
     return jnp.where(state.num_looks > _FEW, jnp.minimum(pace, _MEMORY * other), pace)  # Eq. 14
-
-
-def _average(
-    mean: jax.Array, sample: jax.Array, last: jax.Array, now: jax.Array, a: int
-) -> jax.Array:
-    """An average up to step `now` in which step i weighs i^a: it forgets, at any time scale.
-
-    The sample stands for all steps after `last`, where the average so far ends.
-    """
-    kept = (last.astype(float) / now.astype(float)) ** (a + 1)
-    return kept * mean + (1 - kept) * sample

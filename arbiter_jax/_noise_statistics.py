@@ -82,24 +82,30 @@ def within_range(
     return jax.lax.stop_gradient(value) + slope * (size - now)
 
 
-def impulse_response(tx: optax.GradientTransformation, num_steps: int = 1000) -> float:
+def impulse_response(
+    tx: optax.GradientTransformation, num_steps: int = 1000, power: int = 1
+) -> float:
     r"""How much longer than one step the noise of a gradient acts: k of the equations.
 
-    .. math:: k = \frac{\sum_{j \ge 0} \langle \xi, \partial u_{t+j} / \partial g_t \, \xi\rangle}
-      {\langle \xi, \partial u_t / \partial g_t \, \xi\rangle}
+    .. math:: k = \Bigl(\sum_{j \ge 0} (r_j / r_0)^p\Bigr)^{1/p}, \qquad
+      r_j = \langle \xi, (\partial u_{t+j} / \partial g_t)\, \xi\rangle
 
-    measured on gradients that are nothing but noise, from the transformation alone: 1 / (1 -
-    momentum) for heavy-ball momentum, 1 / (1 - b1) for Adam.
+    measured on gradients that are nothing but noise, from the transformation alone. With p = 1 it
+    is how far a gradient moves the parameters in all, in units of its first step: 1 / (1 - m) for
+    momentum m, 1 / (1 - b1) for Adam. With p = 2 it is how much noise an update holds, in units of
+    that of the newest gradient in it: 1 / sqrt(1 - m^2).
 
     Args:
       tx: A differentiable optax chain without a rule in it.
       num_steps: Steps over which the response is summed, an integer >= 1; it should outlast the
         momentum.
+      power: p, 1 or 2.
 
     Returns:
       k, a float; 1 where the first response is zero.
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    power = _validate.one_of((1, 2), power=power)
     warm = 100  # running second moments have settled by then
     noise = jax.random.rademacher(jax.random.PRNGKey(0), (warm + num_steps, 64), float)
     params, direction = jnp.ones(64), noise[warm]
@@ -118,17 +124,28 @@ def impulse_response(tx: optax.GradientTransformation, num_steps: int = 1000) ->
         _, responses = jax.jit(
             lambda: jax.jvp(response, (jnp.zeros_like(direction),), (direction,))
         )()
-        first, total = float(responses[0]), float(jnp.sum(responses))
-    return total / first if first else 1.0
+        first, total = float(responses[0]), float(jnp.sum(responses**power))
+    return (total / first**power) ** (1 / power) if first else 1.0
 
 
-def as_persistence(persistence: Persistence) -> float:
+def as_persistence(persistence: Persistence, power: int = 1) -> float:
     """A number >= 1 as it is; of a transformation, the number that it is measured to have."""
     if isinstance(persistence, optax.GradientTransformation):
-        return max(1.0, impulse_response(persistence))
+        return max(1.0, impulse_response(persistence, power=power))
     if _validate.positive(persistence=persistence) < 1:
         raise ValueError(f"persistence must be >= 1, or an optimizer, got {persistence!r}.")
     return float(persistence)
+
+
+def weighted_average(
+    mean: jax.Array, sample: jax.Array, last: jax.Array, now: jax.Array, a: int
+) -> jax.Array:
+    """An average up to the time `now` in which time s weighs s^a: it forgets, at any time scale.
+
+    The sample stands for all times after `last`, where the average so far ends.
+    """
+    kept = (last.astype(float) / now.astype(float)) ** (a + 1)
+    return kept * mean + (1 - kept) * sample
 
 
 def validation_loss(

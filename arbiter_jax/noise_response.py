@@ -30,7 +30,7 @@ def noise_response(
       J_{floor}(s) &= a / b(s) + \log b(s).
 
     :math:`A_0` is the progress of a noiseless step and :math:`q / b` what noise takes from it; both
-    are measured on validation examples by two `jvp` of one gradient function. :math:`a` is the size
+    are measured on validation examples. :math:`a` is the size
     at which the noise floor, :math:`k (-B E\langle \xi, du \rangle) / (4 b)`, is a given share of
     the loss still to go: :func:`arbiter_jax.schedulers.noise_floor`. Either has a closed form for
     its minimum, which is a rule of its own and what an agent is to be compared with.
@@ -40,8 +40,7 @@ def noise_response(
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss. "expected_gain" needs it;
         "noise_floor" looks at validation examples only where it is given.
       **options: The constants of the rule of that name: for "noise_floor" `num_examples`, `share`,
-        `hold`, `growth`, `persistence`, `step_cost`; for "expected_gain" `decay`, `persistence`,
-        `step_cost`.
+        `hold`, `growth`, `persistence`, `step_cost`; for "expected_gain" `persistence`, `step_cost`.
 
     Returns:
       A :class:`NoiseObjective`.

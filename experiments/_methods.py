@@ -104,7 +104,10 @@ def _noise_floor(task: Task, config: Any, limits: dict[str, int]):
 
 
 def _expected_gain(task: Task, config: Any, limits: dict[str, int]):
-    return lambda seed, learning_rate: schedulers.expected_gain(task.losses.loss_fn, **limits)
+    momentum = getattr(config, "momentum", 0.0)
+    return lambda seed, learning_rate: schedulers.expected_gain(
+        task.losses.loss_fn, persistence=(1 - momentum**2) ** -0.5, **limits
+    )
 
 
 def _arbiter_noise_response(task: Task, config: Any, limits: dict[str, int]):

@@ -108,14 +108,14 @@ def optimizer(kind: str, rate: float, decay: str, num_examples: int):
 
 
 @functools.cache
-def persistence(kind: str) -> float:
-    """k, measured from the optimizer's impulse response."""
+def persistence(kind: str, power: int = 1) -> float:
+    """k, measured from the optimizer's impulse response: 1 for the noise floor, 2 for the gain."""
     made = {
         "sgd": optax.sgd(0.1),
         "momentum": optax.sgd(0.1, momentum=0.9),
         "adam": optax.adam(0.1),
     }
-    return impulse_response(made[kind])
+    return impulse_response(made[kind], power=power)
 
 
 def _rule(name: str, made: Definition, kind: str, seed: int, start: int, options: dict[str, Any]):
@@ -127,7 +127,8 @@ def _rule(name: str, made: Definition, kind: str, seed: int, start: int, options
     if name == "noise_floor_training":
         return schedulers.noise_floor(**floor, **limits)
     if name == "expected_gain":
-        return schedulers.expected_gain(loss_fn, **options, **limits)
+        k = persistence(kind, power=2)
+        return schedulers.expected_gain(loss_fn, persistence=k, **options, **limits)
     return aj.arbiter(
         made.agent,
         objective=aj.noise_response("noise_floor", loss_fn=loss_fn, **floor),

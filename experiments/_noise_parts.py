@@ -76,14 +76,15 @@ def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray
         known = {"num_examples": budget, "persistence": cases.persistence(case.optimizer)}
         objective, state = floor_objective(loss_fn, **known), schedulers.NoiseFloorState
     else:
-        objective, state = gain_objective(loss_fn), schedulers.ExpectedGainState
+        k = cases.persistence(case.optimizer, power=2)
+        objective, state = gain_objective(loss_fn, persistence=k), schedulers.ExpectedGainState
     rule = noise_rule(
         state,
         replay(objective, table, made.num_examples),
         rule=name,
         limits=(8, made.max_batch_size, 64),
         fixed_cost=0.0,
-        max_change=4.0,
+        max_change=4.0 if name == "noise_floor" else 2.0,
         num_examples=budget,
         every=4 if name == "noise_floor" else 10,
     )

@@ -1,7 +1,7 @@
 """Expected gain: the batch size at which a step is expected to gain most for what it costs.
 
-The progress of a step and what noise takes from it are measured on validation examples, by two
-`jvp`s of one gradient function. Derivation: ``experiments/NOISE.md``.
+The progress of a step and what noise takes from it are measured on validation examples. Derivation:
+``experiments/NOISE.md``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ def expected_gain(
     loss_fn: Callable[..., Any],
     *,
     every: int = 10,
-    decay: float = 0.9,
     persistence: float | optax.GradientTransformation = 1.0,
     step_cost: float | str = 0.0,
-    max_change: float = 4.0,
+    max_change: float = 2.0,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -44,13 +43,14 @@ def expected_gain(
 
     .. math::
       B = \frac{q + \sqrt{q^2 + A_0\, q\, c_0}}{A_0}, \qquad
-      A_0 = -\nabla F \cdot u - \tfrac12 u^\top H u + \frac{q}{B_{now}}, \qquad
+      A_0 = F(w) - F(w + u) + \frac{q}{B_{now}}, \qquad
       q = \tfrac12 k^2 B_{now}\, du^\top H\, du
 
     where u is the update, du its response to half the difference of the gradients of the two halves
-    of the batch, and gradient and Hessian of the loss F are taken on validation examples. A step of b
+    of the batch, and the loss F and its Hessian are taken on validation examples. A step of b
     examples is expected to gain :math:`A_0 - q / b` and costs :math:`c_0 + b`. Without a fixed cost
-    B = 2 q / A_0.
+    B = 2 q / A_0. Both are averaged over the steps at which they are measured, each weighing as many
+    examples as its batch has, times those looked at so far.
 
     The rule is greedy: it removes noise as soon as it costs progress now, although noise of early
     steps is forgotten by the end; :func:`noise_floor` is not.
@@ -59,9 +59,10 @@ def expected_gain(
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss.
       every: The statistics are computed at the first of so many steps, an integer >= 1, and at each
         of the first 20.
-      decay: Weight of the past in their averages, in [0, 1).
-      persistence: k, a number >= 1, or an optimizer whose impulse response is then measured. Where
-        it is too large, A_0 is almost all q / B, and B / B_now tends to 2 whatever the dynamics.
+      persistence: k, a number >= 1: how much noise an update holds over that of the newest gradient
+        in it; or the optimizer in front of the rule, from whose impulse response it is then measured:
+        1 for SGD, 1 / sqrt(1 - momentum^2) with momentum, 1 / sqrt(1 - b1^2) for Adam. Where it is too
+        large, A_0 is almost all q / B, and B / B_now tends to 2 whatever the dynamics.
       step_cost: c_0, the fixed cost of a step, in examples, >= 0; "measured": fitted to the time of
         the steps, as in :func:`goodput`.
       max_change: Largest factor between the size in force and the next one, > 1.
@@ -96,9 +97,7 @@ def expected_gain(
     (0.05375, 0.04)
     """
     fixed_cost = as_step_cost(step_cost)
-    objective = gain_objective(
-        loss_fn, decay=decay, persistence=persistence, step_cost=fixed_cost or 0.0
-    )
+    objective = gain_objective(loss_fn, persistence=persistence, step_cost=fixed_cost or 0.0)
     return noise_rule(
         ExpectedGainState,
         objective,

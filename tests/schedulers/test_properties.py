@@ -28,7 +28,7 @@ RULES = {
     "constant": lambda: schedulers.constant(**LIMITS),
     "dive_batch": lambda: schedulers.dive_batch(40, delta=1.0, **LIMITS),
     "expected_gain": lambda: schedulers.expected_gain(
-        lambda w, x: (w - x) ** 2 / 2, every=1, decay=0.5, **LIMITS
+        lambda w, x: (w - x) ** 2 / 2, every=1, **LIMITS
     ),
     "from_schedule": lambda: schedulers.from_schedule(
         lambda n: jnp.log(n - 25.0) * 20, of="num_examples", **LIMITS
