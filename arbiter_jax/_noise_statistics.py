@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from arbiter_jax import _validate
@@ -124,8 +125,10 @@ def impulse_response(
         _, responses = jax.jit(
             lambda: jax.jvp(response, (jnp.zeros_like(direction),), (direction,))
         )()
-        first, total = float(responses[0]), float(jnp.sum(responses**power))
-    return (total / first**power) ** (1 / power) if first else 1.0
+        responses = np.asarray(responses, np.float64)
+    if responses[0] == 0:
+        return 1.0
+    return float(np.sum((responses / responses[0]) ** power) ** (1 / power))
 
 
 def as_persistence(persistence: Persistence, power: int = 1) -> float:
