@@ -52,9 +52,9 @@ def floor_objective(
     loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
-    share: float = 0.1,
-    hold: float = 0.8,
-    growth: float = 8.0,
+    share: float = 0.2,
+    hold: float = 0.6,
+    growth: float = 32.0,
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
 ) -> NoiseObjective:
