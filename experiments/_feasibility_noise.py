@@ -33,7 +33,7 @@ GROUPS = {
     "start": ("start 8", "8-512", "start 512"),
 }
 POINTS = 200  # of the budget, at which sizes are compared
-HELD = 0.8  # of the budget: the noise floor grows from there on, relative to what it held
+HELD = 0.6  # of the budget: the noise floor grows from there on, relative to what it held
 
 
 def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:

@@ -21,6 +21,7 @@ from experiments import _horizon_toy as toy
 
 LEARNING_RATE = 0.5
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
+SHARE, HOLD, GROWTH = 0.2, 0.6, 32.0  # the defaults of `schedulers.noise_floor`
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 
 
@@ -50,7 +51,14 @@ def _pace(losses: np.ndarray, steps: np.ndarray) -> float:
     return 4 * (mean(1) - mean(3))
 
 
-def follow_rule(problem: Any, num_examples: float, num_segments: int, share: float) -> np.ndarray:
+def follow_rule(
+    problem: Any,
+    num_examples: float,
+    num_segments: int,
+    share: float,
+    hold: float = HOLD,
+    growth: float = GROWTH,
+) -> np.ndarray:
     """The sizes that :func:`arbiter_jax.schedulers.noise_floor` decides on, its averages exact."""
     segment = num_examples / num_segments
     noise = float(LEARNING_RATE * jnp.sum(problem.curvature**2 * problem.noise_variance) / 4)
@@ -65,10 +73,10 @@ def follow_rule(problem: Any, num_examples: float, num_segments: int, share: flo
     for j in range(1, num_segments):
         losses = np.asarray(run(jnp.asarray(sizes)))[: j + 1]
         steps = 1 + np.cumsum([0, *segment / sizes[:j]])
-        past = (j / num_segments - 0.8) / 0.2
+        past = (j / num_segments - hold) / (1 - hold)
         if past < 0:
             held = noise / (share * 4 * max(_pace(losses, steps), 1e-9))  # Eq. 10
-        sizes[j:] = np.clip(_grown(held, np.array(past), 8.0), 1, segment)
+        sizes[j:] = np.clip(_grown(held, np.array(past), growth), 1, segment)
     return sizes
 
 
@@ -91,7 +99,7 @@ def measure(num_examples: float, dimensions: int = 400, num_segments: int = 40) 
     for name, schedules in (("best constant", constants), ("best held, then grown", grown)):
         best = int(np.argmin(_ends(problem, num_examples, np.array(schedules))[:, -1]))
         found[name] = np.array(schedules)[best]
-    found["noise floor"] = rules[SHARES.index(0.1)]
+    found["noise floor"] = rules[SHARES.index(SHARE)]
     losses = _ends(problem, num_examples, np.array(list(found.values())))
     return {
         "sizes": found,
@@ -113,9 +121,10 @@ def rows(found: dict[float, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     budget, numbers = next(iter(found.items()))
     shares = dict(zip(SHARES, numbers["shares"], strict=True))
     yield claims._row(
-        f"noise floor, {budget:,.0f} examples: a share of .1 is the best, and flat by a factor 2",
+        f"noise floor, {budget:,.0f} examples: share {SHARE:g} is the best, flat by a factor 2",
         ", ".join(f"{share:g}: {loss:.4f}" for share, loss in shares.items()),
-        min(shares, key=shares.get) == 0.1 and shares[0.2] < 1.2 * shares[0.1],
+        min(shares, key=shares.get) == SHARE
+        and max(shares[SHARE / 2], shares[2 * SHARE]) < 1.1 * shares[SHARE],
         shares=numbers["shares"],
     )
 

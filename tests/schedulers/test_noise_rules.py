@@ -49,7 +49,7 @@ def follow(num_steps, *, shift=0.0, noise=lambda t: CURVE, **options):
     return path, state
 
 
-def size_by_hand(noise=CURVE, share=0.1, persistence=1.0):
+def size_by_hand(noise=CURVE, share=0.2, persistence=1.0):
     return persistence * noise / (4 * share * 4 * PACE)
 
 
@@ -61,8 +61,8 @@ def test_equation_10_by_hand():
     assert path[-1][1] == pytest.approx(size_by_hand(), rel=0.03)
     assert float(state.statistics.noise) == pytest.approx(CURVE / 4, rel=1e-4)
     assert float(_noise_floor.pace_of_loss(state.statistics)) == pytest.approx(PACE, rel=0.03)
-    more, _ = follow(400, initial_batch_size=32, persistence=10.0, share=0.2)
-    assert more[-1][1] == pytest.approx(size_by_hand(share=0.2, persistence=10.0), rel=0.03)
+    more, _ = follow(400, initial_batch_size=32, persistence=10.0, share=0.4)
+    assert more[-1][1] == pytest.approx(size_by_hand(share=0.4, persistence=10.0), rel=0.03)
 
 
 @pytest.mark.parametrize("start", [8, 64, 512, 2048])
@@ -109,14 +109,17 @@ def test_noise_that_comes_at_another_time_leads_elsewhere():
     assert np.mean(late_permuted) > 1.5 * np.mean(late)
 
 
-def test_equation_12_holds_then_grows_in_three_doublings():
-    budget = 200_000
-    path, _ = follow(1200, initial_batch_size=32, num_examples=budget)
-    held = [size for seen, size in path if 0.1 * budget < seen < 0.8 * budget]
+@pytest.mark.parametrize(
+    ("options", "hold", "doublings"), [({}, 0.6, 5), ({"hold": 0.8, "growth": 8.0}, 0.8, 3)]
+)
+def test_equation_12_holds_then_grows_in_doublings(options, hold, doublings):
+    budget = 500_000  # so large that a window is shorter than a stage
+    path, _ = follow(8000, initial_batch_size=32, num_examples=budget, **options)
+    held = [size for seen, size in path if 0.1 * budget < seen < hold * budget]
     assert max(held) <= 1.2 * min(held)
-    late = [size / held[-1] for seen, size in path if 0.83 * budget < seen < budget]
+    late = [size / held[-1] for seen, size in path if (hold + 0.03) * budget < seen < budget]
     stages = sorted({round(math.log2(ratio)) for ratio in late})
-    assert stages == [1, 2, 3]
+    assert stages == list(range(1, doublings + 1))
     assert late == sorted(late)
 
 
