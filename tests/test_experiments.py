@@ -5,11 +5,14 @@ import csv
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from experiments import _runner
+from experiments._kept import Kept
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
@@ -126,3 +129,34 @@ def test_an_interrupt_ends_with_one_line(tmp_path, capsys, monkeypatch):
         )
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+# Runs that are kept
+
+
+def test_a_kept_run_is_made_once(tmp_path):
+    path, made = str(tmp_path / "runs.jsonl"), []
+
+    def make():
+        made.append(1)
+        return {"test_loss": np.float32(0.25), "diverged": math.nan}
+
+    first = Kept(path)
+    run = first.get({"seed": 0, "rate": 0.1}, make)
+    assert first.get({"seed": 0, "rate": 0.1}, make) is run
+    again = Kept(path).get({"seed": 0, "rate": 0.1}, make)
+    assert len(made) == 1
+    assert again["test_loss"] == 0.25
+    assert math.isnan(again["diverged"])
+    Kept(path).get({"seed": 1, "rate": 0.1}, make)
+    assert len(made) == 2
+    assert len(pathlib.Path(path).read_text().splitlines()) == 2
+    Kept("").get({"seed": 0, "rate": 0.1}, make)
+    assert len(made) == 3
+
+
+def test_a_line_that_is_no_kept_run_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('[{"seed": 0}, {"test_loss": 1.0}]\n[{"seed": 1}, {"te')  # killed while writing
+    with pytest.raises(_runner.UsageError, match=r"line 2 of .* is no kept run, got '\[\{"):
+        Kept(str(path))
