@@ -285,8 +285,8 @@ def _tables(rows: list[dict], config: Config) -> list[Any]:
         columns,
         lines,
         "below, within, mean (of those that did not diverge), median, worst: test loss against the "
-        "best constant size\nat a constant rate. within 2% of decay: of the best size with the best decay; "
-        "and that in at most 60% of its steps.\nAll in % of the cases or of the loss.",
+        "best constant size\nat a constant rate. within 2% of decay: of the best size with the best "
+        "decay; and that in at most 60% of its steps.\nAll in % of the cases or of the loss.",
     )
     return [listed, counts]
 

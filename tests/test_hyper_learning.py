@@ -885,7 +885,7 @@ def test_expected_gain_is_an_objective_in_the_engine():
     rule = aj.arbiter(TRACKER, objective=objective, max_batch_size=64, window=10)
     tx = optax.chain(optax.sgd(0.1), rule)
     result = aj.fit(
-        loss_fn, jnp.ones(64), tx, aj.Data(data, data), num_examples=6400, window=10, key=1
+        loss_fn, jnp.ones(64), tx, aj.Data(data, data), num_examples=40_000, window=10, key=1
     )
     state = result.state.opt_state[1]
     assert int(state.num_skipped) == 0
