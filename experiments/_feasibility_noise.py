@@ -145,9 +145,9 @@ def table(paths: dict, config: Any):
         ],
         rows,
         "ranges apart: ratio of the sizes at equal examples over ranges 8-256, 8-512, 8-2048, where "
-        "no limit binds, from a tenth\nof the budget to where the growth starts. size: geometric mean there. "
-        "monotone: seeds in which it rises with the rate. from: size at a\ntenth of the budget, by "
-        "where it started; apart: median ratio of the largest to the smallest after that.",
+        "no limit binds, from a tenth\nof the budget to where the growth starts. size: geometric mean "
+        "there. monotone: seeds in which it rises with the rate.\nfrom: size at a tenth of the budget, "
+        "by where it started; apart: median ratio of the largest to the smallest after that.",
     )
 
 
