@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from arbiter_jax import plotting
+from arbiter_jax import plotting, schedulers
 from experiments import _methods, _runner
 
 METHODS = ("noise_floor", "expected_gain", "arbiter_noise_response")
@@ -33,7 +33,8 @@ GROUPS = {
     "start": ("start 8", "8-512", "start 512"),
 }
 POINTS = 200  # of the budget, at which sizes are compared
-HELD = 0.6  # of the budget: the noise floor grows from there on, relative to what it held
+# Of the budget: the noise floor grows from there on, relative to what it held.
+HELD = schedulers.noise_floor.__kwdefaults__["hold"]
 
 
 def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:

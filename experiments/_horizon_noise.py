@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arbiter_jax import plotting
+from arbiter_jax import plotting, schedulers
 from arbiter_jax.meta_optimization import noisy_quadratic
 from experiments import _horizon_claims as claims
 from experiments import _horizon_toy as toy
 
 LEARNING_RATE = 0.5
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
-SHARE, HOLD, GROWTH = 0.2, 0.6, 32.0  # the defaults of `schedulers.noise_floor`
+SHARE, HOLD, GROWTH = map(schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth"))
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 
 

@@ -78,15 +78,16 @@ def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray
     else:
         k = cases.persistence(case.optimizer, power=2)
         objective, state = gain_objective(loss_fn, persistence=k), schedulers.ExpectedGainState
+    constants = getattr(schedulers, name).__kwdefaults__
     rule = noise_rule(
         state,
         replay(objective, table, made.num_examples),
         rule=name,
         limits=(8, made.max_batch_size, 64),
         fixed_cost=0.0,
-        max_change=4.0 if name == "noise_floor" else 2.0,
+        max_change=constants["max_change"],
         num_examples=budget,
-        every=4 if name == "noise_floor" else 10,
+        every=constants["every"],
     )
     rate = made.scale * case.learning_rate
     optimizer = cases.optimizer(case.optimizer, rate, "constant", made.num_examples)

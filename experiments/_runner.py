@@ -91,7 +91,7 @@ def main(
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; nothing was written.", file=sys.stderr)
+        print(f"\n{name}: interrupted; no results were written.", file=sys.stderr)
         raise SystemExit(130) from None
     write(name, config, results, output)
     plot(results, output)
