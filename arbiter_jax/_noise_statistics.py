@@ -60,7 +60,7 @@ def observe(
     if due is None:
         due, sample = jnp.array(True), measure()
     else:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure))
         sample = jax.lax.cond(due, measure, lambda: zeros)
     new = objective.update(state, sample, due, batch_size, signals)
     usable = all_finite(sample, new)

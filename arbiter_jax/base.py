@@ -8,7 +8,7 @@ through the extra arguments of ``update``, and only if its state says so: see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -221,6 +221,17 @@ def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:
     return jax.tree.map(
         lambda a, b: jnp.where(condition, a, b).astype(jnp.result_type(b)), then, otherwise
     )
+
+
+def do_if(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
+    """``lax.cond(condition, fn, identity, carry)`` that changes the carry in place.
+
+    XLA copies what passes through the idle branch of a condition, but not the carry of a loop of no
+    or one turn. On a GPU the host waits for the condition of a loop twice, and a copy is cheap.
+    """
+    if jax.default_backend() == "gpu":
+        return jax.lax.cond(condition, fn, lambda carry: carry, carry)
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: fn(carry), carry)
 
 
 def require(rule: str, how: str, **signals: Any) -> None:

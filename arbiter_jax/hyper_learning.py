@@ -8,7 +8,6 @@ Dong, "Hyper-Learning for Gradient-Based Batch Size Adaptation", arXiv:2205.0823
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,7 +25,7 @@ from arbiter_jax._arbiter_state import (
 from arbiter_jax._noise_statistics import NoiseObjective, observe, within_range
 from arbiter_jax._response import ResponseLoss, call_response_loss
 from arbiter_jax.agent import Agent, mix, sorted_proposals
-from arbiter_jax.base import PyTree, all_finite, raw_key, require, size_in_force, tree_where
+from arbiter_jax.base import PyTree, all_finite, do_if, raw_key, require, size_in_force, tree_where
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
 from arbiter_jax.reparameterization import to_batch_size, to_logit
 
@@ -323,7 +322,7 @@ def arbiter(
         if hyper_every == 1:
             state = learn(state)
         else:
-            state = _do_if(state.signals_due, learn, state)
+            state = do_if(state.signals_due, learn, state)
         state = state._replace(window_step=state.window_step + 1)
         # Only the few small fields that change: whatever passes through a condition is copied.
         fields = ("batch_size", "mixture_logits", "mixture_opt_state", "window_step", "key")
@@ -341,12 +340,3 @@ def arbiter(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _do_if(condition: jax.Array, fn: Callable[[Any], Any], state: Any) -> Any:
-    """``lax.cond(condition, fn, identity, state)`` that updates the state in place.
-
-    A loop of no or one turn: XLA copies what passes through the idle branch of a condition, but not
-    the carry of a loop.
-    """
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, state: fn(state), state)

@@ -22,6 +22,7 @@ from arbiter_jax.base import (
     LossFn,
     PyTree,
     StepInfo,
+    do_if,
     find_rules,
     get_batch_size,
     logged_fields,
@@ -328,24 +329,21 @@ def run_window(
             tx=tx,
             signals=signals,
         )
-        info = StepInfo(
-            gradient.value, jnp.sum(mask, dtype=jnp.int32), logged_fields(state.opt_state)
-        )
-        return state, info
+        size = jnp.sum(mask, dtype=jnp.int32)
+        return state, StepInfo(gradient.value, size, logged_fields(state.opt_state))
 
     def maybe_step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
+        due = signals_due(state.opt_state)
+        if due is None and num_steps is None:
+            return step(state, t)
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t)[1])
+        wanted = jnp.array(True) if num_steps is None else t < num_steps
+        take = lambda due: lambda carry: step(carry[0], t, due)
+        if due is None:
+            return do_if(wanted, take(True), (state, nothing))
         # One choice for the whole step: a step at which no signal is due is a plain one, and costs
         # what that costs. Conditions further in would have to pass on signals as large as the model.
-        kinds, kind = [step], jnp.zeros((), jnp.int32)
-        due = signals_due(state.opt_state)
-        if due is not None:
-            kind = jnp.where(due, kind, len(kinds))
-            kinds.append(functools.partial(step, due=False))
-        if num_steps is not None:
-            shapes = jax.eval_shape(step, state, t)[1]
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            kind = jnp.where(t < num_steps, kind, len(kinds))
-            kinds.append(lambda state, t: (state, nothing))
-        return jax.lax.switch(kind, kinds, state, t)
+        carry = do_if(wanted & due, take(True), (state, nothing))
+        return do_if(wanted & ~due, take(False), carry)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))

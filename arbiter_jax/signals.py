@@ -68,7 +68,7 @@ def without_statistics(full: GradientFn, loss_fn: Any) -> GradientFn:
 
     def gradient_fn(*args):
         shapes = jax.eval_shape(full, *args)
-        stats, noise = _zeros((shapes.grad_stats, shapes.gradient_noise))
+        stats, noise = jax.tree.map(jnp.zeros_like, (shapes.grad_stats, shapes.gradient_noise))
         return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
 
     return gradient_fn
@@ -107,7 +107,7 @@ def validation_signals(
     if due:
         sampler, batch = draw(sampler)
     else:
-        batch = _zeros(jax.eval_shape(draw, sampler)[1])
+        batch = jax.tree.map(jnp.zeros_like, jax.eval_shape(draw, sampler)[1])
     if "agent_inputs" in needed:
         inputs = batch[0] if isinstance(batch, tuple) else batch
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
@@ -155,7 +155,3 @@ def with_signals_due(opt_state: PyTree, due: bool) -> PyTree:
         opt_state,
         is_leaf=flagged,
     )
-
-
-def _zeros(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

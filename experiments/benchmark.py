@@ -83,6 +83,7 @@ class Network:
             state[0], info = aj.run_window(
                 state[0],
                 self.data,
+                window,  # said, as `fit` says it: of the steps of a window it may take fewer
                 loss_fn=None if "gradient_fn" in options else self.losses.loss_fn,
                 tx=tx,
                 bucket_size=aj.next_bucket(batch_size),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from typing import Any, NamedTuple
 
 import chex
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
+from arbiter_jax.base import do_if
 from arbiter_jax.batching import shuffled
 from arbiter_jax.compilation import count_compilations
 from arbiter_jax.gradients import masked_value_and_grad
@@ -209,6 +211,31 @@ def test_num_steps_none_takes_all_of_them():
     run = functools.partial(aj.run_window, loss_fn=loss_fn, tx=tx, bucket_size=8, window=5)
     expected = run(start(tx), data(), 5)
     chex.assert_trees_all_close(run(start(tx), data()), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_do_if_is_a_condition_on_every_backend(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    double = lambda carry: jax.tree.map(lambda x: 2 * x, carry)
+    carry = {"a": jnp.arange(3.0), "b": jnp.array(4)}
+    for condition in (True, False):
+        out = jax.jit(lambda c, carry: do_if(c, double, carry))(jnp.array(condition), carry)
+        chex.assert_trees_all_equal(out, double(carry) if condition else carry)
+
+
+def test_a_window_that_may_end_early_copies_no_parameters():
+    """A third of the time of a small step, when a condition around it passed the state on."""
+    tx = optax.chain(optax.sgd(0.1, momentum=0.9), aj.schedulers.constant(8))
+
+    def num_copies(num_steps):
+        lowered = aj.run_window.lower(
+            start(tx), data(), num_steps, loss_fn=loss_fn, tx=tx, bucket_size=8, window=5
+        )
+        text = lowered.compile().as_text()
+        shape = ",".join(map(str, params()["w1"].shape))
+        return len(re.findall(rf"f32\[{shape}\]\S* copy\(", text))
+
+    assert num_copies(5) <= num_copies(None)
 
 
 def test_the_batch_size_is_at_most_the_bucket_and_fills_it_without_a_rule():
