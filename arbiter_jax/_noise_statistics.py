@@ -147,8 +147,9 @@ def weighted_average(
 
     The sample stands for all times after `last`, where the average so far ends.
     """
-    kept = (last.astype(float) / now.astype(float)) ** (a + 1)
-    return kept * mean + (1 - kept) * sample
+    # 1 - (last / now)^(a + 1), to the precision of a float also where the two hardly differ.
+    since = (now - last).astype(float) / now.astype(float)
+    return mean - jnp.expm1((a + 1) * jnp.log1p(-since)) * (sample - mean)
 
 
 def validation_loss(

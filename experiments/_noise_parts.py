@@ -27,7 +27,7 @@ BINS = 100  # of the budget, in which the statistics of a run are recorded
 STATISTICS = {"noise_floor": ("noise",), "expected_gain": ("progress", "noise_cost")}
 
 
-# The control: do the same numbers, in another order, decide otherwise and worse?
+# The control: do the same numbers in another order, or those of another run, do worse?
 
 
 class Replay(NamedTuple):
@@ -95,22 +95,34 @@ def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray
 
 
 def control(config: Any, display: Any) -> list[dict[str, Any]]:
-    """Each rule as it is, with its own statistics replayed, and with them permuted in time."""
+    """Each rule as it is, and told statistics: its own, permuted ones, those of other rates."""
     rows = []
     for case in (case for case in CONTROLLED if case.task in config.tasks):
+        made = cases.definition(case.task, config.share)
+        others = [rate for rate in cases.OPTIMIZERS[case.optimizer] if rate != case.learning_rate]
         for name, fields in STATISTICS.items():
             empty = np.zeros((BINS, len(fields)))
             shared = _replayed_chain(name, case, config.share, empty)
             for seed in config.seeds:
-                made = cases.definition(case.task, config.share)
-                shown = display(f"control: {case.task}, {name}, seed {seed}", made.num_examples)
-                row, _, fit = cases.run(
-                    case, name, seed=seed, share=config.share, callbacks=[shown]
-                )
+
+                def measured(case, name=name, seed=seed, made=made):
+                    shown = f"control: {case.task}, {name} at {case.learning_rate:g}, seed {seed}"
+                    row, _, fit = cases.run(
+                        case,
+                        name,
+                        seed=seed,
+                        share=config.share,
+                        callbacks=[display(shown, made.num_examples)],
+                    )
+                    return row, _recorded(fit, name, made.num_examples)
+
+                row, table = measured(case)
                 rows.append({"part": "control", **row})
-                table = _recorded(fit, name, made.num_examples)
                 order = np.random.default_rng(seed).permutation(BINS)
-                for label, told in (("replayed", table), ("permuted", table[order])):
+                tables = {"replayed": table, "permuted": table[order]}
+                for rate in others:
+                    tables[f"of rate {rate:g}"] = measured(case._replace(learning_rate=rate))[1]
+                for label, told in tables.items():
                     tx = _replayed_chain(name, case, config.share, told)
                     row, _, _ = _runner.train(
                         made.task,
@@ -142,12 +154,13 @@ def control_table(rows: list[dict[str, Any]]):
             ]
         )
     return _runner.make_table(
-        "the control: statistics permuted in time",
+        "the control: statistics of another time, or of another rate",
         ["task, rule", "test loss", "minus its own", "steps"],
         cells,
         "momentum .9, rate .03. replayed: the rule is told the running averages of its own run as if "
         f"they were measured, at {BINS}\npoints of the budget; permuted: the same numbers in another "
-        "order. ± half-width of the 95% interval over seeds.",
+        "order; of rate: those of a run at another learning rate.\n± half-width of the 95% interval "
+        "over seeds.",
     )
 
 

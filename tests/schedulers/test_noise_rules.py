@@ -224,6 +224,12 @@ def test_a_sample_stands_for_the_steps_since_the_last_one():
     assert float(mean) == pytest.approx((2 * 3 + 6 * 5) / 8)
 
 
+def test_an_average_still_moves_after_very_many_steps():
+    now = jnp.int32(30_000_000)  # 1 - (now - 1) / now is 0 in float32
+    mean = statistics.weighted_average(jnp.float32(0), jnp.float32(1), now - 1, now, 3)
+    assert float(mean) == pytest.approx(4 / 3e7, rel=1e-3)
+
+
 # The horizon
 
 
