@@ -108,7 +108,7 @@ def arbiter(
         the mixture stands at the logit of initial_batch_size; "none" leaves the agent as it is
         (see :func:`arbiter_jax.warm_up`).
       hyper_every: A hyper-step at the first of so many updates, in [1, window]. The updates between
-        cost nothing (unless vmapped, where a condition computes both of its branches).
+        cost nothing; vmapped, those at which none is due in any lane.
       seed: An int, or a PRNG key.
       objective: From :func:`arbiter_jax.noise_response`, in the place of F.
 
