@@ -72,6 +72,9 @@ def within_range(
 ) -> jax.Array:
     """J at a real batch size, with the slope that an agent may descend within [low, high].
 
+    With size = low + (high - low) sigmoid(s) that is dJ/ds = dJ/d log(size), at most 1 either way: far
+    off on one side J is a thousand times as steep as on the other, and near an end of the range the
+    sigmoid lets through a thousandth of it, so that an agent overshoots from below and stays above.
     Beyond the last half example there is nothing to gain, and a logit that ran away there would
     take long to come back.
     """
@@ -79,6 +82,8 @@ def within_range(
     inside = jnp.clip(now, low + 0.5, high - 0.5)
     value, slope = jax.value_and_grad(lambda b: objective.objective(statistics, b))(inside)
     outward = ((now <= low + 0.5) & (slope > 0)) | ((now >= high - 0.5) & (slope < 0))
+    sigmoid_slope = (inside - low) * (high - inside) / (high - low)  # d size / ds
+    slope = jnp.clip(inside * slope, -1, 1) / sigmoid_slope
     slope = jax.lax.stop_gradient(jnp.where(outward, 0, slope))
     return jax.lax.stop_gradient(value) + slope * (size - now)
 

@@ -462,6 +462,29 @@ def test_the_objective_is_least_at_its_closed_form(kind):
 
 
 @pytest.mark.parametrize(
+    ("best", "size", "expected"),
+    [
+        (100.0, 10.0, -1.0),  # 1 - 100 / 10, cut
+        (100.0, 80.0, 1 - 100 / 80),
+        (100.0, 100.0, 0.0),
+        (100.0, 199.0, 1 - 100 / 199),
+        (1e4, 199.0, -1.0),
+        (1e4, 199.9, 0.0),  # outward, in the last half example
+    ],
+)
+def test_an_agent_descends_a_bounded_slope_in_the_logarithm_of_the_size(best, size, expected):
+    objective = _noise_floor.floor_objective()
+    state = objective.init()._replace(held_batch_size=jnp.array(best))
+
+    def loss(logit):
+        size = 8 + (200 - 8) * jax.nn.sigmoid(logit)
+        return statistics.within_range(objective, state, size, 8, 200)
+
+    logit = jnp.log((size - 8) / (200 - size))
+    assert float(jax.grad(loss)(logit)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         ("noise_floor", {"share": 0}, "share must be"),
