@@ -74,7 +74,7 @@ def within_range(
 
     With size = low + (high - low) sigmoid(s) that is dJ/ds = dJ/d log(size), at most 1 either way: far
     off on one side J is a thousand times as steep as on the other, and near an end of the range the
-    sigmoid lets through a thousandth of it, so that an agent overshoots from below and stays above.
+    sigmoid lets through a thousandth of it: an agent would overshoot from below and be slow from above.
     Beyond the last half example there is nothing to gain, and a logit that ran away there would
     take long to come back.
     """

@@ -3,7 +3,7 @@
 Claim: hyper-learning needs one forward pass of the network's body beside the plain step, and the
 engine adds nothing to a hand-written scan.
 Command: python -m experiments.benchmark
-Time: about 3 minutes on two cores.
+Time: about ten minutes on two cores; `--only "MLP, "` one.
 Expected: every ratio at most its bar on an idle machine.
 """
 
