@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +40,8 @@ class FloorState(NamedTuple):
     older_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t
     num_steps: jax.Array  # shape=(), dtype=int32, steps in these two
     num_examples: jax.Array  # shape=(), dtype=int32, examples seen, of the budget
-    held_batch_size: jax.Array  # shape=(), dtype=float, what is held, before it grows; 0: unknown
+    held_batch_size: jax.Array  # shape=(), dtype=float, what is to be held; 0: unknown
+    size_when_held: jax.Array  # shape=(), dtype=float, the size in force when that was last told
     validation: ValidationPace | None  # where the objective was given a loss function
 
     requires = ("value", "gradient_noise", "update_noise")
@@ -78,6 +78,7 @@ def floor_objective(
             num_steps=zero(jnp.int32),
             num_examples=zero(jnp.int32),
             held_batch_size=zero(float),
+            size_when_held=zero(float),
             validation=None
             if loss_fn is None
             else ValidationPace(zero(float), zero(float), zero(jnp.int32)),
@@ -116,11 +117,14 @@ def floor_objective(
                 last_step=t,
             )
             new = new._replace(validation=tree_where(due, looked, old))
-        # What growth multiplies is the last size before it began.
+        # What grows is the last size before growth began.
         size = jnp.clip(size_of_floor(new), 1 / _LARGEST, _LARGEST)
         settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
         keep = jnp.isnan(size) | (settled if budget is not None else False)
-        return new._replace(held_batch_size=jnp.where(keep, state.held_batch_size, size))
+        return new._replace(
+            held_batch_size=jnp.where(keep, state.held_batch_size, size),
+            size_when_held=jnp.where(keep, state.size_when_held, batch_size.astype(float)),
+        )
 
     def size_of_floor(state):
         noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
@@ -130,13 +134,15 @@ def floor_objective(
 
     def best(state, cost=cost):
         b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
-        b = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
+        held = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
         if budget is None:
-            return b
-        past = (share_of_budget(state) - hold) / max(1 - hold, 1e-6)
-        stages = max(1, math.ceil(math.log2(growth)))
-        stage = jnp.clip(jnp.floor(past * stages) + 1, 0, stages)
-        return b * jnp.asarray(growth, float) ** (stage / stages)  # Eq. 12
+            return held
+        in_force = jnp.maximum(b, state.size_when_held)  # above b at the lower end of the range
+        factor = growth * jnp.sqrt(b / in_force)
+        left = jnp.maximum(budget - state.num_examples, 0).astype(float)
+        span = share / _EXPONENT * b * jnp.maximum(state.num_steps, 1)
+        grown = factor * in_force / (1 + factor * left / span)  # Eq. 12
+        return jnp.where(share_of_budget(state) < hold, held, jnp.maximum(held, grown))
 
     def objective(state, b, cost=cost):
         target = best(state, cost)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import arbiter_jax as aj
@@ -23,6 +24,7 @@ NOISE_RULES = (
     "expected_gain",
     "arbiter_noise_response",
 )
+HINDSIGHT = "best_held"  # not a rule: every size to hold, of which the best one is known afterwards
 CONTEXT = 8  # characters that the language model sees
 
 
@@ -118,7 +120,51 @@ def persistence(kind: str, power: int = 1) -> float:
     return impulse_response(made[kind], power=power)
 
 
+class HeldState(NamedTuple):
+    """State of :func:`held_then_grown`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    held: jax.Array  # shape=(), dtype=float
+
+
+def held_then_grown(
+    held: float, num_examples: int, max_batch_size: int, min_batch_size: int = 8
+) -> optax.GradientTransformationExtraArgs:
+    """A given size, held and grown as the noise floor does (NOISE.md, Eq. 12). It lies in the state.
+
+    Args:
+      held: b, in examples, > 0; below min_batch_size there is less noise to remove.
+      num_examples: The budget.
+      max_batch_size: Largest size.
+      min_batch_size: Smallest size.
+    """
+    share, hold, growth = map(
+        schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth")
+    )
+
+    def size(b, seen):
+        in_force = jnp.maximum(b, min_batch_size)
+        factor = growth * jnp.sqrt(b / in_force)
+        span = 4 * share * b * seen / in_force  # of the examples, as many steps as they make
+        grown = factor * in_force / (1 + factor * (num_examples - seen) / jnp.maximum(span, 1))
+        b = jnp.where(seen < hold * num_examples, b, jnp.maximum(b, grown))
+        return jnp.clip(jnp.round(b), min_batch_size, max_batch_size).astype(jnp.int32)
+
+    def init_fn(params):
+        del params
+        b = jnp.asarray(held, float)
+        return HeldState(size(b, 0), b)
+
+    def update_fn(updates, state, params=None, *, num_examples=0, **extra_args):
+        del params, extra_args
+        return updates, state._replace(batch_size=size(state.held, jnp.asarray(num_examples)))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def _rule(name: str, made: Definition, kind: str, seed: int, start: int, options: dict[str, Any]):
+    if name == HINDSIGHT:
+        return held_then_grown(start, made.num_examples, made.max_batch_size)
     limits = {"max_batch_size": made.max_batch_size, "initial_batch_size": start}
     floor = {"num_examples": made.num_examples, "persistence": persistence(kind)} | options
     loss_fn = made.task.losses.loss_fn
@@ -169,17 +215,18 @@ def run(
 
     Args:
       case: What to train.
-      name: One of :data:`NOISE_RULES`, or "constant".
+      name: One of :data:`NOISE_RULES`, :data:`HINDSIGHT` or "constant".
       seed: Of everything that is drawn.
       decay: Of the learning rate, of :data:`experiments._schedules.DECAYS`.
       share: Of the task's budget.
-      start: The constant size, or the one that a rule starts from.
+      start: The constant size, the one to hold, or the one that a rule starts from.
       callbacks: For `fit`.
       **options: More arguments of the rule.
     """
     made = definition(case.task, share)
     # Momentum is in the state, but what the rules know of it is in their programs.
-    kind = "sgd" if name == "constant" and case.optimizer == "momentum" else case.optimizer
+    fixed = name in ("constant", HINDSIGHT)
+    kind = "sgd" if fixed and case.optimizer == "momentum" else case.optimizer
     tx = _program(name, case.task, share, kind, tuple(sorted(options.items())))
 
     def begin(seed, learning_rate):

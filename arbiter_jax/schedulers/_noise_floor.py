@@ -63,8 +63,14 @@ def noise_floor(
     the pace of F to be at most twice that of their loss: a training loss that falls by memorising
     buys no steps. Do so wherever examples are seen many times.
 
-    From a share `hold` of the budget on, the size grows by a factor `growth` in equal shares of the
-    rest, a factor of at most 2 each. Without a budget it holds.
+    With r examples left of the budget, the held size B grows as
+
+    .. math:: \frac{g B}{1 + g r / R}, \qquad R = 4\, share\, b\, t, \quad g = growth \sqrt{b / B}
+
+    wherever that is more, from a share `hold` of the budget on. b is the size of the first equation,
+    less than B where that lies at the lower end of the range: there is less noise to remove then, and
+    growth begins later. R examples are worth as much in steps as the noise floor holds of the loss.
+    Without a budget the size is held.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, if the rule is to look at
@@ -74,8 +80,9 @@ def noise_floor(
         first 20; the training loss at every step. A larger number makes the steps cheaper (what 10
         costs is in `experiments.benchmark`), and the statistic noisier.
       share: The noise floor as a share of the loss still to go, > 0.
-      hold: The share of the budget after which the size grows, in [0, 1].
-      growth: The factor by which it grows at the end, >= 1.
+      hold: The share of the budget after which the size may grow, in [0, 1].
+      growth: The factor by which it has grown at the end, >= 1; what happens before the last R /
+        growth examples hardly depends on it.
       persistence: k, a number >= 1, or the optimizer in front of the rule, whose impulse response
         is then measured: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the

@@ -109,18 +109,62 @@ def test_noise_that_comes_at_another_time_leads_elsewhere():
     assert np.mean(late_permuted) > 1.5 * np.mean(late)
 
 
-@pytest.mark.parametrize(
-    ("options", "hold", "doublings"), [({}, 0.6, 5), ({"hold": 0.8, "growth": 8.0}, 0.8, 3)]
-)
-def test_equation_12_holds_then_grows_in_doublings(options, hold, doublings):
-    budget = 500_000  # so large that a window is shorter than a stage
-    path, _ = follow(8000, initial_batch_size=32, num_examples=budget, **options)
-    held = [size for seen, size in path if 0.1 * budget < seen < hold * budget]
+def size_after_growth(seen, budget, num_steps, in_force, share=0.2, growth=32.0):
+    """Eq. 12: what is to be taken when the held size has been grown."""
+    b, left = size_by_hand(share=share), budget - seen
+    factor = growth * math.sqrt(b / in_force)
+    return factor * in_force / (1 + factor * left / (4 * share * b * num_steps))
+
+
+def follow_by_steps(budget, **options):
+    """(examples, steps, size) of a run through its budget."""
+    rule, update = floor_rule(num_examples=budget, **options)
+    state, seen, t, path = rule.init(None), 0, 0, []
+    while seen < budget:
+        size = int(aj.get_batch_size(state))
+        path.append((seen, t, size))
+        for _ in range(decision_steps(state, 20)):
+            t += 1
+            signals = signals_at(t, size) | {"batch_size": size, "num_examples": seen}
+            state = update(state, signals)
+            seen += size
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"hold": 0.8, "growth": 8.0}, {"share": 0.4}])
+def test_equation_12_holds_then_grows_as_the_rest_of_the_budget_shrinks(options):
+    budget, hold = 300_000, options.get("hold", 0.6)
+    path = follow_by_steps(budget, **options)
+    expected = size_by_hand(share=options.get("share", 0.2))
+    held = [size for seen, _, size in path if 0.1 * budget < seen < hold * budget]
     assert max(held) <= 1.2 * min(held)
-    late = [size / held[-1] for seen, size in path if (hold + 0.03) * budget < seen < budget]
-    stages = sorted({round(math.log2(ratio)) for ratio in late})
-    assert stages == list(range(1, doublings + 1))
-    assert late == sorted(late)
+    options = {key: value for key, value in options.items() if key != "hold"}
+    for seen, t, size in path[-1], *path[:: len(path) // 50]:
+        if seen < (hold + 0.01) * budget:
+            continue
+        grown = size_after_growth(seen, budget, t, in_force=expected, **options)
+        assert size == pytest.approx(max(expected, grown), rel=0.1)
+    assert path[-1][2] > 4 * held[-1]
+
+
+def test_equation_12_a_size_at_the_lower_end_grows_later_and_less():
+    """Where the size in force is larger than what is wanted, there is less noise to remove."""
+    budget, low = 1_500_000, 10 * size_by_hand()
+    path = follow_by_steps(budget, min_batch_size=round(low), hold=0.3)
+    begun = next(seen for seen, _, size in path if size > 1.05 * low)
+    assert 0.85 * budget < begun  # what is left: 4 share b t, a tenth of .8 of what was seen
+    seen, t, size = path[-1]
+    grown = size_after_growth(seen, budget, t, in_force=low)
+    assert size == pytest.approx(grown, rel=0.15)
+    assert size < 32 * size_by_hand()
+
+
+def test_the_factor_of_growth_matters_at_the_very_end_only():
+    budget = 300_000
+    runs = [follow_by_steps(budget, growth=growth) for growth in (32.0, 128.0)]
+    at = lambda path, share: next(size for seen, _, size in path if seen > share * budget)
+    assert at(runs[1], 0.8) == pytest.approx(at(runs[0], 0.8), rel=0.1)
+    assert runs[1][-1][2] > 1.5 * runs[0][-1][2]
 
 
 def test_holds_where_there_is_no_budget():
