@@ -137,11 +137,14 @@ def floor_objective(
         held = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
         if budget is None:
             return held
-        in_force = jnp.maximum(b, state.size_when_held)  # above b at the lower end of the range
-        factor = growth * jnp.sqrt(b / in_force)
-        left = jnp.maximum(budget - state.num_examples, 0).astype(float)
-        span = share / _EXPONENT * b * jnp.maximum(state.num_steps, 1)
-        grown = factor * in_force / (1 + factor * left / span)  # Eq. 12
+        grown = grown_size(
+            b,
+            jnp.maximum(b, state.size_when_held),  # above b at the lower end of the range
+            jnp.maximum(state.num_steps, 1),
+            jnp.maximum(budget - state.num_examples, 0).astype(float),
+            share=share,
+            growth=growth,
+        )
         return jnp.where(share_of_budget(state) < hold, held, jnp.maximum(held, grown))
 
     def objective(state, b, cost=cost):
@@ -157,6 +160,17 @@ _FEW = 8  # steps from which no pace can be told
 _EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its pace over p. Eq. 9
 _MEMORY = 2.0  # how many times faster the training loss may fall than that of other examples
 _LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
+
+
+def grown_size(b: Any, in_force: Any, num_steps: Any, left: Any, *, share: float, growth: float):
+    """What a held size is to grow to with `left` examples to go, if that is more: Eq. 12.
+
+    `b` is the size that was to be held, `in_force` the one that was, at least b; both after
+    `num_steps` steps, in examples.
+    """
+    factor = growth * (b / in_force) ** 0.5
+    worth_the_noise = share / _EXPONENT * b * num_steps
+    return factor * in_force / (1 + factor * left / worth_the_noise)
 
 
 def pace_of_loss(state: FloorState) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import plotting, schedulers
+from arbiter_jax._noise_floor import grown_size
 from arbiter_jax.meta_optimization import noisy_quadratic
 from experiments import _horizon_claims as claims
 from experiments import _horizon_toy as toy
@@ -77,10 +78,9 @@ def follow_rule(
         if j < hold * num_segments:
             size = held = noise / (share * 4 * max(_pace(losses, steps), 1e-9))  # Eq. 10
         else:
-            in_force = max(held, 1.0)
-            factor = growth * math.sqrt(held / in_force)
-            left, span = num_examples - j * segment, 4 * share * held * steps[-1]
-            size = max(held, factor * in_force / (1 + factor * left / span))  # Eq. 12
+            left, in_force = num_examples - j * segment, max(held, 1.0)
+            size = grown_size(held, in_force, steps[-1], left, share=share, growth=growth)
+            size = max(held, size)  # Eq. 12
         sizes[j:] = np.clip(size, 1, segment)
     return sizes
 

@@ -13,6 +13,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, models, schedulers
+from arbiter_jax._noise_floor import grown_size
 from arbiter_jax.noise_response import impulse_response
 from experiments import _methods, _runner
 from experiments._schedules import scale_by_decay
@@ -144,9 +145,8 @@ def held_then_grown(
 
     def size(b, seen):
         in_force = jnp.maximum(b, min_batch_size)
-        factor = growth * jnp.sqrt(b / in_force)
-        span = 4 * share * b * seen / in_force  # of the examples, as many steps as they make
-        grown = factor * in_force / (1 + factor * (num_examples - seen) / jnp.maximum(span, 1))
+        left, num_steps = num_examples - seen, jnp.maximum(seen, 1) / in_force
+        grown = grown_size(b, in_force, num_steps, left, share=share, growth=growth)
         b = jnp.where(seen < hold * num_examples, b, jnp.maximum(b, grown))
         return jnp.clip(jnp.round(b), min_batch_size, max_batch_size).astype(jnp.int32)
 
