@@ -163,6 +163,10 @@ def plot(results: _runner.Results):
             top.plot(at, np.mean(values), "o", ms=4, label=name if x == 0 else None, **style)
             if np.inf in values:  # diverged: at the upper edge
                 top.plot(at, 0.97, "^", ms=4, transform=top.get_xaxis_transform(), **style)
+    held = [o for r in records for (rule, _), o in r["rules"].items() if rule == cases.HINDSIGHT]
+    if len(held) == len(records):
+        values = [100 * outcome["over_constant"] for outcome in held]
+        top.plot(ticks, values, "_", color="0.1", ms=11, mew=1.2, label=cases.HINDSIGHT)
     top.axhline(0, color="0.4", lw=0.8)
     top.set_yscale("symlog", linthresh=10)
     top.set_ylabel("test loss over that of the\nbest constant size [%]")
@@ -170,7 +174,7 @@ def plot(results: _runner.Results):
         f"{r['case'].task}, {r['case'].optimizer} {r['case'].learning_rate:g}" for r in records
     ]
     top.set_xticks(ticks, labels, rotation=90, fontsize=6)
-    top.legend(frameon=False, fontsize=8, ncols=3)
+    top.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
     groups = _runner.by(results.windows, "method", "task_name", "optimizer", "case_rate")
     for i, task in enumerate(config.tasks):
         floor = (group for key, group in groups.items() if key[:2] == ("noise_floor", task))
