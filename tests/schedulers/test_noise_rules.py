@@ -34,11 +34,14 @@ def floor_rule(**options):
     return rule, jax.jit(update)
 
 
-def follow(num_steps, *, shift=0.0, noise=lambda t: CURVE, **options):
-    """A run of windows as long as the rule asks for, at most 20 steps: (examples, size) of each."""
+def follow(num_steps=math.inf, *, shift=0.0, noise=lambda t: CURVE, **options):
+    """A run of windows as long as the rule asks for, at most 20 steps: (examples, size) of each.
+
+    Without a number of steps it ends with the budget.
+    """
     rule, update = floor_rule(**options)
     state, seen, t, path = rule.init(None), 0, 0, []
-    while t < num_steps:
+    while t < num_steps if num_steps < math.inf else seen < options["num_examples"]:
         size = int(aj.get_batch_size(state))
         path.append((seen, size))
         for _ in range(decision_steps(state, 20)):
@@ -118,17 +121,9 @@ def size_after_growth(seen, budget, num_steps, in_force, share=0.2, growth=32.0)
 
 def follow_by_steps(budget, **options):
     """(examples, steps, size) of a run through its budget."""
-    rule, update = floor_rule(num_examples=budget, **options)
-    state, seen, t, path = rule.init(None), 0, 0, []
-    while seen < budget:
-        size = int(aj.get_batch_size(state))
-        path.append((seen, t, size))
-        for _ in range(decision_steps(state, 20)):
-            t += 1
-            signals = signals_at(t, size) | {"batch_size": size, "num_examples": seen}
-            state = update(state, signals)
-            seen += size
-    return path
+    seen, sizes = zip(*follow(num_examples=budget, **options)[0], strict=True)
+    steps = np.cumsum([0, *np.diff(seen) / sizes[:-1]])
+    return list(zip(seen, steps, sizes, strict=True))
 
 
 @pytest.mark.parametrize("options", [{}, {"hold": 0.8, "growth": 8.0}, {"share": 0.4}])
