@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -109,7 +108,7 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
                 f"{loss:.4f} ({size})",
                 f"{decayed_loss:.4f} ({decayed_size}, {decay})",
                 f"{100 * min(spread):+.1f} to {100 * max(spread):+.1f}" if spread else "-",
-                f"{floor['num_steps'] if floor else math.nan:,.0f} / {decayed_steps:,.0f}",
+                f"{floor['num_steps']:,.0f} / {decayed_steps:,.0f}" if floor else "-",
                 *map(against, cases.NOISE_RULES[1:]),
                 *(held or ["-"]),
             ]
@@ -192,6 +191,6 @@ def plot(results: _runner.Results):
     bottom.set_yscale("log", base=2)
     bottom.set_ylabel("batch size of the noise floor\n[examples]")
     bottom.set_xlabel("share of the budget of examples")
-    if results.windows:
+    if bottom.get_legend_handles_labels()[0]:  # the noise floor was among the rules
         bottom.legend(frameon=False, fontsize=8, ncols=5)
     return fig

@@ -7,7 +7,7 @@ Command: python -m experiments.noise_rules [--parts table control step_cost] [--
 Time: about four hours on one core; `--parts table --tasks digits` 20 minutes. With `--runs FILE` the
 runs of the table are kept as they end, and those of the file are not made again.
 Expected: below the best constant size where the training set is not learnt by heart (Fashion-MNIST,
-text); not where it is (digits, diabetes), where in hindsight (`best_held`) 1% is all there is to gain.
+text); not where it is (digits, diabetes), where in hindsight (`best_held`) 2% is all there is to gain.
 Permuted in time, the noise serves the noise floor worse on Fashion-MNIST and as well elsewhere.
 """
 
