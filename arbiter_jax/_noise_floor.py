@@ -1,4 +1,4 @@
-"""The noise floor: the loss that noise sustains, and the pace of training. NOISE.md, Eqs. 7 to 14."""
+"""The noise floor: the loss that noise sustains, and the pace of training. NOISE.md, Eqs. 7 to 16."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FloorState(NamedTuple):
     size_when_held: jax.Array  # shape=(), dtype=float, the size in force when that was last told
     validation: ValidationPace | None  # where the objective was given a loss function
 
-    requires = ("value", "gradient_noise", "update_noise")
+    requires = ("value", "gradient_noise", "update_noise", "grad_stats")
     logged = ("noise", "recent_loss", "older_loss", "held_batch_size")
 
 
@@ -52,13 +52,13 @@ def floor_objective(
     loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
-    share: float = 0.2,
+    share: float = 0.4,
     hold: float = 0.6,
     growth: float = 32.0,
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
 ) -> NoiseObjective:
-    """The noise floor as a share of the loss still to go: Eqs. 7 to 14."""
+    """The noise floor as a share of the loss still to go: Eqs. 7 to 16."""
     budget = (
         None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
     )
@@ -92,15 +92,23 @@ def floor_objective(
         noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
         # No noise in an update that is none: gradients without size say nothing.
         noise = jnp.where((response != 0) | (dot(updates, updates) > 0), noise, jnp.nan)
-        return (noise,) if loss_fn is None else (noise, validation_loss(loss_fn, signals)(params))
+        stats, tiny = signals["grad_stats"], jnp.finfo(noise.dtype).tiny
+        signal = stats.mean_sq_norm / jnp.maximum(stats.variance_trace, tiny)
+        signal = jnp.where(jnp.isinf(stats.variance_trace), jnp.nan, signal)  # to be skipped
+        bent = noise * batch_size * signal / (2 * k - 1)  # Eq. 15, but for what makes progress
+        sample = (noise, jnp.where(noise > 0, bent, 0))
+        return sample if loss_fn is None else (*sample, validation_loss(loss_fn, signals)(params))
 
     def update(state, sample, due, batch_size, signals):
-        noise, *other_loss = sample
+        noise, bent, *other_loss = sample
         value = jnp.asarray(signals["value"], float)
         seen = signals.get("num_examples")
         seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
         n: Any = optax.safe_increment(state.num_looks)
         t: Any = optax.safe_increment(state.num_steps)
+        progress = jnp.maximum(training_pace(state), 0) / t  # of a step
+        bent = bent - batch_size * progress / (4 * (2 * k - 1))
+        noise = noise + jnp.clip(bent, 0, (_BENT - 1) * jnp.maximum(noise, 0))  # Eq. 15
         new = state._replace(
             noise=jnp.where(due, weighted_average(state.noise, noise, n - 1, n, 9), state.noise),
             num_looks=jnp.where(due, n, state.num_looks),
@@ -130,7 +138,11 @@ def floor_objective(
         noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
         # Noise, and nothing to gain from steps; but a few losses do not tell.
         beyond = jnp.where((noise > 0) & (state.num_steps > _FEW), jnp.inf, jnp.nan)
-        return jnp.where(pace > 0, noise * _EXPONENT / (share * pace), beyond)  # Eq. 10
+        now = noise * _EXPONENT / (share * jnp.where(pace > 0, pace, 1))
+        if budget is not None:
+            left = jnp.maximum(budget - state.num_examples, 0)
+            now = held_to_the_end(now, jnp.maximum(state.num_steps, 1), left)
+        return jnp.where(pace > 0, now, beyond)
 
     def best(state, cost=cost):
         b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
@@ -158,8 +170,21 @@ def floor_objective(
 
 _FEW = 8  # steps from which no pace can be told
 _EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its pace over p. Eq. 9
+_BENT = 8.0  # how many times more noise than in the limit of small rates one look may tell of
 _MEMORY = 2.0  # how many times faster the training loss may fall than that of other examples
 _LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
+
+
+def held_to_the_end(now: Any, num_steps: Any, left: Any) -> jax.Array:
+    """The size b of Eq. 10 for the pace of the moment, `now`, as it is for that of the end: Eq. 16.
+
+    After `num_steps` steps, with `left` examples to go.
+    """
+    now = jnp.clip(jnp.asarray(now, float), 1 / _LARGEST, _LARGEST)
+    b = now
+    for _ in range(8):  # an error of log b becomes one of at most a quarter of it
+        b = now * (1 + left / (b * num_steps)) ** _EXPONENT
+    return b
 
 
 def grown_size(b: Any, in_force: Any, num_steps: Any, left: Any, *, share: float, growth: float):
@@ -169,8 +194,13 @@ def grown_size(b: Any, in_force: Any, num_steps: Any, left: Any, *, share: float
     `num_steps` steps, in examples.
     """
     factor = growth * (b / in_force) ** 0.5
-    worth_the_noise = share / _EXPONENT * b * num_steps
+    worth_the_noise = 0.5 * share / _EXPONENT * b * num_steps  # R
     return factor * in_force / (1 + factor * left / worth_the_noise)
+
+
+def training_pace(state: FloorState) -> jax.Array:
+    """The pace of the training loss alone: Eq. 9."""
+    return 4 * (state.older_loss - state.recent_loss)  # 1 / (1/2 - 1/4)
 
 
 def pace_of_loss(state: FloorState) -> jax.Array:
@@ -179,7 +209,7 @@ def pace_of_loss(state: FloorState) -> jax.Array:
     An average with weights t^a lags by 1 / (a + 1) in log t, so two of them give the slope. Where
     the pace on validation examples is known, at most a multiple of that.
     """
-    pace = 4 * (state.older_loss - state.recent_loss)  # Eq. 9: 1 / (1/2 - 1/4)
+    pace = training_pace(state)
     if state.validation is None:
         return pace
     other = 4 * (state.validation.older_loss - state.validation.recent_loss)

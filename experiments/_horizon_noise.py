@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import plotting, schedulers
-from arbiter_jax._noise_floor import grown_size
+from arbiter_jax._noise_floor import grown_size, held_to_the_end
 from arbiter_jax.meta_optimization import noisy_quadratic
 from experiments import _horizon_claims as claims
 from experiments import _horizon_toy as toy
 
 LEARNING_RATE = 0.5
-SHARES = (0.05, 0.1, 0.2, 0.4, 0.8)
+SHARES = (0.1, 0.2, 0.4, 0.8, 1.6)
 SHARE, HOLD, GROWTH = map(schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth"))
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 
@@ -62,7 +62,9 @@ def follow_rule(
 ) -> np.ndarray:
     """The sizes that :func:`arbiter_jax.schedulers.noise_floor` decides on, its averages exact."""
     segment = num_examples / num_segments
-    noise = float(LEARNING_RATE * jnp.sum(problem.curvature**2 * problem.noise_variance) / 4)
+    bent = 1 / (1 - LEARNING_RATE * problem.curvature / 2)  # Eq. 15
+    spread = problem.curvature**2 * problem.noise_variance
+    noise = float(LEARNING_RATE * jnp.sum(bent * spread) / 4)
     run = jax.jit(
         lambda sizes: (
             noisy_quadratic.rollout_batch_sizes(
@@ -74,11 +76,12 @@ def follow_rule(
     for j in range(1, num_segments):
         losses = np.asarray(run(jnp.asarray(sizes)))[: j + 1]
         steps = 1 + np.cumsum([0, *segment / sizes[:j]])
-        size = held
+        size, left = held, num_examples - j * segment
         if j < hold * num_segments:
-            size = held = noise / (share * 4 * max(_pace(losses, steps), 1e-9))  # Eq. 10
+            size = noise / (share * 4 * max(_pace(losses, steps), 1e-9))  # Eq. 10
+            size = held = float(held_to_the_end(size, steps[-1], left))  # Eq. 16
         else:
-            left, in_force = num_examples - j * segment, max(held, 1.0)
+            in_force = max(held, 1.0)
             size = grown_size(held, in_force, steps[-1], left, share=share, growth=growth)
             size = max(held, size)  # Eq. 12
         sizes[j:] = np.clip(size, 1, segment)

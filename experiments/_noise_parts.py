@@ -24,7 +24,8 @@ CONTROLLED = (
     cases.Case("digits", "momentum", 0.03),
 )
 BINS = 100  # of the budget, in which the statistics of a run are recorded
-STATISTICS = {"noise_floor": ("noise",), "expected_gain": ("progress", "noise_cost")}
+# What is recorded, and told as a sample; None: 0, for the first holds what Eq. 15 adds to it.
+STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("progress", "noise_cost")}
 
 
 # The control: do the same numbers in another order, or those of another run, do worse?
@@ -65,7 +66,8 @@ def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
     seen = np.cumsum(sizes)[sizes > 0]
     at = np.searchsorted(seen, (np.arange(BINS) + 0.5) / BINS * num_examples)
     at = np.minimum(at, len(seen) - 1)
-    return np.stack([fit.steps(field)[sizes > 0][at] for field in STATISTICS[name]], 1)
+    column = lambda field: fit.steps(field)[sizes > 0][at] if field else np.zeros(BINS)
+    return np.stack([column(field) for field in STATISTICS[name]], 1)
 
 
 def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray):

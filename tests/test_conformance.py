@@ -80,7 +80,7 @@ def make_arbiter_with_noise(**limits):
     return aj.arbiter(agent, objective=objective, window=2, **limits)
 
 
-NOISE = ("gradient_noise", "update_noise")
+NOISE = ("gradient_noise", "update_noise", "grad_stats")
 CASES = {
     "adabatch": Case(lambda **k: aj.schedulers.adabatch(64, epochs=1, **k)),
     "adadamp": Case(aj.schedulers.adadamp, ("value",)),

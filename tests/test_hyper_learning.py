@@ -816,7 +816,7 @@ def follow(targets, start, **options):
         **options,
     )
     zeros = jnp.zeros(2)
-    noise = {"gradient_noise": zeros, "update_noise": zeros}
+    noise = dict.fromkeys(("gradient_noise", "update_noise", "grad_stats"), zeros)
 
     def step(state, inputs):
         target, seen = inputs
@@ -869,7 +869,7 @@ def test_an_objective_that_says_nothing_is_skipped_and_counted():
 def test_an_agent_with_an_objective_asks_for_what_it_reads():
     init = lambda **options: aj.arbiter(TRACKER, **options).init(None)
     floor = init(objective=aj.noise_response("noise_floor"))
-    floor_signals = {"agent_inputs", "value", "gradient_noise", "update_noise"}
+    floor_signals = {"agent_inputs", "value", "gradient_noise", "update_noise", "grad_stats"}
     assert aj.base.required_signals(floor) == floor_signals
     loss_fn = lambda params, batch: batch
     guarded = init(objective=aj.noise_response("noise_floor", loss_fn=loss_fn))

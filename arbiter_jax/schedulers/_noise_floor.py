@@ -33,7 +33,7 @@ def noise_floor(
     *,
     num_examples: int | None = None,
     every: int = 4,
-    share: float = 0.2,
+    share: float = 0.4,
     hold: float = 0.6,
     growth: float = 32.0,
     persistence: float | optax.GradientTransformation = 1.0,
@@ -59,17 +59,23 @@ def noise_floor(
     of a language) plays no part, and where the loss goes to zero and the noise with it, steps are
     bought and not larger batches.
 
+    At large rates there is more noise than that. It shows in the mean gradient G, which noise keeps
+    up: the floor is taken :math:`1 + B |G|^2 / ((2 k - 1)\, tr S)` times as high, which is exact for
+    SGD and heavy ball on a quadratic, less the part of :math:`|G|^2` that makes progress.
+
     Given `loss_fn`, the rule looks at validation examples too, wherever it measures noise, and takes
     the pace of F to be at most twice that of their loss: a training loss that falls by memorising
     buys no steps. Do so wherever examples are seen many times.
 
-    With r examples left of the budget, the held size B grows as
+    With r examples left of the budget, the excess is that of the end of the run, if the size b is
+    held until then: the b of the first equation is multiplied by :math:`(1 + r / (b t))^{1/4}`.
+    Without a budget it is that of the moment. At the end the held size B grows as
 
-    .. math:: \frac{g B}{1 + g r / R}, \qquad R = 4\, share\, b\, t, \quad g = growth \sqrt{b / B}
+    .. math:: \frac{g B}{1 + g r / R}, \qquad R = 2\, share\, b\, t, \quad g = growth \sqrt{b / B}
 
-    wherever that is more, from a share `hold` of the budget on. b is the size of the first equation,
-    less than B where that lies at the lower end of the range: there is less noise to remove then, and
-    growth begins later. R examples are worth as much in steps as the noise floor holds of the loss.
+    wherever that is more, from a share `hold` of the budget on. b is what was to be held, less than B
+    where that lies at the lower end of the range: there is less noise to remove then, and growth
+    begins later. R examples are worth as much in steps as the noise floor holds of the loss.
     Without a budget the size is held.
 
     Args:
@@ -96,9 +102,9 @@ def noise_floor(
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`,
-      `gradient_noise`, `update_noise` and, if given, `num_examples` and `batch_size`, the examples
-      so far and the size in force (and `meta_batch`, and `model_state` where the model has one, where
-      `loss_fn` is given; and `step_seconds`, where the cost of a step is measured).
+      `gradient_noise`, `update_noise`, `grad_stats` and, if given, `num_examples` and `batch_size`,
+      the examples so far and the size in force (and `meta_batch`, and `model_state` where the model
+      has one, where `loss_fn` is given; and `step_seconds`, where the cost of a step is measured).
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -115,11 +121,11 @@ def noise_floor(
     ...     optax.sgd(0.1, momentum=0.9),
     ...     aj.schedulers.noise_floor(num_examples=100_000, persistence=10.0),
     ... )
-    >>> noise = {"w": 1.0}, {"w": -0.1}  # the noise of the gradient, and the response to it
+    >>> stats = aj.gradient_stats(lambda w, x: (w - x) ** 2 / 2, 0.0, jax.numpy.array([1.0, 3.0]))
+    >>> noise = {"gradient_noise": {"w": 1.0}, "update_noise": {"w": -0.1}, "grad_stats": stats}
     >>> state = tx.init({"w": 0.0})
     >>> for loss in (2.0, 1.0, 0.9):
-    ...     signals = {"value": loss, "gradient_noise": noise[0], "update_noise": noise[1]}
-    ...     _, state = tx.update({"w": 1.0}, state, **signals)
+    ...     _, state = tx.update({"w": 1.0}, state, value=loss, **noise)
     >>> 8 <= int(aj.get_batch_size(state)) <= 512
     True
     """

@@ -57,7 +57,10 @@ READS = {
     "goodput": ("variance_trace", "mean_sq_norm"),
     "gradient_noise_scale": ("variance_trace", "mean_sq_norm"),
     "inner_product_test": ("inner_product_variance", "batch_sq_norm"),
-    "noise_floor": ("value", "gradient_noise", "update_noise"),
+    "noise_floor": (
+        *("value", "gradient_noise", "update_noise"),
+        *("variance_trace", "mean_sq_norm"),
+    ),
     "norm_test": ("variance_trace", "batch_sq_norm"),
     "simigrad": ("half_cosine",),
 }
