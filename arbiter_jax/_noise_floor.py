@@ -1,4 +1,4 @@
-"""The noise floor: the loss that noise sustains, and the pace of training. NOISE.md, Eqs. 7 to 16."""
+"""The noise floor: the loss that noise sustains, and the pace of training. NOISE.md, Eqs. 7 to 17."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def floor_objective(
     growth: float = 32.0,
     persistence: Persistence = 1.0,
     step_cost: float = 0.0,
+    optimal_loss: float = 0.0,
 ) -> NoiseObjective:
-    """The noise floor as a share of the loss still to go: Eqs. 7 to 16."""
+    """The noise floor as a share of the loss still to go: Eqs. 7 to 17."""
     budget = (
         None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
     )
@@ -67,6 +68,8 @@ def floor_objective(
     if _validate.positive(growth=growth) < 1:
         raise ValueError(f"growth must be >= 1, got {growth!r}.")
     k, cost = as_persistence(persistence), _validate.non_negative(step_cost=step_cost)
+    infinity = float("inf")
+    optimal_loss = _validate.in_range(-infinity, infinity, closed="left", optimal_loss=optimal_loss)
 
     def init():
         zero = lambda dtype: jnp.zeros((), dtype)
@@ -142,6 +145,8 @@ def floor_objective(
         if budget is not None:
             left = jnp.maximum(budget - state.num_examples, 0)
             now = held_to_the_end(now, jnp.maximum(state.num_steps, 1), left)
+        most = state.recent_loss - optimal_loss  # that any noise can hold
+        now = jnp.maximum(now, jnp.where(most > 0, noise / most, 0))  # Eq. 17
         return jnp.where(pace > 0, now, beyond)
 
     def best(state, cost=cost):

@@ -38,6 +38,7 @@ def noise_floor(
     growth: float = 32.0,
     persistence: float | optax.GradientTransformation = 1.0,
     step_cost: float | str = 0.0,
+    optimal_loss: float = 0.0,
     max_change: float = 4.0,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
@@ -57,7 +58,7 @@ def noise_floor(
     pace at which F falls with the number of steps t; it is 4 times that for a loss that approaches
     its limit as :math:`t^{-1/4}`. So a constant that no training removes (label noise, the entropy
     of a language) plays no part, and where the loss goes to zero and the noise with it, steps are
-    bought and not larger batches.
+    bought and not larger batches; but never so small ones that the floor were more than F - F*.
 
     At large rates there is more noise than that. It shows in the mean gradient G, which noise keeps
     up: the floor is taken :math:`1 + B |G|^2 / ((2 k - 1)\, tr S)` times as high, which is exact for
@@ -93,6 +94,8 @@ def noise_floor(
         is then measured: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
         steps, as in :func:`goodput`.
+      optimal_loss: F*, the least that the loss can be, a number < infinity; -infinity where there is
+        no least, as for the density of a continuous variable. It need not be attainable.
       max_change: Largest factor between the size in force and the next one, > 1.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
@@ -114,7 +117,7 @@ def noise_floor(
       * Updates unchanged: they are returned as they came.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * A constant added to the loss changes nothing: only differences of losses are read.
+      * A constant added to the loss and to `optimal_loss` changes nothing.
 
     >>> import arbiter_jax as aj, optax
     >>> tx = optax.chain(
@@ -138,6 +141,7 @@ def noise_floor(
         growth=growth,
         persistence=persistence,
         step_cost=fixed_cost or 0.0,
+        optimal_loss=optimal_loss,
     )
     return noise_rule(
         NoiseFloorState,

@@ -90,6 +90,19 @@ def test_equation_16_counts_with_the_pace_at_the_end_of_the_budget(budget):
     assert t > 100
 
 
+@pytest.mark.parametrize(("optimal_loss", "factor"), [(0.0, 10), (-math.inf, 1), (-0.3, 1)])
+def test_equation_17_noise_holds_no_more_than_all_of_the_loss(optimal_loss, factor):
+    """A loss that is a tenth of what (10) would let noise hold."""
+    objective, scale = _noise_floor.floor_objective(optimal_loss=optimal_loss), 1.6 * PACE
+    state = objective.init()._replace(noise=jnp.array(CURVE / 4), num_steps=jnp.array(100))
+    state = state._replace(recent_loss=jnp.array(0.1 * scale))
+    state = state._replace(older_loss=state.recent_loss + PACE / 4)
+    signals = {"value": 0.1 * scale} | noise_signals(CURVE / 64)
+    state = objective.update(state, (CURVE / 4, 0.0), jnp.array(False), jnp.asarray(64), signals)
+    size = factor * size_by_hand()
+    assert float(objective.best(state)) == pytest.approx(size, rel=0.15)
+
+
 @pytest.mark.parametrize(("persistence", "signal"), [(1.0, 1 / 64), (10.0, 19 / 32)])
 def test_equation_15_a_gradient_that_noise_keeps_up_tells_of_more_noise(persistence, signal):
     """B |G|^2 = (2 k - 1) tr S where the loss stands still: 1 + 1 times the floor."""
@@ -148,7 +161,7 @@ def test_finds_the_scale_from_any_start_in_a_few_short_windows(start):
 def test_a_constant_added_to_the_loss_changes_nothing():
     path, _ = follow(60, initial_batch_size=32)
     for shift in (-4.0, 8.0):
-        shifted, _ = follow(60, initial_batch_size=32, shift=shift)
+        shifted, _ = follow(60, initial_batch_size=32, shift=shift, optimal_loss=shift)
         # But for rounding.
         for (_, a), (_, b) in zip(path, shifted, strict=True):
             assert a == pytest.approx(b, rel=0.02)
@@ -601,6 +614,7 @@ def test_an_agent_descends_a_bounded_slope_in_the_logarithm_of_the_size(best, si
     ("make", "options", "message"),
     [
         ("noise_floor", {"share": 0}, "share must be"),
+        ("noise_floor", {"optimal_loss": math.inf}, r"optimal_loss must be in \[-inf, inf\)"),
         ("noise_floor", {"hold": 1.5}, "hold must be"),
         ("noise_floor", {"growth": 0.5}, "growth must be >= 1, got 0.5"),
         ("noise_floor", {"persistence": 0.5}, "persistence must be >= 1"),
