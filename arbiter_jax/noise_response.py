@@ -40,7 +40,8 @@ def noise_response(
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss. "expected_gain" needs it;
         "noise_floor" looks at validation examples only where it is given.
       **options: The constants of the rule of that name: for "noise_floor" `num_examples`, `share`,
-        `hold`, `growth`, `persistence`, `step_cost`, `optimal_loss`; for "expected_gain" `persistence`, `step_cost`.
+        `hold`, `growth`, `persistence`, `step_cost`, `optimal_loss`; for "expected_gain"
+        `persistence`, `step_cost`.
 
     Returns:
       A :class:`NoiseObjective`.
