@@ -8,7 +8,8 @@ Time: about four hours on one core; `--parts table --tasks digits` 20 minutes. W
 runs of the table are kept as they end, and those of the file are not made again.
 Expected: below the best constant size where the training set is not learnt by heart (Fashion-MNIST,
 text); not where it is (digits, diabetes), where in hindsight (`best_held`) 2% is all there is to gain.
-Permuted in time, the noise serves the noise floor worse on Fashion-MNIST and as well elsewhere.
+Told the noise of a run at another rate the noise floor does worse; permuted in time, it does on
+Fashion-MNIST.
 """
 
 from __future__ import annotations
