@@ -18,7 +18,8 @@ from arbiter_jax.schedulers._noise_rule import noise_rule
 from experiments import _methods, _runner
 from experiments import _noise_cases as cases
 
-# At rates at which the noise floor holds no end of its range, where it could do no worse.
+# At rates at which the noise floor is not at the lower end of its range in all runs, where nothing
+# could change.
 CONTROLLED = (
     cases.Case("fashion_mnist", "momentum", 0.03),
     cases.Case("language", "momentum", 0.1),

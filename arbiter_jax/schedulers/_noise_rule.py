@@ -20,6 +20,7 @@ ALWAYS = 20  # steps at which the statistics are computed, whatever `every` says
 
 _HOW = {
     "value": _rule.VALUE,
+    "grad_stats": _rule.GRAD_STATS,
     "meta_batch": "It is a batch of validation examples.",
     "step_seconds": "It is the time of a step, nan if unknown.",
 }
