@@ -35,7 +35,8 @@ class FloorState(NamedTuple):
     """The loss that noise sustains, and the pace at which the loss falls."""
 
     noise: jax.Array  # shape=(), dtype=float, average of B times the noise floor
-    num_looks: jax.Array  # shape=(), dtype=int32, steps in it
+    noisy_loss: jax.Array  # shape=(), dtype=float, average of the loss at the same steps
+    num_looks: jax.Array  # shape=(), dtype=int32, steps in these two
     recent_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t^3
     older_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t
     num_steps: jax.Array  # shape=(), dtype=int32, steps in these two
@@ -75,6 +76,7 @@ def floor_objective(
         zero = lambda dtype: jnp.zeros((), dtype)
         return FloorState(
             noise=zero(float),
+            noisy_loss=zero(float),
             num_looks=zero(jnp.int32),
             recent_loss=zero(float),
             older_loss=zero(float),
@@ -112,8 +114,12 @@ def floor_objective(
         progress = jnp.maximum(training_pace(state), 0) / t  # of a step
         bent = bent - batch_size * progress / (4 * (2 * k - 1))
         noise = noise + jnp.clip(bent, 0, (_BENT - 1) * jnp.maximum(noise, 0))  # Eq. 15
+        looked_at = lambda mean, sample: jnp.where(
+            due, weighted_average(mean, sample, n - 1, n, 9), mean
+        )
         new = state._replace(
-            noise=jnp.where(due, weighted_average(state.noise, noise, n - 1, n, 9), state.noise),
+            noise=looked_at(state.noise, noise),
+            noisy_loss=looked_at(state.noisy_loss, value),
             num_looks=jnp.where(due, n, state.num_looks),
             recent_loss=weighted_average(state.recent_loss, value, t - 1, t, 3),
             older_loss=weighted_average(state.older_loss, value, t - 1, t, 1),
@@ -145,7 +151,7 @@ def floor_objective(
         if budget is not None:
             left = jnp.maximum(budget - state.num_examples, 0)
             now = held_to_the_end(now, jnp.maximum(state.num_steps, 1), left)
-        most = state.recent_loss - optimal_loss  # that any noise can hold
+        most = state.noisy_loss - optimal_loss  # that any noise can hold
         now = jnp.maximum(now, jnp.where(most > 0, noise / most, 0))  # Eq. 17
         return jnp.where(pace > 0, now, beyond)
 

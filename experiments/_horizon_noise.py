@@ -81,7 +81,7 @@ def follow_rule(
             older, recent = _averages(losses, steps)
             size = noise / (share * 16 * max(older - recent, 1e-9))  # Eq. 10
             size = float(held_to_the_end(size, steps[-1], left))  # Eq. 16
-            size = held = max(size, noise / recent)  # Eq. 17
+            size = held = max(size, noise / losses[-1])  # Eq. 17
         else:
             in_force = max(held, 1.0)
             size = grown_size(held, in_force, steps[-1], left, share=share, growth=growth)

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import _runner
+from experiments import _noise_table, _runner
 from experiments._kept import Kept
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -160,3 +160,32 @@ def test_a_line_that_is_no_kept_run_is_named(tmp_path):
     path.write_text('[{"seed": 0}, {"test_loss": 1.0}]\n[{"seed": 1}, {"te')  # killed while writing
     with pytest.raises(_runner.UsageError, match=r"line 2 of .* is no kept run, got '\[\{"):
         Kept(str(path))
+
+
+# What a table counts
+
+
+def test_the_noise_rules_are_counted_against_the_best_and_the_chosen_size():
+    """Two sizes of which validation would choose the worse, and a decay; a rule that diverged once."""
+
+    def row(method, start, test_loss, decay="constant", validation_loss=1.0, num_steps=100):
+        case = {"task_name": "digits", "optimizer": "sgd", "case_rate": 0.1, "part": "table"}
+        case |= {"method": method, "start": start, "decay": decay, "num_steps": num_steps}
+        return case | {"test_loss": test_loss, "validation_loss": validation_loss}
+
+    rows = [
+        row("constant", 8, 1.00, validation_loss=1.2),
+        row("constant", 16, 1.10, num_steps=50),
+        row("constant", 8, 0.90, decay="cosine", validation_loss=0.9),
+        row("noise_floor", 16, 0.91, num_steps=55),  # 9% below, 1.1% above the decay
+        row("noise_floor", 64, 1.05),  # above the best size, below the chosen one
+        row("noise_floor", 256, math.nan),
+    ]
+    [record] = _noise_table.judge(rows)
+    assert record["constant"] == (8, 1.0)
+    assert record["decayed"][:2] == ("cosine", 8)
+    [line] = _noise_table.counted([record])
+    below, near, mean, median, worst, diverged, chosen, of_decay, cheap = line[2:]
+    assert line[:2] == ["all, noise_floor", "3"]
+    assert (below, near, chosen, of_decay, cheap) == ("33", "33", "67", "33", "33")
+    assert (mean, median, worst, diverged) == ("-2.0", "+5.0", "+inf", "1")

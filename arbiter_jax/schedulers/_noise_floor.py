@@ -79,6 +79,9 @@ def noise_floor(
     begins later. R examples are worth as much in steps as the noise floor holds of the loss.
     Without a budget the size is held.
 
+    The first 20 steps take batches of at least an 800th of the budget, or twice what is asked for where
+    that is less: at a large rate a few small batches do harm that stays, and larger ones cost little.
+
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, if the rule is to look at
         validation examples as well; None if not.
@@ -100,8 +103,8 @@ def noise_floor(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None. Its order of magnitude is forgotten within a few windows; what is left of
-        it is measured in `experiments.feasibility`.
+        where it is None. It is forgotten within a few windows; what is left of it is measured in
+        `experiments.feasibility`.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`,

@@ -17,6 +17,8 @@ SHORT_WINDOW = 5  # steps, at the start
 SHORT_WINDOWS = 40  # steps in windows as short as that
 SHORT_SHARE = 50  # and none of them sees more than this part of the budget
 ALWAYS = 20  # steps at which the statistics are computed, whatever `every` says
+FIRST_SHARE = 40  # and which see this part of the budget, for harm done early may last,
+FIRST_TIMES = 2  # or batches so many times what is asked for, if that is less
 
 _HOW = {
     "value": _rule.VALUE,
@@ -71,12 +73,14 @@ def noise_rule(
     if _validate.positive(max_change=max_change) <= 1:
         raise ValueError(f"max_change must be > 1, got {max_change!r}.")
     low, high, start = _validate.batch_size_range(*limits)
+    enough = 0 if num_examples is None else min(high, num_examples // (FIRST_SHARE * ALWAYS))
 
     def window_steps(num_steps: Any, size: Any) -> jax.Array:
         """Few steps at the start, and few examples: what is known is little, and a lot is at stake."""
         few = jnp.asarray(SHORT_WINDOW, jnp.int32)
         if num_examples is not None:
             few = jnp.clip(num_examples // (SHORT_SHARE * size), 1, SHORT_WINDOW).astype(jnp.int32)
+            few = jnp.where(size < enough, 1, few)
         return jnp.where(num_steps < SHORT_WINDOWS, few, jnp.iinfo(jnp.int32).max)
 
     def init_fn(params):
@@ -105,13 +109,16 @@ def noise_rule(
         statistics, usable = observe(
             objective, state.statistics, updates, params, in_force, extra_args, due
         )
+        num_steps: Any = optax.safe_increment(state.num_steps)
         size = objective.best(statistics, cost)
-        size = jnp.where(jnp.isnan(size), in_force.astype(size.dtype), size)
+        known = ~jnp.isnan(size)
+        first = jnp.minimum(jnp.where(known, FIRST_TIMES * size, jnp.inf), enough)
+        size = jnp.where(known, size, in_force.astype(size.dtype))
+        size = jnp.where(num_steps < ALWAYS, jnp.maximum(size, first), size)
         new = state._replace(
             batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
         )
         new = _rule.accept(usable, new, state)
-        num_steps: Any = optax.safe_increment(state.num_steps)
         new = new._replace(
             window_steps=window_steps(num_steps, new.batch_size),
             step_cost=timed,

@@ -95,9 +95,9 @@ def test_equation_17_noise_holds_no_more_than_all_of_the_loss(optimal_loss, fact
     """A loss that is a tenth of what (10) would let noise hold."""
     objective, scale = _noise_floor.floor_objective(optimal_loss=optimal_loss), 1.6 * PACE
     state = objective.init()._replace(noise=jnp.array(CURVE / 4), num_steps=jnp.array(100))
-    state = state._replace(recent_loss=jnp.array(0.1 * scale))
+    state = state._replace(noisy_loss=jnp.array(0.1 * scale), recent_loss=jnp.array(scale))
     state = state._replace(older_loss=state.recent_loss + PACE / 4)
-    signals = {"value": 0.1 * scale} | noise_signals(CURVE / 64)
+    signals = {"value": scale} | noise_signals(CURVE / 64)
     state = objective.update(state, (CURVE / 4, 0.0), jnp.array(False), jnp.asarray(64), signals)
     size = factor * size_by_hand()
     assert float(objective.best(state)) == pytest.approx(size, rel=0.15)
@@ -157,6 +157,27 @@ def test_finds_the_scale_from_any_start_in_a_few_short_windows(start):
     assert expected / 1.6 < found < expected * 1.6
     assert examples <= 0.1 * 100_000
     assert path[1][0] <= 2048  # one step from the largest start
+
+
+@pytest.mark.parametrize(("start", "first"), [(2, [2, 8, 32]), (64, [64]), (512, [512, 128])])
+def test_the_first_steps_see_a_fortieth_of_the_budget(start, first):
+    """20 batches of an 800th of it at least, reached in windows of a step; then what is wanted."""
+    options = {"initial_batch_size": start, "noise": lambda t: 0.4 * CURVE}
+    path, _ = follow(60, num_examples=80_000, **options)
+    sizes = [size for _, size in path]
+    free = next(i for i, size in enumerate(sizes) if i >= len(first) and size != 100)
+    assert sizes[: len(first)] == first
+    assert 40 < sizes[free] < 100
+    assert 15 <= (path[free][0] - path[len(first)][0]) / 100 <= 20  # steps
+    # Without a budget it is not known how many examples would be few.
+    assert max(size for _, size in follow(60, **options)[0]) <= max(start, 64)
+
+
+def test_the_first_steps_see_no_more_than_twice_what_is_wanted():
+    path, _ = follow(20, num_examples=80_000, initial_batch_size=8, noise=lambda t: 0.05 * CURVE)
+    wanted = size_by_hand(0.05 * CURVE, t=15, left=80_000)
+    assert path[-1][1] == pytest.approx(2 * wanted, rel=0.1)
+    assert 4 * wanted < 100
 
 
 def test_a_constant_added_to_the_loss_changes_nothing():
@@ -232,9 +253,9 @@ def test_equation_12_holds_then_grows_as_the_rest_of_the_budget_shrinks(options)
 def test_equation_12_a_size_at_the_lower_end_grows_later_and_less():
     """Where the size in force is larger than what is wanted, there is less noise to remove."""
     budget, hold, low = 1_500_000, 0.3, round(10 * size_by_hand())
-    path = follow_by_steps(budget, min_batch_size=low, hold=hold)
+    path = follow_by_steps(budget, min_batch_size=low, max_batch_size=10_000, hold=hold)
     b = held_at(path, budget, hold)
-    begun = next(seen for seen, _, size in path if size > 1.05 * low)
+    begun = next(seen for seen, _, size in path if seen > 0.1 * budget and size > 1.05 * low)
     assert 0.85 * budget < begun  # what is left: 2 share b t, less than .8 / 7 of what was seen
     seen, t, size = path[-1]
     assert size == pytest.approx(size_after_growth(budget - seen, t, b, in_force=low), rel=0.15)
