@@ -101,7 +101,7 @@ def decision_steps(opt_state: PyTree, window: int) -> int:
     >>> import arbiter_jax as aj
     >>> rule = aj.schedulers.noise_floor(num_examples=10**6)
     >>> decision_steps(rule.init(None), 20), decision_steps(None, 20)
-    (5, 20)
+    (1, 20)
     """
     rules = [node for rule in find_rules(opt_state) for node in nodes(rule)]
     asked = [node.window_steps for node in rules if hasattr(node, "window_steps")]
