@@ -66,7 +66,8 @@ def expected_gain(
       step_cost: c_0, the fixed cost of a step, in examples, >= 0; "measured": fitted to the time of
         the steps, as in :func:`goodput`.
       max_change: Largest factor between the size in force and the next one, > 1.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken for 2, for one example tells
+        nothing of noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         where it is None.

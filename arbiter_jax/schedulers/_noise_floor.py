@@ -100,7 +100,8 @@ def noise_floor(
       optimal_loss: F*, the least that the loss can be, a number < infinity; -infinity where there is
         no least, as for the density of a continuous variable. It need not be attainable.
       max_change: Largest factor between the size in force and the next one, > 1.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken for 2, for one example tells
+        nothing of noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         where it is None. It is forgotten within a few windows; what is left of it is measured in

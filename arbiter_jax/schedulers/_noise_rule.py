@@ -73,6 +73,8 @@ def noise_rule(
     if _validate.positive(max_change=max_change) <= 1:
         raise ValueError(f"max_change must be > 1, got {max_change!r}.")
     low, high, start = _validate.batch_size_range(*limits)
+    least = min(2, high)  # of one example nothing is learnt about noise: it would stay 1 forever
+    low, start = max(low, least), max(start, least)
     enough = 0 if num_examples is None else min(high, num_examples // (FIRST_SHARE * ALWAYS))
 
     def window_steps(num_steps: Any, size: Any) -> jax.Array:

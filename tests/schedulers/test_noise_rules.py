@@ -714,6 +714,20 @@ def test_the_noise_floor_looks_at_validation_examples_in_the_engine():
         aj.fit(quadratic_loss, jnp.ones(2), tx, aj.Data(inputs), num_examples=64)
 
 
+@pytest.mark.parametrize("make", [schedulers.noise_floor, schedulers.expected_gain])
+def test_a_smallest_size_of_one_is_taken_for_two(make):
+    """One example tells nothing of noise: a rule would stay there, and skip every step."""
+    limits = {"min_batch_size": 1, "max_batch_size": 64, "initial_batch_size": 1}
+    inputs = jax.random.normal(jax.random.PRNGKey(0), (64, 2))
+    tx, data = optax.chain(optax.sgd(0.1), make(quadratic_loss, **limits)), aj.Data(inputs, inputs)
+    result = aj.fit(quadratic_loss, jnp.ones(2), tx, data, num_examples=2000, window=20)
+    assert int(result.state.opt_state[1].num_skipped) == 0
+    assert min(record.batch_size for record in result.history) == 2
+    assert max(record.batch_size for record in result.history) > 2
+    only = make(quadratic_loss, max_batch_size=1, min_batch_size=1).init(jnp.ones(2))
+    assert int(aj.get_batch_size(only)) == 1
+
+
 def test_adam_and_gradients_that_are_always_zero_in_the_engine():
     """No derivative of a square root at zero: the response to no noise is none."""
     tx = optax.chain(optax.adam(1e-2), schedulers.noise_floor(num_examples=2000, persistence=10.0))
