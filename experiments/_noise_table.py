@@ -32,6 +32,7 @@ def judge(rows: list[dict]) -> list[dict[str, Any]]:
         record = {
             "case": cases.Case(task, kind, rate),
             "constant": (best[1], mean(found[best])),
+            "chosen": (chosen[1], mean(found[chosen])),
             "decayed": (*decayed, mean(found[decayed]), mean(found[decayed], "num_steps")),
             "rules": {},
         }
@@ -92,6 +93,7 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
     cells = []
     for record in records:
         case, (size, loss) = record["case"], record["constant"]
+        chosen_size, chosen_loss = record["chosen"]
         decay, decayed_size, decayed_loss, decayed_steps = record["decayed"]
         outcome = lambda name, record=record: record["rules"].get((name, config.middle))
         against = lambda name, outcome=outcome: (
@@ -110,6 +112,7 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
             [
                 f"{case.task}, {case.optimizer} {case.learning_rate:g}",
                 f"{loss:.4f} ({size})",
+                f"{chosen_loss:.4f} ({chosen_size})",
                 f"{decayed_loss:.4f} ({decayed_size}, {decay})",
                 f"{100 * min(spread):+.1f} to {100 * max(spread):+.1f}" if spread else "-",
                 f"{floor['num_steps']:,.0f} / {decayed_steps:,.0f}" if floor else "-",
@@ -120,14 +123,15 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
     listed = _runner.make_table(
         f"mean test loss, {len(config.seeds)} seeds, equal examples within a task",
         [
-            *("case", "best constant", "with decay", "noise floor %", "steps"),
+            *("case", "best constant", "chosen", "with decay", "noise floor %", "steps"),
             *cases.NOISE_RULES[1:],
             cases.HINDSIGHT,
         ],
         cells,
-        "best constant: test loss of the best constant size at a constant rate (its size); with "
-        "decay: the same over the best\nof constant rate, cosine and decay in the last fifth. "
-        "noise floor: mean test loss over that of the best constant\nsize, lowest and highest of "
+        "best constant: test loss of the best constant size at a constant rate (its size); chosen: of "
+        "the one with the lowest\nvalidation loss of those tried; with decay: of the best size with the "
+        "best of constant rate, cosine and decay in\nthe last fifth. noise floor: mean test loss over "
+        "that of the best constant size, lowest and highest of "
         f"the starts {', '.join(map(str, config.starts))}; the other rules from {config.middle}. "
         "steps: of the noise floor / of the best\nsize with decay. noise_floor looks at validation "
         "examples as well, noise_floor_training does not.\nbest_held: of five sizes around the best "
@@ -142,8 +146,8 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
         columns,
         lines,
         "below, within, mean (of those that did not diverge), median, worst: test loss against the "
-        "best constant size\nat a constant rate, which is known afterwards; below chosen: that of the "
-        "lowest validation loss among those tried.\nwithin 2% of decay: of the best size with the "
+        "best constant size\nat a constant rate, which is known afterwards; below chosen: against the "
+        "one chosen by validation loss.\nwithin 2% of decay: of the best size with the "
         "best decay; and that in at most 60% of its steps.\nAll in % of the cases or of the loss.",
     )
     return [listed, counts]

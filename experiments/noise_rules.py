@@ -8,8 +8,7 @@ Time: about four hours on one core; `--parts table --tasks digits` 20 minutes. W
 runs of the table are kept as they end, and those of the file are not made again.
 Expected: below the best constant size where the training set is not learnt by heart (Fashion-MNIST,
 text); not where it is (digits, diabetes), where in hindsight (`best_held`) 2% is all there is to gain.
-Told the noise of a run at another rate the noise floor does worse; permuted in time, it does on
-Fashion-MNIST.
+Told the noise of a run at another rate the noise floor does worse; permuted in time it does not.
 """
 
 from __future__ import annotations

@@ -183,6 +183,7 @@ def test_the_noise_rules_are_counted_against_the_best_and_the_chosen_size():
     ]
     [record] = _noise_table.judge(rows)
     assert record["constant"] == (8, 1.0)
+    assert record["chosen"] == (16, 1.1)
     assert record["decayed"][:2] == ("cosine", 8)
     [line] = _noise_table.counted([record])
     below, near, mean, median, worst, diverged, chosen, of_decay, cheap = line[2:]

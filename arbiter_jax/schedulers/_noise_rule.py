@@ -113,9 +113,8 @@ def noise_rule(
         )
         num_steps: Any = optax.safe_increment(state.num_steps)
         size = objective.best(statistics, cost)
-        known = ~jnp.isnan(size)
-        first = jnp.minimum(jnp.where(known, FIRST_TIMES * size, jnp.inf), enough)
-        size = jnp.where(known, size, in_force.astype(size.dtype))
+        first = jnp.fmin(FIRST_TIMES * size, enough)  # the latter, where nothing is known
+        size = jnp.where(jnp.isnan(size), in_force.astype(size.dtype), size)
         size = jnp.where(num_steps < ALWAYS, jnp.maximum(size, first), size)
         new = state._replace(
             batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
