@@ -129,10 +129,10 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
         ],
         cells,
         "best constant: test loss of the best constant size at a constant rate (its size); chosen: of "
-        "the one with the lowest\nvalidation loss of those tried; with decay: of the best size with the "
-        "best of constant rate, cosine and decay in\nthe last fifth. noise floor: mean test loss over "
-        "that of the best constant size, lowest and highest of "
-        f"the starts {', '.join(map(str, config.starts))}; the other rules from {config.middle}. "
+        "the one with the lowest\nvalidation loss of those tried; with decay: of the best size with "
+        "the best of constant rate, cosine and decay in\nthe last fifth. noise floor: mean test loss "
+        "over that of the best constant size, lowest and highest of the starts\n"
+        f"{', '.join(map(str, config.starts))}; the other rules from {config.middle}. "
         "steps: of the noise floor / of the best\nsize with decay. noise_floor looks at validation "
         "examples as well, noise_floor_training does not.\nbest_held: of five sizes around the best "
         "constant one, held and grown likewise, the one with the lowest test\nloss in hindsight "
