@@ -62,7 +62,9 @@ def floor_objective(
 ) -> NoiseObjective:
     """The noise floor as a share of the loss still to go: Eqs. 7 to 17."""
     budget = (
-        None if num_examples is None else _validate.integer(num_examples=num_examples, minimum=1)
+        None
+        if num_examples is None
+        else _validate.integer(num_examples=num_examples, minimum=1, maximum=2**31 - 1)
     )
     share = _validate.positive(share=share)
     hold = _validate.in_range(0, 1, hold=hold)
@@ -115,7 +117,7 @@ def floor_objective(
         bent = bent - batch_size * progress / (4 * (2 * k - 1))
         noise = noise + jnp.clip(bent, 0, (_BENT - 1) * jnp.maximum(noise, 0))  # Eq. 15
         looked_at = lambda mean, sample: jnp.where(
-            due, weighted_average(mean, sample, n - 1, n, 9), mean
+            due, weighted_average(mean, sample, n - 1, n, 3), mean
         )
         new = state._replace(
             noise=looked_at(state.noise, noise),

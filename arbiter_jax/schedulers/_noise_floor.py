@@ -81,11 +81,13 @@ def noise_floor(
 
     The first 20 steps take batches of at least an 800th of the budget, or twice what is asked for where
     that is less: at a large rate a few small batches do harm that stays, and larger ones cost little.
+    No window sees more than a 50th of the budget, or has more than one step.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, if the rule is to look at
         validation examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer >= 1; None if unknown.
+      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None if
+        unknown.
       every: The noise is measured at the first of so many steps, an integer >= 1, and at each of the
         first 20; the training loss at every step. A larger number makes the steps cheaper (what 10
         costs is in `experiments.benchmark`), and the statistic noisier.

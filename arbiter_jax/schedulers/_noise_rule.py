@@ -13,9 +13,9 @@ from arbiter_jax import _validate, base
 from arbiter_jax._noise_statistics import NoiseObjective, observe
 from arbiter_jax.schedulers import _rule, _step_times
 
+WINDOW_SHARE = 50  # no window sees more than this part of the budget, or has more than one step
 SHORT_WINDOW = 5  # steps, at the start
 SHORT_WINDOWS = 40  # steps in windows as short as that
-SHORT_SHARE = 50  # and none of them sees more than this part of the budget
 ALWAYS = 20  # steps at which the statistics are computed, whatever `every` says
 FIRST_SHARE = 40  # and which see this part of the budget, for harm done early may last,
 FIRST_TIMES = 2  # or batches so many times what is asked for, if that is less
@@ -78,12 +78,13 @@ def noise_rule(
     enough = 0 if num_examples is None else min(high, num_examples // (FIRST_SHARE * ALWAYS))
 
     def window_steps(num_steps: Any, size: Any) -> jax.Array:
-        """Few steps at the start, and few examples: what is known is little, and a lot is at stake."""
-        few = jnp.asarray(SHORT_WINDOW, jnp.int32)
+        """Few steps at the start, when little is known; at all times few examples."""
+        early = num_steps < SHORT_WINDOWS
+        steps = jnp.where(early, SHORT_WINDOW, jnp.iinfo(jnp.int32).max)
         if num_examples is not None:
-            few = jnp.clip(num_examples // (SHORT_SHARE * size), 1, SHORT_WINDOW).astype(jnp.int32)
-            few = jnp.where(size < enough, 1, few)
-        return jnp.where(num_steps < SHORT_WINDOWS, few, jnp.iinfo(jnp.int32).max)
+            steps = jnp.minimum(steps, jnp.maximum(num_examples // (WINDOW_SHARE * size), 1))
+            steps = jnp.where(early & (size < enough), 1, steps)
+        return steps.astype(jnp.int32)
 
     def init_fn(params):
         del params

@@ -180,6 +180,18 @@ def test_the_first_steps_see_no_more_than_twice_what_is_wanted():
     assert 4 * wanted < 100
 
 
+def test_no_window_sees_more_than_a_50th_of_the_budget():
+    path, state = follow(num_examples=100_000, initial_batch_size=64, noise=lambda t: 10 * CURVE)
+    starts, sizes = np.array([*path, (float(state.statistics.num_examples), 0)]).T
+    seen = np.diff(starts)
+    assert np.all(seen <= np.maximum(100_000 / 50, sizes[:-1]))
+    assert np.median(seen[sizes[:-1] < 2000]) > 0.7 * 100_000 / 50  # not one step each
+    # Without a budget, windows are as long as the caller's once the first steps are over.
+    path, _ = follow(200, noise=lambda t: 10 * CURVE)
+    (*_, (before, size), (after, _)) = path
+    assert after - before == 20 * size
+
+
 def test_a_constant_added_to_the_loss_changes_nothing():
     path, _ = follow(60, initial_batch_size=32)
     for shift in (-4.0, 8.0):
@@ -643,6 +655,7 @@ def test_an_agent_descends_a_bounded_slope_in_the_logarithm_of_the_size(best, si
         ("noise_floor", {"growth": 0.5}, "growth must be >= 1, got 0.5"),
         ("noise_floor", {"persistence": 0.5}, "persistence must be >= 1"),
         ("noise_floor", {"num_examples": 0}, "num_examples must be"),
+        ("noise_floor", {"num_examples": 2**31}, "num_examples must be .* <= 2147483647"),
         ("noise_floor", {"step_cost": "free"}, "step_cost must be one of 'measured'"),
         ("noise_floor", {"max_change": 1.0}, "max_change must be > 1"),
         ("expected_gain", {"every": 0}, "every must be"),
