@@ -136,7 +136,7 @@ def fit(
       num_examples: Budget, in training examples, an integer >= 1. Counts those that `state` has
         already seen.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
-        same. A rule may ask for shorter windows at the start.
+        same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it.
       callbacks: Called as ``callback(record, state)`` after every window; a true result ends the
         run.
