@@ -34,7 +34,7 @@ class ValidationPace(NamedTuple):
 class FloorState(NamedTuple):
     """The loss that noise sustains, and the pace at which the loss falls."""
 
-    noise: jax.Array  # shape=(), dtype=float, average of B times the noise floor, look i weighing i^3
+    noise: jax.Array  # shape=(), dtype=float, B times the noise floor, look i weighing i^3
     noisy_loss: jax.Array  # shape=(), dtype=float, average of the loss at the same steps
     num_looks: jax.Array  # shape=(), dtype=int32, steps in these two
     recent_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t^3
