@@ -1,4 +1,4 @@
-"""Two parts of :mod:`experiments.noise_rules`: the control, and steps with a fixed cost."""
+"""Parts of :mod:`experiments.noise_rules`: two controls, and steps with a fixed cost."""
 
 from __future__ import annotations
 
@@ -127,20 +127,27 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
                 for rate in others:
                     tables[f"of rate {rate:g}"] = measured(case._replace(learning_rate=rate))[1]
                 for label, told in tables.items():
-                    tx = _replayed_chain(name, case, config.share, told)
-                    row, _, _ = _runner.train(
-                        made.task,
-                        f"{name}, {label}",
-                        _methods.Method(shared, lambda tx=tx, **_: tx),
-                        seed=seed,
-                        num_examples=made.num_examples,
-                        window=20,
-                        learning_rate=made.scale * case.learning_rate,
-                        task_name=case.task,
-                    )
+                    row = _replayed(name, label, case, config.share, told, shared, seed)
                     rows.append({"part": "control", **row})
             cases.forget_programs()
     return rows
+
+
+def _replayed(name, label, case, share, table, shared, seed) -> dict[str, Any]:
+    """The row of a run that is told a table; `shared` is a chain with the same program."""
+    made, tx = cases.definition(case.task, share), _replayed_chain(name, case, share, table)
+    return _runner.train(
+        made.task,
+        f"{name}, {label}",
+        _methods.Method(shared, lambda **_: tx),
+        seed=seed,
+        num_examples=made.num_examples,
+        window=20,
+        learning_rate=made.scale * case.learning_rate,
+        task_name=case.task,
+        optimizer=case.optimizer,
+        case_rate=case.learning_rate,
+    )[0]
 
 
 def control_table(rows: list[dict[str, Any]]):
@@ -167,6 +174,78 @@ def control_table(rows: list[dict[str, Any]]):
         f"they were measured, at {BINS}\npoints of the budget; permuted: the same numbers in another "
         "order; of rate: those of a run at another learning rate.\n± half-width of the 95% interval "
         "over seeds.",
+    )
+
+
+# The same in every case: is it the order in time that matters?
+
+
+def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
+    """Every case: each rule as it is, told its own statistics, and told them permuted in time."""
+    rows = []
+    every = [(task, kind) for task in config.tasks for kind in config.optimizers]
+    for task, kind in every:
+        made = cases.definition(task, config.share)
+        for name in (name for name in STATISTICS if name in config.methods):
+            shared = None
+            for rate in cases.OPTIMIZERS[kind]:
+                case = cases.Case(task, kind, rate)
+                for seed in config.seeds:
+                    shown = f"time order: {task}, {kind} {rate:g}, {name}, seed {seed}"
+                    callbacks = [display(shown, made.num_examples)]
+                    row, _, fit = cases.run(
+                        case, name, seed=seed, share=config.share, callbacks=callbacks
+                    )
+                    rows.append({"part": "time_order", **row})
+                    table = _recorded(fit, name, made.num_examples)
+                    order = np.random.default_rng(seed).permutation(BINS)
+                    shared = shared or _replayed_chain(name, case, config.share, table)
+                    for label, told in (("replayed", table), ("permuted", table[order])):
+                        row = _replayed(name, label, case, config.share, told, shared, seed)
+                        rows.append({"part": "time_order", **row})
+        cases.forget_programs()
+    return rows
+
+
+def order_effects(rows: list[dict[str, Any]], name: str, against: str) -> np.ndarray:
+    """ln of the test loss of a permuted run over that of another, a mean over seeds for each case."""
+    effects = []
+    for group in _runner.by(rows, "task_name", "optimizer", "case_rate").values():
+        losses = {
+            method: np.array([row["test_loss"] for row in runs], float)
+            for method, runs in _runner.by(group, "method").items()
+        }
+        effects.append(np.mean(np.log(losses[f"{name}, permuted"] / losses[against])))
+    return np.array(effects)
+
+
+def time_order_table(rows: list[dict[str, Any]]):
+    """What the order in time is worth, for each task and in all."""
+    cells = []
+    tasks = _runner.by(rows, "task_name")
+    for name in (name for name in STATISTICS if name in _runner.by(rows, "method")):
+        for task, group in (*tasks.items(), ("all", rows)):
+            for label, against in (("own", name), ("replayed", f"{name}, replayed")):
+                effects = order_effects(group, name, against)
+                ended = effects[np.isfinite(effects)]
+                percent = [{"effect": 100 * effect} for effect in ended]
+                cells.append(
+                    [
+                        f"{task}, {name}, over {label}",
+                        str(len(effects)),
+                        _runner.interval(percent, "effect", 2) if percent else "-",
+                        f"{100 * np.median(ended):+.2f}" if percent else "-",
+                        str(np.sum(ended > 0)),
+                        str(len(effects) - len(ended)),
+                    ]
+                )
+    return _runner.make_table(
+        "the control in every case: statistics permuted in time",
+        ["task, rule", "cases", "mean %", "median %", "worse in", "diverged"],
+        cells,
+        "100 ln of the test loss with permuted statistics over that of the rule as it is (own), or "
+        "told its own\nstatistics (replayed), paired by seed, a mean over seeds for each case; ± "
+        "half-width of the 95% interval over cases.",
     )
 
 

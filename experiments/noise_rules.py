@@ -3,7 +3,7 @@
 Claim (ours; derivation in NOISE.md): held where noise costs a fixed share of the loss still to go,
 and grown at the end, a batch size does better than the best constant one, whatever the task, the
 optimizer, its rate and the start, with one set of constants.
-Command: python -m experiments.noise_rules [--parts table control step_cost] [--tasks ...]
+Command: python -m experiments.noise_rules [--parts table control time_order step_cost] [--tasks ...]
 Time: about four hours on one core; `--parts table --tasks digits` 20 minutes. With `--runs FILE` the
 runs of the table are kept as they end, and those of the file are not made again.
 Expected: below the best constant size where the training set is not learnt by heart (Fashion-MNIST,
@@ -24,7 +24,7 @@ from experiments import _noise_table, _runner
 from experiments._kept import Kept
 from experiments._schedules import DECAYS
 
-PARTS = ("table", "control", "step_cost")
+PARTS = ("table", "control", "time_order", "step_cost")
 # What is held in hindsight, in units of the best constant size.
 HELD = (0.125, 0.25, 0.5, 1, 2)
 
@@ -167,6 +167,8 @@ def table(results: _runner.Results):
         tables += _noise_table.tables(results.rows, config)
     if "control" in config.parts:
         tables.append(parts.control_table(results.extra["control"]))
+    if "time_order" in config.parts:
+        tables.append(parts.time_order_table(results.extra["time_order"]))
     if "step_cost" in config.parts:
         tables.append(parts.step_cost_table(results.extra["step_cost"]))
     return Group(*tables)

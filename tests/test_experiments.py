@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import _noise_table, _runner
+from experiments import _noise_parts, _noise_table, _runner
 from experiments._kept import Kept
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -190,3 +190,25 @@ def test_the_noise_rules_are_counted_against_the_best_and_the_chosen_size():
     assert line[:2] == ["all, noise_floor", "3"]
     assert (below, near, chosen, of_decay, cheap) == ("33", "33", "67", "33", "33")
     assert (mean, median, worst, diverged) == ("-2.0", "+5.0", "+inf", "1")
+
+
+def test_what_the_order_in_time_is_worth_is_paired_by_seed_and_counted_by_case():
+    """Two cases of two seeds: permuted 10% worse in one; in the other a permuted run diverged."""
+
+    def runs(rate, *losses):
+        labels = ("noise_floor", "noise_floor, replayed", "noise_floor, permuted")
+        case = {"task_name": "digits", "optimizer": "sgd", "case_rate": rate}
+        return [
+            case | {"method": label, "test_loss": loss}
+            for label, loss in zip(labels, losses, strict=True)
+        ]
+
+    rows = [*runs(0.1, 1.0, 1.1, 1.1), *runs(0.1, 2.0, 2.2, 2.2)]
+    rows += [*runs(0.3, 1.0, 1.0, 0.9), *runs(0.3, 1.0, 1.0, math.nan)]
+    effects = _noise_parts.order_effects(rows, "noise_floor", "noise_floor")
+    np.testing.assert_allclose(effects, [math.log(1.1), math.nan])
+    effects = _noise_parts.order_effects(rows, "noise_floor", "noise_floor, replayed")
+    np.testing.assert_allclose(effects, [0, math.nan], atol=1e-12)
+    table = _noise_parts.time_order_table(rows)
+    over_own = [next(iter(column.cells)) for column in table.columns]
+    assert over_own == ["digits, noise_floor, over own", "2", "9.53", "+9.53", "1", "1"]
