@@ -53,7 +53,7 @@ def floor_objective(
     loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
-    share: float = 0.4,
+    share: float = 0.3,
     hold: float = 0.6,
     growth: float = 32.0,
     persistence: Persistence = 1.0,
@@ -183,20 +183,21 @@ def floor_objective(
 
 _FEW = 8  # steps from which no pace can be told
 _EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its pace over p. Eq. 9
+_NOISE_EXPONENT = 0.15  # s of the noise, B times its floor, that falls as t^-s. Eq. 16
 _BENT = 8.0  # how many times more noise than in the limit of small rates one look may tell of
 _MEMORY = 2.0  # how many times faster the training loss may fall than that of other examples
 _LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
 
 
 def held_to_the_end(now: Any, num_steps: Any, left: Any) -> jax.Array:
-    """The size b of Eq. 10 for the pace of the moment, `now`, as it is for that of the end: Eq. 16.
+    """The size b of Eq. 10 for pace and noise of the moment, `now`, as it is for the end's: Eq. 16.
 
     After `num_steps` steps, with `left` examples to go.
     """
     now = jnp.clip(jnp.asarray(now, float), 1 / _LARGEST, _LARGEST)
     b = now
-    for _ in range(8):  # an error of log b becomes one of at most a quarter of it
-        b = now * (1 + left / (b * num_steps)) ** _EXPONENT
+    for _ in range(8):  # an error of log b becomes one of at most a tenth of it
+        b = now * (1 + left / (b * num_steps)) ** (_EXPONENT - _NOISE_EXPONENT)
     return b
 
 

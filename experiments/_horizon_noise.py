@@ -21,7 +21,7 @@ from experiments import _horizon_claims as claims
 from experiments import _horizon_toy as toy
 
 LEARNING_RATE = 0.5
-SHARES = (0.1, 0.2, 0.4, 0.8, 1.6)
+SHARES = (0.075, 0.15, 0.3, 0.6, 1.2)
 SHARE, HOLD, GROWTH = map(schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth"))
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 

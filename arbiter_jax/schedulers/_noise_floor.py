@@ -33,7 +33,7 @@ def noise_floor(
     *,
     num_examples: int | None = None,
     every: int = 4,
-    share: float = 0.4,
+    share: float = 0.3,
     hold: float = 0.6,
     growth: float = 32.0,
     persistence: float | optax.GradientTransformation = 1.0,
@@ -69,8 +69,9 @@ def noise_floor(
     buys no steps. Do so wherever examples are seen many times.
 
     With r examples left of the budget, the excess is that of the end of the run, if the size b is
-    held until then: the b of the first equation is multiplied by :math:`(1 + r / (b t))^{1/4}`.
-    Without a budget it is that of the moment. At the end the held size B grows as
+    held until then, and so is the noise, which is taken to fall as :math:`t^{-0.15}`: the b of the
+    first equation is multiplied by :math:`(1 + r / (b t))^{1/4 - 0.15}`. Without a budget both are
+    those of the moment. At the end the held size B grows as
 
     .. math:: \frac{g B}{1 + g r / R}, \qquad R = 2\, share\, b\, t, \quad g = growth \sqrt{b / B}
 

@@ -58,12 +58,12 @@ def follow(num_steps=math.inf, *, window=20, shift=0.0, noise=lambda t: CURVE, *
     return path, state
 
 
-def size_by_hand(noise=CURVE, share=0.4, persistence=1.0, *, t=1, left=0):
+def size_by_hand(noise=CURVE, share=0.3, persistence=1.0, *, t=1, left=0):
     """Eqs. 10 and 16: the size after t steps, with so many examples left of a budget."""
     now = persistence * noise / (4 * share * 4 * PACE)
     b = now
     for _ in range(100):
-        b = math.sqrt(b * now * (1 + left / b / t) ** 0.25)
+        b = math.sqrt(b * now * (1 + left / b / t) ** 0.1)
     return b
 
 
@@ -226,7 +226,7 @@ def test_noise_that_comes_at_another_time_leads_elsewhere():
     assert np.mean(late_permuted) > 1.5 * np.mean(late)
 
 
-def size_after_growth(left, num_steps, b, in_force, share=0.4, growth=32.0):
+def size_after_growth(left, num_steps, b, in_force, share=0.3, growth=32.0):
     """Eq. 12: what is to be taken when the held size b has been grown."""
     factor = growth * math.sqrt(b / in_force)
     return factor * in_force / (1 + factor * left / (2 * share * b * num_steps))
@@ -249,9 +249,9 @@ def held_at(path, budget, hold, **options):
 def test_equation_12_holds_then_grows_as_the_rest_of_the_budget_shrinks(options):
     budget, hold = 300_000, options.get("hold", 0.6)
     path = follow_by_steps(budget, **options)
-    expected = held_at(path, budget, hold, share=options.get("share", 0.4))
+    expected = held_at(path, budget, hold, share=options.get("share", 0.3))
     held = [size for seen, _, size in path if 0.3 * budget < seen < hold * budget]
-    # This loss falls as log t, and Eq. 16 expects t^-1/4.
+    # This loss falls as log t, and Eq. 16 expects t^-1/4 of it, t^-.15 of the noise.
     assert max(held) <= 1.35 * min(held)
     options = {key: value for key, value in options.items() if key != "hold"}
     for seen, t, size in path[-1], *path[:: len(path) // 50]:
@@ -268,7 +268,7 @@ def test_equation_12_a_size_at_the_lower_end_grows_later_and_less():
     path = follow_by_steps(budget, min_batch_size=low, max_batch_size=10_000, hold=hold)
     b = held_at(path, budget, hold)
     begun = next(seen for seen, _, size in path if seen > 0.1 * budget and size > 1.05 * low)
-    assert 0.85 * budget < begun  # what is left: 2 share b t, less than .8 / 7 of what was seen
+    assert 0.85 * budget < begun  # what is left: 2 share b t, less than .6 / 7 of what was seen
     seen, t, size = path[-1]
     assert size == pytest.approx(size_after_growth(budget - seen, t, b, in_force=low), rel=0.15)
     assert size < 0.5 * 32 * low
