@@ -93,7 +93,7 @@ def test_equation_16_counts_with_the_pace_at_the_end_of_the_budget(budget):
 @pytest.mark.parametrize(("optimal_loss", "factor"), [(0.0, 10), (-math.inf, 1), (-0.3, 1)])
 def test_equation_17_noise_holds_no_more_than_all_of_the_loss(optimal_loss, factor):
     """A loss that is a tenth of what (10) would let noise hold."""
-    objective, scale = _noise_floor.floor_objective(optimal_loss=optimal_loss), 1.6 * PACE
+    objective, scale = _noise_floor.floor_objective(optimal_loss=optimal_loss), 1.2 * PACE
     state = objective.init()._replace(noise=jnp.array(CURVE / 4), num_steps=jnp.array(100))
     state = state._replace(noisy_loss=jnp.array(0.1 * scale), recent_loss=jnp.array(scale))
     state = state._replace(older_loss=state.recent_loss + PACE / 4)
@@ -162,7 +162,7 @@ def test_finds_the_scale_from_any_start_in_a_few_short_windows(start):
 @pytest.mark.parametrize(("start", "first"), [(2, [2, 8, 32]), (64, [64]), (512, [512, 128])])
 def test_the_first_steps_see_a_fortieth_of_the_budget(start, first):
     """20 batches of an 800th of it at least, reached in windows of a step; then what is wanted."""
-    options = {"initial_batch_size": start, "noise": lambda t: 0.4 * CURVE}
+    options = {"initial_batch_size": start, "noise": lambda t: 0.6 * CURVE}
     path, _ = follow(60, num_examples=80_000, **options)
     sizes = [size for _, size in path]
     free = next(i for i, size in enumerate(sizes) if i >= len(first) and size != 100)
