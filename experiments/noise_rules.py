@@ -4,7 +4,7 @@ Claim (ours; derivation in NOISE.md): held where noise costs a fixed share of th
 and grown at the end, a batch size does better than the best constant one, whatever the task, the
 optimizer, its rate and the start, with one set of constants.
 Command: python -m experiments.noise_rules [--parts table control time_order step_cost] [--tasks ...]
-Time: about four hours on one core; `--parts table --tasks digits` 20 minutes. With `--runs FILE` the
+Time: about five hours on one core; `--parts table --tasks digits` 20 minutes. With `--runs FILE` the
 runs of the table are kept as they end, and those of the file are not made again.
 Expected: below the best constant size where the training set is not learnt by heart (Fashion-MNIST,
 text); not where it is (digits, diabetes), where in hindsight (`best_held`) 2% is all there is to gain.
