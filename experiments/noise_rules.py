@@ -19,12 +19,19 @@ from pathlib import Path
 
 from arbiter_jax import progress
 from experiments import _noise_cases as cases
-from experiments import _noise_parts as parts
+from experiments import _noise_controls as controls
+from experiments import _noise_step_cost as costs
 from experiments import _noise_table, _runner
 from experiments._kept import Kept
 from experiments._schedules import DECAYS
 
-PARTS = ("table", "control", "time_order", "step_cost")
+# Besides the table: how each part is run, and shown.
+OTHERS = {
+    "control": (controls.control, controls.control_table),
+    "time_order": (controls.time_order, controls.time_order_table),
+    "step_cost": (costs.step_cost, costs.step_cost_table),
+}
+PARTS = ("table", *OTHERS)
 # What is held in hindsight, in units of the best constant size.
 HELD = (0.125, 0.25, 0.5, 1, 2)
 
@@ -104,9 +111,9 @@ def run(config: Config) -> _runner.Results:
                         _run_case(cases.Case(task, kind, rate), config, results, kept, display)
                     # A process may map only so many pieces of memory, and each program takes some.
                     cases.forget_programs()
-        for name in PARTS[1:]:
+        for name, (run_part, _) in OTHERS.items():
             if name in config.parts:
-                results.extra[name] = getattr(parts, name)(config, display)
+                results.extra[name] = run_part(config, display)
                 results.rows += results.extra[name]
     return results
 
@@ -165,12 +172,9 @@ def table(results: _runner.Results):
     config, tables = results.extra["config"], []
     if "table" in config.parts:
         tables += _noise_table.tables(results.rows, config)
-    if "control" in config.parts:
-        tables.append(parts.control_table(results.extra["control"]))
-    if "time_order" in config.parts:
-        tables.append(parts.time_order_table(results.extra["time_order"]))
-    if "step_cost" in config.parts:
-        tables.append(parts.step_cost_table(results.extra["step_cost"]))
+    for name, (_, show) in OTHERS.items():
+        if name in config.parts:
+            tables.append(show(results.extra[name]))
     return Group(*tables)
 
 
@@ -178,7 +182,7 @@ def plot(results: _runner.Results, output: Path) -> None:
     if "table" in results.extra["config"].parts:
         _noise_table.plot(results).savefig(output / "noise_rules.png")
     if "step_cost" in results.extra:
-        parts.plot_step_cost(results.extra["step_cost"]).savefig(output / "step_cost.png")
+        costs.plot_step_cost(results.extra["step_cost"]).savefig(output / "step_cost.png")
 
 
 if __name__ == "__main__":

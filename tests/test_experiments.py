@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import _noise_parts, _noise_table, _runner
+from experiments import _noise_controls, _noise_table, _runner
 from experiments._kept import Kept
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -205,10 +205,10 @@ def test_what_the_order_in_time_is_worth_is_paired_by_seed_and_counted_by_case()
 
     rows = [*runs(0.1, 1.0, 1.1, 1.1), *runs(0.1, 2.0, 2.2, 2.2)]
     rows += [*runs(0.3, 1.0, 1.0, 0.9), *runs(0.3, 1.0, 1.0, math.nan)]
-    effects = _noise_parts.order_effects(rows, "noise_floor", "noise_floor")
+    effects = _noise_controls.order_effects(rows, "noise_floor", "noise_floor")
     np.testing.assert_allclose(effects, [math.log(1.1), math.nan])
-    effects = _noise_parts.order_effects(rows, "noise_floor", "noise_floor, replayed")
+    effects = _noise_controls.order_effects(rows, "noise_floor", "noise_floor, replayed")
     np.testing.assert_allclose(effects, [0, math.nan], atol=1e-12)
-    table = _noise_parts.time_order_table(rows)
+    table = _noise_controls.time_order_table(rows)
     over_own = [next(iter(column.cells)) for column in table.columns]
     assert over_own == ["digits, noise_floor, over own", "2", "9.53", "+9.53", "1", "1"]
