@@ -1,15 +1,32 @@
 """Batch sizes that adapt while a network trains, as optax transformations."""
 
-from arbiter_jax import datasets, learning_rate, metrics, models, plotting, progress, schedulers
-from arbiter_jax._arbiter_state import ArbiterState, anchor_batch_size
+from arbiter_jax import (
+    datasets,
+    learning_rate,
+    metrics,
+    models,
+    noisy_quadratic,
+    objectives,
+    plotting,
+    progress,
+    schedulers,
+    stochastic_meta_descent,
+)
 from arbiter_jax._version import __version__
-from arbiter_jax.agent import Agent, conv_agent, mlp_agent, warm_up
 from arbiter_jax.base import GradStats, StepInfo, WeightedLoss, get_batch_size
-from arbiter_jax.batching import init_sampler, sample_batch
-from arbiter_jax.bucketing import all_buckets, next_bucket, window_sizes
+from arbiter_jax.batching import all_buckets, init_sampler, next_bucket, sample_batch
 from arbiter_jax.gradients import gradient_stats
-from arbiter_jax.hyper_learning import arbiter
-from arbiter_jax.inner_loop import Data, TrainState, init_state, run_window
+from arbiter_jax.hyper_learning import (
+    Agent,
+    ArbiterState,
+    anchor_batch_size,
+    arbiter,
+    conv_agent,
+    mlp_agent,
+    to_batch_size,
+    to_logit,
+    warm_up,
+)
 from arbiter_jax.learning_rate import (
     adam_hd,
     adamp,
@@ -19,27 +36,34 @@ from arbiter_jax.learning_rate import (
     scale_by_ledger,
     sgd_hd,
 )
-from arbiter_jax.meta_optimization import noisy_quadratic, stochastic_meta_descent
 from arbiter_jax.models import attach
-from arbiter_jax.noise_response import noise_response
-from arbiter_jax.reparameterization import to_batch_size, to_logit
+from arbiter_jax.objectives import noise_response
 from arbiter_jax.subset_selection import (
     dynamic_batch_adaptation,
     select_subset,
     subset_gradients,
 )
-from arbiter_jax.training import FitResult, WindowRecord, fit
+from arbiter_jax.training import (
+    Data,
+    FitResult,
+    TrainState,
+    WindowRecord,
+    fit,
+    init_state,
+    run_window,
+    window_sizes,
+)
 
 # fmt: off
 __all__ = [
     "Agent", "ArbiterState", "Data", "FitResult", "GradStats", "StepInfo", "TrainState",
-    "WeightedLoss", "WindowRecord", "__version__", "adam_hd", "adamp", "adascale", "all_buckets",
-    "anchor_batch_size", "arbiter", "attach", "autowu", "conv_agent", "datasets",
+    "WeightedLoss", "WindowRecord", "__version__", "adam_hd", "adamp", "adascale",
+    "all_buckets", "anchor_batch_size", "arbiter", "attach", "autowu", "conv_agent", "datasets",
     "dynamic_batch_adaptation", "fit", "get_batch_size", "gradient_stats", "init_sampler",
     "init_state", "learning_rate", "metrics", "mlp_agent", "models", "next_bucket",
-    "noise_response", "noisy_quadratic", "plotting", "progress", "run_window", "sample_batch",
-    "scale_by_batch_size", "scale_by_ledger", "schedulers", "select_subset", "sgd_hd",
-    "stochastic_meta_descent", "subset_gradients", "to_batch_size", "to_logit", "warm_up",
-    "window_sizes",
+    "noise_response", "noisy_quadratic", "objectives", "plotting", "progress", "run_window",
+    "sample_batch", "scale_by_batch_size", "scale_by_ledger", "schedulers", "select_subset",
+    "sgd_hd", "stochastic_meta_descent", "subset_gradients", "to_batch_size", "to_logit",
+    "warm_up", "window_sizes",
 ]
 # fmt: on

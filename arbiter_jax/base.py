@@ -8,13 +8,14 @@ through the extra arguments of ``update``, and only if its state says so: see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
+
 
 SIGNALS = (
     "value",
@@ -180,58 +181,6 @@ def size_in_force(batch_size: Any, state: Any) -> jax.Array:
     from the caller; only a loop that does not say is taken to apply every decision at once.
     """
     return state.batch_size if batch_size is None else jnp.asarray(batch_size).astype(jnp.int32)
-
-
-def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tuple[Any, jax.Array]:
-    """One step of an exponential average that is corrected for its start at any time.
-
-    Args:
-      mean: Averages so far, a pytree of scalars.
-      weight: Sum of the weights so far, 1 - decay^t after t samples.
-      sample: The new samples, a pytree like `mean`.
-      decay: Weight of the past, in [0, 1).
-
-    Returns:
-      The new averages and the new weight.
-    """
-    weight = decay * weight + (1 - decay)
-    rate = (1 - decay) / weight
-    # A convex combination, not `mean + rate * (sample - mean)`: it cannot overflow.
-    return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
-
-
-def raw_key(seed: Any) -> jax.Array:
-    """An int, a typed or a raw PRNG key, as uint32[2]: plain arrays survive checkpoint and `where`."""
-    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(seed)
-    return jax.random.PRNGKey(seed) if jnp.ndim(seed) == 0 else jnp.asarray(seed)
-
-
-def all_finite(*trees: PyTree) -> jax.Array:
-    """Whether every number of every inexact leaf is finite, as bool[]."""
-    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    if not leaves:
-        return jnp.array(True)
-    # Adding up zeros: x * 0 is nan where x is not finite. One fused pass, no boolean reductions.
-    return jnp.isfinite(sum(jnp.sum(jnp.asarray(x) * 0) for x in leaves))
-
-
-def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:
-    """Leaf-wise `where` on one scalar condition; keeps the types of `otherwise`."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition, a, b).astype(jnp.result_type(b)), then, otherwise
-    )
-
-
-def do_if(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
-    """``lax.cond(condition, fn, identity, carry)`` that changes the carry in place.
-
-    XLA copies what passes through the idle branch of a condition, but not the carry of a loop of no
-    or one turn. On a GPU the host waits for the condition of a loop twice, and a copy is cheap.
-    """
-    if jax.default_backend() == "gpu":
-        return jax.lax.cond(condition, fn, lambda carry: carry, carry)
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: fn(carry), carry)
 
 
 def require(rule: str, how: str, **signals: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from arbiter_jax.reparameterization import to_batch_size
+from arbiter_jax.hyper_learning import to_batch_size
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

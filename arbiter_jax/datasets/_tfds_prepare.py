@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from arbiter_jax.datasets._errors import DatasetNotFoundError
-from arbiter_jax.datasets._network import unreachable_host
+from arbiter_jax.datasets._reachability import unreachable_host
 
 _INSTALL = 'pip install "arbiter-jax[data]"'
 _INSTALL_TENSORFLOW = 'pip install "arbiter-jax[tensorflow]"'

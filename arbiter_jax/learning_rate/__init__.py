@@ -8,15 +8,14 @@ The state of each has `learning_rate`, float32[].
 """
 
 from arbiter_jax.learning_rate._adamp import AdamPState, adamp
+from arbiter_jax.learning_rate._adascale import AdaScaleState, adascale
 from arbiter_jax.learning_rate._autowu import AutoWUState, autowu
 from arbiter_jax.learning_rate._hypergradient import HypergradientState, adam_hd, sgd_hd
-from arbiter_jax.learning_rate._ledger import ScaleByLedgerState, scale_by_ledger
-from arbiter_jax.learning_rate._scaling import (
-    AdaScaleState,
+from arbiter_jax.learning_rate._scale_by_batch_size import (
     ScaleByBatchSizeState,
-    adascale,
     scale_by_batch_size,
 )
+from arbiter_jax.learning_rate._scale_by_schedule import ScaleByLedgerState, scale_by_ledger
 
 __all__ = [
     "AdaScaleState",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.base import all_finite, tree_where
+from arbiter_jax._numerics import all_finite, tree_where
 
 
 class HypergradientState(NamedTuple):

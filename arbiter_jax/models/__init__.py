@@ -1,20 +1,23 @@
 """Networks as pure functions, and :func:`attach`, which makes one of any Flax module."""
 
 from arbiter_jax.models._attach import attach
+from arbiter_jax.models._convolution import conv_general_dilated, max_pool
+from arbiter_jax.models._lenet import lenet
+from arbiter_jax.models._mlp import mlp
 from arbiter_jax.models._model import Losses, Model, count_params, losses
-from arbiter_jax.models.lenet import lenet
-from arbiter_jax.models.mlp import mlp
-from arbiter_jax.models.transformer import token_cross_entropy, transformer
-from arbiter_jax.models.vgg import vgg11
-from arbiter_jax.models.wide_resnet import wide_resnet
+from arbiter_jax.models._transformer import token_cross_entropy, transformer
+from arbiter_jax.models._vgg import vgg11
+from arbiter_jax.models._wide_resnet import wide_resnet
 
 __all__ = [
     "Losses",
     "Model",
     "attach",
+    "conv_general_dilated",
     "count_params",
     "lenet",
     "losses",
+    "max_pool",
     "mlp",
     "token_cross_entropy",
     "transformer",

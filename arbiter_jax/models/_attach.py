@@ -12,7 +12,8 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
-from arbiter_jax.models import _cut, _functions, _linen, _nnx
+from arbiter_jax.models import _cut, _linen, _nnx
+from arbiter_jax.models import _plain as _functions
 from arbiter_jax.models._model import Model
 
 PyTree = Any

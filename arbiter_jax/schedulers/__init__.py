@@ -14,34 +14,32 @@ engine, which passes the size in force as `batch_size`. Without it a rule takes 
 applied.
 """
 
-from arbiter_jax._expected_gain import GainState
-from arbiter_jax._noise_floor import FloorState
+from arbiter_jax.objectives import FloorState, GainState
 from arbiter_jax.schedulers._adabatch import adabatch, adabatch_learning_rate
 from arbiter_jax.schedulers._adadamp import AdadampState, adadamp
-from arbiter_jax.schedulers._cabs import CABSState, cabs
-from arbiter_jax.schedulers._dive_batch import DiveBatchState, dive_batch
-from arbiter_jax.schedulers._expected_gain import ExpectedGainState, expected_gain
-from arbiter_jax.schedulers._fixed import ConstantState, ScheduleState, constant, from_schedule
-from arbiter_jax.schedulers._goodput import GoodputState, goodput
-from arbiter_jax.schedulers._noise_floor import NoiseFloorState, noise_floor
-from arbiter_jax.schedulers._noise_rule import MeasuredCost
-from arbiter_jax.schedulers._noise_scale import GradientNoiseScaleState, gradient_noise_scale
-from arbiter_jax.schedulers._norm_test import (
+from arbiter_jax.schedulers._adaptive_sampling import (
     InnerProductTestState,
     NormTestState,
     inner_product_test,
     norm_test,
 )
+from arbiter_jax.schedulers._cabs import CABSState, cabs
+from arbiter_jax.schedulers._constant import ConstantState, constant
+from arbiter_jax.schedulers._dive_batch import DiveBatchState, dive_batch
+from arbiter_jax.schedulers._expected_gain import ExpectedGainState, expected_gain
+from arbiter_jax.schedulers._from_objective import MeasuredCost
+from arbiter_jax.schedulers._from_schedule import ScheduleState, from_schedule
+from arbiter_jax.schedulers._goodput import GoodputState, goodput
+from arbiter_jax.schedulers._gradient_noise_scale import (
+    GradientNoiseScaleState,
+    gradient_noise_scale,
+)
+from arbiter_jax.schedulers._hysteresis import HysteresisState, hysteresis
+from arbiter_jax.schedulers._noise_floor import NoiseFloorState, noise_floor
+from arbiter_jax.schedulers._shadow import ShadowState, shadow, shadow_batch_sizes
 from arbiter_jax.schedulers._simigrad import SimigradState, simigrad
 from arbiter_jax.schedulers._smith import smith, smith_learning_rate
 from arbiter_jax.schedulers._step_times import StepTimes
-from arbiter_jax.schedulers._wrappers import (
-    HysteresisState,
-    ShadowState,
-    hysteresis,
-    shadow,
-    shadow_batch_sizes,
-)
 
 __all__ = [
     "AdadampState",

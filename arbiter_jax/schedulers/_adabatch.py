@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.schedulers._fixed import LARGEST_COUNT, from_schedule
+from arbiter_jax.schedulers._from_schedule import LARGEST_COUNT, from_schedule
 
 
 def adabatch(

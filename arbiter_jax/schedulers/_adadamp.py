@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule
 
 
@@ -97,7 +97,7 @@ def adadamp(
         base.require("adadamp", _rule.VALUE, value=value)
         sample = jnp.asarray(value)
         first = jnp.where(state.weight > 0, state.initial_loss, sample)
-        loss, weight = base.running_mean(state.loss, state.weight, sample, decay)
+        loss, weight = _numerics.running_mean(state.loss, state.weight, sample, decay)
         size = start * _rule.ratio(first - optimal_loss, loss - optimal_loss)
         new = state._replace(
             batch_size=_rule.to_size(size, low, high, jnp.ceil),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule
 
 
@@ -108,7 +108,7 @@ def cabs(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         num_examples = grad_stats.num_examples
         xi = grad_stats.variance_trace * (num_examples - 1) / num_examples
-        (variance, loss), weight = base.running_mean(
+        (variance, loss), weight = _numerics.running_mean(
             (state.gradient_variance, state.loss), state.weight, (xi, jnp.asarray(value)), decay
         )
         size = rate * _rule.ratio(variance, loss)

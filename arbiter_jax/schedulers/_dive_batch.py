@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule
 
 
@@ -145,7 +145,7 @@ def dive_batch(
             num_examples=restart(num_examples),
         )
         # Judged before the restart, which would hide what is not finite.
-        usable = base.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
+        usable = _numerics.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
         return updates, _rule.accept(usable, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

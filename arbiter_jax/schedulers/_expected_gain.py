@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from arbiter_jax._expected_gain import GainState, gain_objective
-from arbiter_jax.schedulers._noise_rule import MeasuredCost, as_step_cost, noise_rule
+from arbiter_jax.objectives import GainState, gain_objective
+from arbiter_jax.schedulers._from_objective import MeasuredCost, as_step_cost, noise_rule
 
 
 class ExpectedGainState(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule, _step_times
 from arbiter_jax.schedulers._step_times import StepTimes
 
@@ -133,7 +133,7 @@ def goodput(
         timed = state._replace(times=_step_times.measure(state.times, step_seconds, in_force))
 
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
-        (variance, signal), weight = base.running_mean(
+        (variance, signal), weight = _numerics.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )
         signal_left = jnp.maximum(signal, 0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import base
+from arbiter_jax import _numerics
 
 State = TypeVar("State", bound=tuple)
 
@@ -66,4 +66,4 @@ def accept(usable: jax.Array, new: State, state: Any) -> State:
       state: State before it, with a field `num_skipped`.
     """
     skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
-    return base.tree_where(usable & base.all_finite(new), new, skipped)
+    return _numerics.tree_where(usable & _numerics.all_finite(new), new, skipped)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import base
+from arbiter_jax import _numerics
 from arbiter_jax.schedulers import _rule
 
 _TIME_DECAY = 0.9  # Weight of the past from one measured time to the next.
@@ -74,8 +74,8 @@ def measure(times: StepTimes, step_seconds: jax.Array, in_force: jax.Array) -> S
         num_steps=jnp.zeros_like(times.num_steps),
         interval=jnp.where(changed, times.num_steps, times.interval),
     )
-    usable = valid & (changed | repeated) & base.all_finite(measured)
-    times = base.tree_where(usable, measured, times)
+    usable = valid & (changed | repeated) & _numerics.all_finite(measured)
+    times = _numerics.tree_where(usable, measured, times)
     return times._replace(last_batch_size=in_force, num_steps=optax.safe_increment(times.num_steps))
 
 

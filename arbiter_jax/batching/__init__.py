@@ -1,0 +1,40 @@
+"""From a number of examples to a masked batch: buckets, masks, samplers, blocks."""
+
+from arbiter_jax.batching._blocks import Block, BlockSource, block_rows, check_block, take_batch
+from arbiter_jax.batching._buckets import all_buckets, next_bucket
+from arbiter_jax.batching._masking import (
+    batch_mask,
+    masked_mean,
+    num_rows,
+    replace_padding,
+    total_weight,
+)
+from arbiter_jax.batching._sampling import (
+    SamplerState,
+    advance,
+    deal,
+    init_sampler,
+    peek,
+    sample_batch,
+)
+
+__all__ = [
+    "Block",
+    "BlockSource",
+    "SamplerState",
+    "advance",
+    "all_buckets",
+    "batch_mask",
+    "block_rows",
+    "check_block",
+    "deal",
+    "init_sampler",
+    "masked_mean",
+    "next_bucket",
+    "num_rows",
+    "peek",
+    "replace_padding",
+    "sample_batch",
+    "take_batch",
+    "total_weight",
+]

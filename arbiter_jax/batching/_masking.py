@@ -1,0 +1,104 @@
+"""Masks for the rows of a bucket that are only padding, and means over the rows that are real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.typing
+
+from arbiter_jax.base import PyTree, WeightedLoss
+
+
+def num_rows(data: PyTree) -> int:
+    """The number of examples of a data set: the length of the leading axis of its leaves.
+
+    Args:
+      data: Pytree of arrays with one leading axis of equal length, usually ``(inputs, labels)``.
+
+    Raises:
+      ValueError: If there is no array, no example, or the lengths differ.
+
+    >>> num_rows((jnp.zeros((5, 3)), jnp.zeros(5)))
+    5
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(data)]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    (length, *others) = lengths or {None}
+    if length is None or others:
+        raise ValueError(
+            "data must be a pytree of arrays with one leading axis of equal length, got shapes "
+            f"{shapes}."
+        )
+    if length < 1:
+        raise ValueError(f"data must hold at least 1 example, got shapes {shapes}.")
+    return length
+
+
+def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
+    """Marks the first `batch_size` rows of a bucket, bool[bucket_size].
+
+    >>> batch_mask(3, 4).tolist()
+    [True, True, True, False]
+    """
+    return jnp.arange(bucket_size, dtype=jnp.int32) < jnp.asarray(batch_size)
+
+
+def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
+    """Overwrites the masked rows with the first row.
+
+    Masking the losses alone does not do: the gradient of ``where`` multiplies by zero, and zero
+    times the NaN or infinity that garbage can produce further back is NaN.
+    """
+
+    def replace(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[:1])
+
+    return jax.tree.map(replace, batch)
+
+
+def masked_mean(losses: jax.Array | WeightedLoss, mask: jax.Array) -> jax.Array:
+    r"""The mean over the real examples, weighted where the loss is a :class:`WeightedLoss`.
+
+    .. math:: F = \sum_i m_i w_i l_i \, / \, \sum_i m_i w_i
+
+    Args:
+      losses: float[M] or float[M, ...], or a WeightedLoss of two such arrays.
+      mask: bool[M], True for a real example.
+
+    Returns:
+      float[]; 0 where there is no real example.
+
+    *Guarantees*: a masked loss adds exactly zero, also where it is NaN or infinite.
+
+    >>> float(masked_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])))
+    2.0
+    """
+    values, weights = _values_and_weights(losses, mask)
+    total = jnp.sum(weights)
+    # A loss of weight 0 may be anything: 0 * nan would be nan.
+    values = jnp.where(weights == 0, 0, values)
+    return jnp.sum(values * weights) / jnp.where(total == 0, 1, total)
+
+
+def total_weight(losses: jax.Array | WeightedLoss, mask: jax.Array) -> jax.Array:
+    """The weight of all real examples, which :func:`masked_mean` divides by; float[]."""
+    return jnp.sum(_values_and_weights(losses, mask)[1])
+
+
+def _values_and_weights(
+    losses: jax.Array | WeightedLoss, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    values = losses.losses if isinstance(losses, WeightedLoss) else losses
+    if values.ndim < 1 or values.shape[0] != mask.shape[0]:
+        raise ValueError(
+            f"The loss function must return one loss per example, shape ({mask.shape[0]},) or "
+            f"({mask.shape[0]}, ...), got {values.shape}: leave the mean to the caller."
+        )
+    real = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (values.ndim - 1)), values.shape)
+    weights = losses.weights if isinstance(losses, WeightedLoss) else jnp.ones_like(values)
+    # A count in bfloat16 is exact up to 256 only, and a sum in float16 overflows at 65504.
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    return values.astype(dtype), jnp.where(real, weights, 0).astype(dtype)

@@ -1,0 +1,74 @@
+"""A learning rate that follows the batch size by a power law."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax.base import require
+
+_BATCH_SIZE = "It is the number of examples of this step; aj.get_batch_size(opt_state) has it."
+
+
+class ScaleByBatchSizeState(NamedTuple):
+    """State of :func:`scale_by_batch_size`."""
+
+    learning_rate: jax.Array  # shape=(), dtype=float32, the factor of the last step
+
+
+def _relative_size(batch_size: Any, reference: int) -> jax.Array:
+    # A window may hold steps without any example; their updates are 0 in any case.
+    return jnp.maximum(jnp.asarray(batch_size), 1).astype(jnp.float32) / reference
+
+
+def _scale(updates: Any, factor: jax.Array) -> Any:
+    return jax.tree.map(lambda u: (factor * u).astype(jnp.result_type(u)), updates)
+
+
+def scale_by_batch_size(
+    reference: int, exponent: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the updates with the batch size, :math:`\Delta w \to (B / B_0)^p \Delta w`.
+
+    Args:
+      reference: B_0, the batch size at which the updates stay as they are, an integer >= 1.
+      exponent: p, in [-2, 2]; 1 is the linear rule (SGD), 0.5 the square-root rule (Adam).
+
+    Returns:
+      A transformation to put after the optimizer, which reads `batch_size`, int32[]: the engine
+      passes the number of examples of the step.
+
+    Raises:
+      ValueError: If an argument is outside of its range.
+      TypeError: If ``update`` is called without `batch_size`.
+
+    Reference:
+      Goyal et al., `Accurate, Large Minibatch SGD <https://arxiv.org/abs/1706.02677>`_, 2017.
+
+    *Guarantees*:
+      * The reference is neutral: at B = B_0 the updates are returned as they came.
+
+    >>> import arbiter_jax as aj, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.scale_by_batch_size(64, exponent=0.5))
+    >>> updates, _ = tx.update({"w": 1.0}, tx.init({"w": 0.0}), batch_size=256)
+    >>> print(f"{updates['w']:.1f}")
+    -0.2
+    """
+    reference = _validate.integer(reference=reference, minimum=1)
+    exponent = _validate.in_range(-2, 2, exponent=exponent)
+
+    def init_fn(params):
+        del params
+        return ScaleByBatchSizeState(learning_rate=jnp.ones((), jnp.float32))
+
+    def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
+        del state, params, extra_args
+        require("scale_by_batch_size", _BATCH_SIZE, batch_size=batch_size)
+        factor = _relative_size(batch_size, reference) ** exponent
+        return _scale(updates, factor), ScaleByBatchSizeState(factor)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,214 @@
+"""Two tests of whether a batch is large enough; one that fails names the size that would pass.
+
+The norm test bounds the error of the gradient (Byrd et al. 2012; Lau et al. 2024), the inner
+product test only the part of it that turns descent into ascent (Bollapragada et al. 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _numerics, _validate, base
+from arbiter_jax.schedulers import _rule
+
+
+class NormTestState(NamedTuple):
+    """State of :func:`norm_test`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    numerator: jax.Array  # shape=(), dtype=float, average of tr S
+    denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^2
+    weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    requires = ("grad_stats",)
+
+
+class InnerProductTestState(NamedTuple):
+    """State of :func:`inner_product_test`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    numerator: jax.Array  # shape=(), dtype=float, average of Var_i(g_i . gbar)
+    denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^4
+    weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    requires = ("grad_stats",)
+
+
+def norm_test(
+    *,
+    eta: float = 0.1,
+    decay: float = 0.0,
+    min_batch_size: int = 8,
+    max_batch_size: int = 512,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The norm test: grow until the gradient is known to a relative error of eta.
+
+    .. math::
+      \text{if}\quad \frac{\widehat{tr S}}{B} > \eta^2 |\bar g|^2: \qquad
+      B \leftarrow \left\lceil \frac{\widehat{tr S}}{\eta^2 |\bar g|^2} \right\rceil
+
+    with B the size in force, gbar the mean gradient of the batch and S the covariance of the
+    per-example gradients.
+
+    Args:
+      eta: Relative error allowed, > 0. 0.1 as published; 0.25 to 0.5 for deep networks, where 0.1
+        asks for the largest size almost at once.
+      decay: Weight of the past in the averages of tr S and of \|gbar\|^2, in [0, 1); 0 tests every
+        batch by itself, as published.
+      min_batch_size: Smallest batch size, an integer >= 1.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
+        where it is None.
+
+    Returns:
+      A transformation that returns the updates unchanged and whose `update` reads `grad_stats` and,
+      if given, `batch_size`, the size in force.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without `grad_stats`.
+
+    Reference:
+      Byrd, Chin, Nocedal and Wu, "Sample Size Selection in Optimization Methods for Machine
+      Learning", 2012; Lau, Li, Xu, Liu and Kolar, "AdAdaGrad: Adaptive Batch Size Schemes for
+      Adaptive Gradient Methods", arXiv:2402.11215.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
+      * Grows only: no decision lies below the size in force.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.norm_test(eta=0.5))
+    >>> stats = aj.GradStats(*jnp.array([0.5, 40.0, 32.0, 1.75, 0.2, 3.0]))
+    >>> _, state = tx.update({"w": 1.0}, tx.init({"w": 0.0}), grad_stats=stats, batch_size=32)
+    >>> int(aj.get_batch_size(state))  # 40 / (0.25 * 1.75) = 91.4
+    92
+    """
+    _validate.positive(eta=eta)
+    return _growing_test(
+        "norm_test",
+        NormTestState,
+        lambda stats: (stats.variance_trace, stats.batch_sq_norm),
+        eta,
+        decay,
+        _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size),
+    )
+
+
+def inner_product_test(
+    *,
+    theta: float = 0.9,
+    decay: float = 0.0,
+    min_batch_size: int = 8,
+    max_batch_size: int = 512,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The inner-product test: grow until the gradients of most examples point downhill.
+
+    .. math::
+      \text{if}\quad \frac{Var_i(g_i \cdot \bar g)}{B} > \theta^2 |\bar g|^4: \qquad
+      B \leftarrow \left\lceil \frac{Var_i(g_i \cdot \bar g)}{\theta^2 |\bar g|^4} \right\rceil
+
+    with B the size in force, g_i the gradient of example i and gbar their mean, both over all
+    parameters at once. It asks for smaller batches than :func:`norm_test`.
+
+    Args:
+      theta: Error allowed along the gradient, relative to its squared norm, > 0.
+      decay: Weight of the past in the averages of numerator and denominator, in [0, 1); 0 tests
+        every batch by itself, as published.
+      min_batch_size: Smallest batch size, an integer >= 1.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
+        where it is None.
+
+    Returns:
+      A transformation that returns the updates unchanged and whose `update` reads `grad_stats` and,
+      if given, `batch_size`, the size in force.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without `grad_stats`.
+
+    Reference:
+      Bollapragada, Byrd and Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization",
+      SIAM Journal on Optimization 28(4), 2018, arXiv:1710.11258.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
+      * Grows only: no decision lies below the size in force.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.inner_product_test(theta=0.5))
+    >>> stats = aj.GradStats(*jnp.array([0.5, 40.0, 8.0, 2.0, 0.2, 60.0]))
+    >>> _, state = tx.update({"w": 1.0}, tx.init({"w": 0.0}), grad_stats=stats, batch_size=8)
+    >>> int(aj.get_batch_size(state))  # 60 / (0.25 * 2^2)
+    60
+    """
+    _validate.positive(theta=theta)
+    return _growing_test(
+        "inner_product_test",
+        InnerProductTestState,
+        lambda stats: (stats.inner_product_variance, stats.batch_sq_norm**2),
+        theta,
+        decay,
+        _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size),
+    )
+
+
+def _growing_test(
+    name: str,
+    state_type: Any,
+    read: Callable[[base.GradStats], tuple[jax.Array, jax.Array]],
+    tolerance: float,
+    decay: float,
+    limits: tuple[int, int, int],
+) -> optax.GradientTransformationExtraArgs:
+    """The rule of both tests: B >= numerator / (tolerance^2 denominator), or grow until it is."""
+    _validate.in_range(0, 1, closed="left", decay=decay)
+    _, high, start = limits
+    low = limits[0]
+
+    def init_fn(params):
+        del params
+        return state_type(
+            batch_size=_rule.counter(start),
+            numerator=_rule.scalar(),
+            denominator=_rule.scalar(),
+            weight=_rule.scalar(),
+            num_skipped=_rule.counter(),
+        )
+
+    def update_fn(
+        updates, state, params=None, *, grad_stats: Any = None, batch_size=None, **extra_args
+    ):
+        del params, extra_args
+        base.require(name, _rule.GRAD_STATS, grad_stats=grad_stats)
+        sample = read(grad_stats)
+        (numerator, denominator), weight = _numerics.running_mean(
+            (state.numerator, state.denominator), state.weight, sample, decay
+        )
+        needed = _rule.ratio(numerator, denominator) / tolerance**2
+        # Where the test passes, what it needs is no more than the size in force, which then stays.
+        # Compared with that size and not with the last decision: a decision that was never applied
+        # would otherwise ratchet up on noise.
+        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
+        new = state._replace(
+            batch_size=_rule.to_size(needed, in_force, high, jnp.ceil),
+            numerator=numerator,
+            denominator=denominator,
+            weight=weight,
+        )
+        usable = _rule.says_something(*sample) & ~jnp.isnan(needed)
+        return updates, _rule.accept(usable, new, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

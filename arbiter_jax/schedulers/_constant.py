@@ -1,0 +1,69 @@
+"""One batch size for the whole run: the baseline, and what a loop without a rule would use."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax.schedulers import _rule
+from arbiter_jax.schedulers._from_schedule import _UNLIMITED
+
+
+class ConstantState(NamedTuple):
+    """State of :func:`constant`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+
+
+def constant(
+    batch_size: int | None = None,
+    *,
+    min_batch_size: int = 1,
+    max_batch_size: int = _UNLIMITED,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The same batch size at every step, :math:`B_t = B`.
+
+    Args:
+      batch_size: B, in examples, an integer of [min_batch_size, max_batch_size].
+      min_batch_size: Smallest batch size, an integer >= 1. It and the next only check B.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: B by the name that it has in every other rule, so that rules swap in one
+        line. Give one of the two.
+
+    Returns:
+      A transformation that returns the updates unchanged.
+
+    Raises:
+      ValueError: If B is out of range, or given twice, or not at all.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+
+    >>> import arbiter_jax as aj, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(64))
+    >>> int(aj.get_batch_size(tx.init({"w": 0.0})))
+    64
+    """
+    if (batch_size is None) == (initial_batch_size is None):
+        raise ValueError(
+            "constant needs one of batch_size and initial_batch_size, got "
+            f"batch_size={batch_size!r} and initial_batch_size={initial_batch_size!r}."
+        )
+    low, high, size = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
+    if batch_size is not None:
+        size = _validate.integer(batch_size=batch_size, minimum=low, maximum=high)
+
+    def init_fn(params):
+        del params
+        return ConstantState(batch_size=_rule.counter(size))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,110 @@
+"""A batch size that is a function of the steps or examples so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _validate, base
+from arbiter_jax.base import require
+from arbiter_jax.schedulers import _rule
+
+_UNLIMITED = 2**30
+
+
+LARGEST_COUNT = 2**31 - 1
+
+
+class ScheduleState(NamedTuple):
+    """State of :func:`from_schedule`, `adabatch` and `smith`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    count: jax.Array  # shape=(), dtype=int32, what a run has seen; stops at its largest value
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
+
+
+def from_schedule(
+    schedule: Callable[[jax.Array], jax.Array],
+    *,
+    of: str = "num_steps",
+    min_batch_size: int = 1,
+    max_batch_size: int = _UNLIMITED,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""A batch size that is a function of the steps, the examples or the progress of a run.
+
+    .. math:: B_t = clip(round(schedule(n_t)), b_{min}, b_{max})
+
+    Any optax schedule will do: `optax.piecewise_constant_schedule` grows in steps,
+    `optax.exponential_decay` with a rate above 1 geometrically, `optax.join_schedules` joins them.
+
+    Args:
+      schedule: Maps a count, int32[], to a batch size in examples. Not a number keeps the last
+        size.
+      of: What is counted, as in :func:`arbiter_jax.scale_by_ledger`: "num_steps"; "num_examples"
+        (the sum of the batch sizes in force, up to 2^31 - 1), which makes a schedule in epochs
+        independent of the sizes it passes through; or "progress" (scale-invariant steps, rounded
+        down), the extra argument of that name, which the engine supplies.
+      min_batch_size: Smallest batch size, an integer >= 1.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size before the first step, in [min_batch_size, max_batch_size];
+        schedule(0), clipped, where it is None.
+
+    Returns:
+      A transformation that returns the updates unchanged.
+
+    Raises:
+      ValueError: If an argument is out of its range, or the schedule is no function.
+      TypeError: If `update` is not given the `progress` that a schedule of it needs.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step at which the schedule is not a number changes no size.
+
+    >>> import arbiter_jax as aj, optax
+    >>> doubling = optax.exponential_decay(8, transition_steps=2, decay_rate=2, staircase=True)
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.from_schedule(doubling))
+    >>> state, sizes = tx.init({"w": 0.0}), []
+    >>> for _ in range(5):
+    ...     sizes.append(int(aj.get_batch_size(state)))
+    ...     _, state = tx.update({"w": 1.0}, state)
+    >>> sizes
+    [8, 8, 16, 16, 32]
+    """
+    if not callable(schedule):
+        raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
+    _validate.one_of(("num_steps", "num_examples", "progress"), of=of)
+    low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
+
+    def size_at(count, fallback):
+        value = jnp.asarray(schedule(count), float)
+        size = _rule.to_size(jnp.where(jnp.isnan(value), low, value), low, high)
+        return jnp.where(jnp.isnan(value), fallback, size), ~jnp.isnan(value)
+
+    def init_fn(params):
+        del params
+        if initial_batch_size is None:
+            size, _ = size_at(_rule.counter(), _rule.counter(low))
+        else:
+            size = _rule.counter(initial_batch_size)
+        return ScheduleState(batch_size=size, count=_rule.counter(), num_skipped=_rule.counter())
+
+    def count_after(state, batch_size, progress):
+        if of == "progress":
+            require("from_schedule", "aj.run_window and aj.fit supply it.", progress=progress)
+            return jnp.floor(progress).astype(jnp.int32)
+        step = _rule.counter(1) if of == "num_steps" else base.size_in_force(batch_size, state)
+        return jnp.minimum(state.count, LARGEST_COUNT - step) + step
+
+    def update_fn(updates, state, params=None, *, batch_size=None, progress=None, **extra_args):
+        del params, extra_args
+        counted = state._replace(count=count_after(state, batch_size, progress))
+        size, usable = size_at(counted.count, state.batch_size)
+        return updates, _rule.accept(usable, counted._replace(batch_size=size), counted)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,112 @@
+"""The gradient noise scale as a batch size: where noise and signal of the gradient are equal.
+
+McCandlish, Kaplan, Amodei et al. (2018), "An Empirical Model of Large-Batch Training",
+arXiv:1812.06162.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _numerics, _validate, base
+from arbiter_jax.schedulers import _rule
+
+
+class GradientNoiseScaleState(NamedTuple):
+    """State of :func:`gradient_noise_scale`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32
+    variance_trace: jax.Array  # shape=(), dtype=float, average of the estimates of tr S
+    mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
+    weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    requires = ("grad_stats",)
+    logged = ("variance_trace", "mean_sq_norm")
+
+
+def gradient_noise_scale(
+    *,
+    scale: float = 1.0,
+    decay: float = 0.99,
+    min_batch_size: int = 8,
+    max_batch_size: int = 512,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The simple noise scale of the gradient, times a constant.
+
+    .. math:: B = round\left( c \frac{E[\widehat{tr S}]}{E[\widehat{|G|^2}]} \right)
+
+    with S the covariance of the per-example gradients, G their mean, and E an exponential average
+    over steps. Numerator and denominator are averaged apart because a ratio of means is nearly
+    unbiased and a mean of ratios is not. Where the average of |G|^2 is not positive the noise
+    hides the gradient, and the size is the largest.
+
+    Args:
+      scale: c, > 0.
+      decay: Weight of the past in the averages, in [0, 1).
+      min_batch_size: Smallest batch size, an integer >= 1.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
+        where it is None.
+
+    Returns:
+      A transformation that returns the updates unchanged and whose `update` reads `grad_stats`.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without `grad_stats`.
+
+    Reference:
+      McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, Eq. 2.9 and
+      appendix A.1.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale())
+    >>> stats = aj.GradStats(*jnp.array([0.5, 40.0, 32.0, 1.75, 0.2, 3.0]))
+    >>> _, state = tx.update({"w": 1.0}, tx.init({"w": 0.0}), grad_stats=stats)
+    >>> int(aj.get_batch_size(state))  # 40 / 0.5
+    80
+    """
+    _validate.positive(scale=scale)
+    _validate.in_range(0, 1, closed="left", decay=decay)
+    low, high, start = _validate.batch_size_range(
+        min_batch_size, max_batch_size, initial_batch_size
+    )
+
+    def init_fn(params):
+        del params
+        return GradientNoiseScaleState(
+            batch_size=_rule.counter(start),
+            variance_trace=_rule.scalar(),
+            mean_sq_norm=_rule.scalar(),
+            weight=_rule.scalar(),
+            num_skipped=_rule.counter(),
+        )
+
+    def update_fn(updates, state, params=None, *, grad_stats: Any = None, **extra_args):
+        del params, extra_args
+        base.require("gradient_noise_scale", _rule.GRAD_STATS, grad_stats=grad_stats)
+        sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
+        (variance, signal), weight = _numerics.running_mean(
+            (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
+        )
+        size = scale * _rule.ratio(variance, signal)
+        new = state._replace(
+            batch_size=_rule.to_size(size, low, high),
+            variance_trace=variance,
+            mean_sq_norm=signal,
+            weight=weight,
+        )
+        usable = _rule.says_something(*sample) & ~jnp.isnan(size)
+        return updates, _rule.accept(usable, new, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,275 @@
+"""Gram matrices of per-example gradients, one for each parameter, mostly without the gradients.
+
+A parameter that enters one matrix product, ``y = x @ w``, has the per-example gradients
+``x_i' d_i``, with d the gradient of the loss with respect to y. Their inner products follow from x
+and d alone, ``<g_i, g_j> = sum((x_i x_j') * (d_i d_j'))``, and so does any weighted mean of them.
+References: Goodfellow 2015, arXiv:1510.01799, for dense layers; Bu et al. 2022, arXiv:2205.10683,
+for the choice by shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from jax import lax
+
+from arbiter_jax.base import LossFn, PyTree, WeightedLoss
+from arbiter_jax.batching import num_rows
+from arbiter_jax.subset_selection import _sites
+
+Weights = Sequence[jax.Array]  # float[n] for each leaf of the parameters
+
+
+class PerExample(NamedTuple):
+    """What is known of the gradients of the n examples of a batch."""
+
+    losses: jax.Array  # shape=(n,), dtype=float, times the weight of the example
+    weights: jax.Array  # shape=(n,), dtype=float, 1 but for a WeightedLoss
+    grams: list[jax.Array]  # shape=(n, n), dtype=float, inner products, one for each leaf
+    # (weights, bool[n] valid) -> leaves, the sums of the gradients of the valid rows
+    combine: Callable[[Weights, jax.Array], list[jax.Array]]
+
+
+def per_example(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, *, factorize: bool, max_bytes: int
+) -> PerExample:
+    """Inner products and weighted sums of the gradients of the examples of a batch.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]`` or a WeightedLoss.
+      params: Pytree of float arrays.
+      batch: Pytree of arrays with n leading rows.
+      factorize: Whether to use inputs and errors of the layers in place of gradients, where the
+        parameter allows for it: it enters exactly one operation.
+      max_bytes: Bound on the memory of the gradients of all other parameters, at least those of
+        two examples. Past it they are computed in blocks, and anew for each pair of blocks.
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    treedef = jax.tree.structure(params)
+
+    def loss_of_one(leaves, example):
+        one_row = jax.tree.map(lambda x: x[None], example)
+        return _total_loss(loss_fn(jax.tree.unflatten(treedef, leaves), one_row))
+
+    n = num_rows(batch)
+    batch = jax.tree.map(jnp.asarray, batch)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    with linen.intercept_methods(_refuse_batch_norm):
+        closed = jax.make_jaxpr(loss_of_one)(leaves, example)
+    program = _sites.inline(closed, len(leaves))
+    if not factorize:
+        program = program._replace(sites={})
+    sites = program.sites
+
+    rest = [i for i in range(len(leaves)) if i not in sites]
+    row_bytes = sum(leaves[i].size * leaves[i].dtype.itemsize for i in rest)
+    whole = n * row_bytes <= max_bytes or n == 1
+
+    def total(probes, rest_leaves, example):
+        arguments = list(leaves)
+        for i, leaf in zip(rest, rest_leaves, strict=True):
+            arguments[i] = leaf
+        arguments += jax.tree.leaves(example)
+        (loss, weight), seen = _sites.evaluate(program, arguments, probes)
+        return loss, (weight, seen)
+
+    probes = {i: jnp.zeros(site.output.shape, site.output.dtype) for i, site in sites.items()}
+    rest_leaves = [leaves[i] for i in rest]
+    argnums = (0, 1) if whole else 0
+    with_errors = jax.vmap(jax.value_and_grad(total, argnums, has_aux=True), (None, None, 0))
+    (losses, (weights, seen)), gradients = with_errors(probes, rest_leaves, batch)
+    errors, rest_rows = gradients if whole else (gradients, None)
+
+    def rows_of(block):
+        gradient = jax.grad(lambda *args: total(*args)[0], 1)
+        return jax.vmap(gradient, (None, None, 0))(probes, rest_leaves, block)
+
+    layers = {
+        i: _layer(site, leaves[i], seen[i], errors[i], max_bytes) for i, site in sites.items()
+    }
+    rest_grams, rest_sums = (
+        _whole(rest_rows) if whole else _in_blocks(rows_of, batch, n, 2 * row_bytes, max_bytes)
+    )
+    grams = {i: layer[0] for i, layer in layers.items()} | dict(zip(rest, rest_grams, strict=True))
+
+    def combine(weights, valid):
+        sums = {i: layer[1](weights[i], valid) for i, layer in layers.items()}
+        rest_weights = [weights[i] for i in rest]
+        sums |= zip(rest, rest_sums(rest_weights, valid), strict=True)
+        return [sums[i] for i in range(len(leaves))]
+
+    return PerExample(losses, weights, [grams[i] for i in range(len(leaves))], combine)
+
+
+def _total_loss(losses: jax.Array | WeightedLoss) -> tuple[jax.Array, jax.Array]:
+    """The loss of a batch of one times its weight, and that weight."""
+    values = losses.losses if isinstance(losses, WeightedLoss) else losses
+    if jnp.ndim(values) < 1 or values.shape[0] != 1:
+        raise ValueError(
+            "loss_fn must return one loss per example, shape (1,) or (1, ...) for a batch of one, "
+            f"got {jnp.shape(values)}: leave the mean to the caller."
+        )
+    if isinstance(losses, WeightedLoss):
+        weights = lax.stop_gradient(losses.weights).astype(values.dtype)
+        return jnp.sum(jnp.where(weights != 0, values, 0) * weights), jnp.sum(weights)
+    return jnp.mean(values), jnp.ones((), values.dtype)
+
+
+def _refuse_batch_norm(next_fn: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    module = context.module
+    if isinstance(module, linen.BatchNorm) and context.method_name == "__call__":
+        frozen = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+        if not (module.use_running_average if frozen is None else frozen):
+            raise ValueError(BATCH_NORM)
+    return next_fn(*args, **kwargs)
+
+
+BATCH_NORM = (
+    "Examples that share batch statistics have no gradients of their own, so a subset cannot be "
+    "selected for a model with BatchNorm: use LayerNorm or GroupNorm, or BatchNorm with "
+    "use_running_average=True."
+)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Inner products of the rows, in full precision on every device."""
+    a, b = (_at_least_float32(x.reshape(x.shape[0], -1)) for x in (a, b))
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def gram_matrix(rows: jax.Array) -> jax.Array:
+    """Inner products of the n rows of float[n, ...], float[n, n]."""
+    return _products(rows, rows)
+
+
+def _rows_where(valid: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where(valid.reshape(valid.shape + (1,) * (rows.ndim - 1)), rows, 0)
+
+
+def weighted_sum(rows: jax.Array, weights: jax.Array, valid: jax.Array) -> jax.Array:
+    """Sum of the valid rows of float[n, ...] times their weights, whatever the others hold."""
+    total = jnp.tensordot(weights, _at_least_float32(_rows_where(valid, rows)), axes=1)
+    return total.astype(rows.dtype)
+
+
+def _whole(rows: list[jax.Array]):
+    """Inner products and weighted sums of gradients that are all in memory."""
+
+    def sums(weights, valid):
+        return [weighted_sum(r, w, valid) for r, w in zip(rows, weights, strict=True)]
+
+    return [gram_matrix(r) for r in rows], sums
+
+
+def _in_blocks(rows_of: Callable, batch: PyTree, n: int, bytes_per_row: int, max_bytes: int):
+    """The same of gradients of which two blocks are in memory at a time."""
+    size = _largest_block(n, bytes_per_row, max_bytes)
+
+    def split(x):
+        return x.reshape(n // size, size, *x.shape[1:])
+
+    numbers, blocks = jnp.arange(n // size), jax.tree.map(split, batch)
+
+    def against_all(numbered_block):
+        i, block = numbered_block
+        rows = rows_of(block)
+
+        def products(numbered_block):
+            j, block = numbered_block
+
+            def compute():
+                return [_products(a, b) for a, b in zip(rows, rows_of(block), strict=True)]
+
+            shapes = jax.eval_shape(compute)
+            return lax.cond(j <= i, compute, lambda: [jnp.zeros(s.shape, s.dtype) for s in shapes])
+
+        return lax.map(products, (numbers, blocks))
+
+    block_of = jnp.arange(n) // size
+    grams = [
+        jnp.where(block_of[:, None] >= block_of[None, :], lower, lower.T)
+        for blocks_of_leaf in lax.map(against_all, (numbers, blocks))
+        for lower in [blocks_of_leaf.swapaxes(1, 2).reshape(n, n)]
+    ]
+
+    def sums(weights, valid):
+        def add(carry, block):
+            rows, block_weights, block_valid = rows_of(block[0]), block[1], block[2]
+            added = [
+                total + weighted_sum(r, w, block_valid)
+                for total, r, w in zip(carry, rows, block_weights, strict=True)
+            ]
+            return added, None
+
+        shapes = jax.eval_shape(rows_of, jax.tree.map(lambda x: x[:1], batch))
+        start = [jnp.zeros(s.shape[1:], s.dtype) for s in shapes]
+        return lax.scan(add, start, (blocks, [split(w) for w in weights], split(valid)))[0]
+
+    return grams, sums
+
+
+def _largest_block(n: int, bytes_per_row: int, max_bytes: int) -> int:
+    """The largest divisor of n whose rows fit, at least 1."""
+    return max(
+        m
+        for m in range(1, n + 1)
+        if n % m == 0 and m * bytes_per_row <= max(max_bytes, bytes_per_row)
+    )
+
+
+def _gram_of_factors(x: jax.Array, d: jax.Array, max_bytes: int) -> jax.Array:
+    """Inner products of x_i' d_i, [n, t, p] and [n, t, q], from those of the rows of x and of d."""
+    n, t, _ = x.shape
+    if t == 1:
+        return gram_matrix(x) * gram_matrix(d)
+    all_x, all_d = (y.reshape(n * t, -1) for y in (x, d))
+
+    def against_all(block):
+        x, d = (y.reshape(-1, y.shape[-1]) for y in block)
+        both = _products(x, all_x) * _products(d, all_d)
+        return both.reshape(-1, t, n, t).sum(axis=(1, 3))
+
+    size = _largest_block(n, 3 * 4 * n * t * t, max_bytes)
+    blocks = [y.reshape(n // size, size, *y.shape[1:]) for y in (x, d)]
+    return lax.map(against_all, blocks).reshape(n, n)
+
+
+def _layer(site: _sites.Site, leaf: jax.Array, seen: list, errors: jax.Array, max_bytes: int):
+    """Inner products and weighted sums at one site, from its inputs and errors."""
+    n = errors.shape[0]
+    matrix = _sites.as_matrix(site)
+    if matrix is None:
+        # Biases, scales, embeddings: the gradient itself, by the derivative of one equation.
+        def gradient(error, others):
+            return jax.vjp(lambda leaf: site.apply(leaf, others), leaf)[1](error)[0]
+
+        rows = jax.vmap(gradient)(errors, seen)
+        return gram_matrix(rows), lambda weights, valid: weighted_sum(rows, weights, valid)
+
+    x, d = jax.vmap(matrix.factors)(seen[matrix.data], errors)
+    (_, t, p), q = x.shape, d.shape[2]
+    # Few positions: inner products of factors. Many, as in a first convolution: p q is smaller.
+    if n * t * t * (p + q) < (n + t) * p * q:
+        gram, rows = _gram_of_factors(x, d, max_bytes), None
+    else:
+        rows = jnp.einsum("ntp,ntq->npq", x, d)
+        gram = gram_matrix(rows)
+
+    def weighted(weights, valid):
+        if rows is None:
+            scaled = _rows_where(valid, d) * weights.astype(d.dtype)[:, None, None]
+            total = jnp.einsum("ntp,ntq->pq", _rows_where(valid, x), scaled)
+        else:
+            total = weighted_sum(rows, weights, valid)
+        total = matrix.to_operand(total).astype(site.operand.dtype)
+        return jax.linear_transpose(site.view, leaf)(total)[0]
+
+    return gram, weighted

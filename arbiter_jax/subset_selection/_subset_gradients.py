@@ -1,0 +1,162 @@
+"""Dynamic Batch Adaptation for the training loop: gradients over a chosen subset of each batch."""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from arbiter_jax import _validate
+from arbiter_jax.base import GradStats, LossFn, PyTree
+from arbiter_jax.batching import num_rows, replace_padding
+from arbiter_jax.gradients import GradientFn, stats_from_gram
+from arbiter_jax.subset_selection import _gram, _prefixes
+from arbiter_jax.subset_selection._prefixes import Groups, Metric, Order
+from arbiter_jax.subset_selection._select_subset import _check
+
+
+class SubsetGradient(NamedTuple):
+    """A gradient over chosen examples, with the fields of :class:`arbiter_jax.gradients.Gradient`.
+
+    Layers are in the order of :func:`group_names`.
+    """
+
+    value: jax.Array  # shape=(), dtype=float, mean loss of the real and finite examples, or nan
+    grads: PyTree  # like the parameters
+    model_state: PyTree  # None
+    grad_stats: GradStats  # of the same, exact: from their inner products
+    gradient_noise: PyTree  # None
+    selected: jax.Array  # shape=(num_groups, n), dtype=bool
+    selected_fraction: jax.Array  # shape=(num_groups,), dtype=float32, of the real examples
+    num_selected: jax.Array  # shape=(num_groups,), dtype=int32
+    num_skipped: jax.Array  # shape=(), dtype=int32, real examples that are not finite
+
+    logged = ("selected_fraction",)
+
+
+def subset_gradients(
+    loss_fn: LossFn,
+    metric: Metric = "signal_to_noise",
+    min_size: int = 1,
+    *,
+    groups: Groups = "module",
+    order: Order = "distance",
+    factorize: bool = True,
+    max_bytes: int = 2**28,
+) -> GradientFn:
+    r"""Replaces the gradient of a loss by the mean over the best subset, layer by layer.
+
+    The updates of :func:`dynamic_batch_adaptation`, without the per-example gradients: a parameter
+    of a dense or convolutional layer with inputs :math:`x_i` and errors :math:`d_i` has
+
+    .. math::
+      \langle g_i, g_j \rangle = \sum (x_i x_j^\top) \circ (d_i d_j^\top), \qquad
+      u = \frac{1}{|S|} \sum_{i \in S} x_i^\top d_i.
+
+    Inputs and errors are found in the traced loss, so that any model qualifies, in Flax or not.
+    They are used for each parameter that enters exactly one operation; the gradients of the others
+    (shared ones, and all of them if the loss holds a penalty on its parameters: let the optimizer
+    decay the weights instead) are formed for each example.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, or a
+        :class:`arbiter_jax.base.WeightedLoss`. It is called with batches of one example.
+      metric: See :func:`select_subset`.
+      min_size: Fewest examples of a subset, an integer >= 1.
+      groups: What a layer is: see :func:`group_names`.
+      order: See :func:`select_subset`.
+      factorize: False to form the gradients of all parameters for each example.
+      max_bytes: Bound on the memory of per-example gradients, an integer >= 1, in bytes; at least
+        those of two examples are formed. Gradients of more bytes are formed in blocks, once for
+        each pair of blocks.
+
+    Returns:
+      ``gradient_fn(params, batch, mask=None) -> SubsetGradient``, for ``aj.run_window``, ``aj.fit``
+      or a loop of one's own.
+
+    Raises:
+      ValueError: If an argument is out of its range; if the loss takes a model state, as that of a
+        BatchNorm model does; when called, if the parameters hold the statistics of a BatchNorm or a
+        Linen BatchNorm normalises over the batch.
+
+    Reference:
+      Simionescu et al., 2022, https://arxiv.org/abs/2208.00815
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp
+    >>> loss_fn = lambda w, batch: (batch[0] @ w - batch[1]) ** 2
+    >>> batch = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), jnp.array([1.0, 1.0, -9.0])
+    >>> gradient = aj.subset_gradients(loss_fn)(jnp.zeros(2), batch)
+    >>> gradient.selected.tolist(), [round(float(g), 3) for g in gradient.grads]
+    ([[True, True, False]], [-2.0, -0.1])
+
+    *Guarantees*
+      - equals :func:`dynamic_batch_adaptation` on per-example gradients, to rounding;
+      - masked examples, and examples whose loss or gradient is not finite, change nothing;
+      - with ``min_size`` at least n, the gradient is that of the mean loss.
+    """
+    min_size = _check(metric, min_size, order, groups)
+    max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
+    _refuse_model_state(loss_fn)
+
+    def gradient_fn(params, batch, mask=None, model_state=None, key=None):
+        del key
+        if model_state is not None:
+            raise ValueError(f"model_state must be None. {_gram.BATCH_NORM}")
+        names = _prefixes.group_of_leaves(params, groups)
+        mask = jnp.ones(num_rows(batch), bool) if mask is None else mask.astype(bool)
+        batch = replace_padding(batch, mask)
+        examples = _gram.per_example(
+            loss_fn, params, batch, factorize=factorize, max_bytes=max_bytes
+        )
+        finite = jnp.isfinite(examples.losses) & jnp.isfinite(examples.weights)
+        chosen = _prefixes.select_by_group(
+            examples.grams, names, mask, finite, metric=metric, order=order, min_size=min_size
+        )
+        # The gradient of a weighted mean is the mean of gradients over the mean weight.
+        weight = jnp.sum(jnp.where(chosen.valid, examples.weights, 0))
+        weight = jnp.where(weight > 0, weight, 1)
+        scale = jnp.sum(chosen.valid) / weight
+        weights = [w * scale.astype(w.dtype) for w in chosen.weights]
+        grads = examples.combine(weights, chosen.valid)
+        value = jnp.sum(jnp.where(chosen.valid, examples.losses, 0)) / weight
+        return SubsetGradient(
+            value=jnp.where(jnp.any(chosen.valid) | ~jnp.any(mask), value, jnp.nan),
+            grads=jax.tree.unflatten(jax.tree.structure(params), grads),
+            model_state=None,
+            grad_stats=_stats(sum(examples.grams) * scale**2, chosen.valid),
+            gradient_noise=None,
+            selected=chosen.selected,
+            selected_fraction=chosen.selected_fraction,
+            num_selected=chosen.num_selected,
+            num_skipped=chosen.num_skipped,
+        )
+
+    return gradient_fn
+
+
+def _stats(gram: jax.Array, valid: jax.Array) -> GradStats:
+    # Every second valid row first, the others last: two halves with equal shares of them.
+    second = jnp.cumsum(valid) % 2 == 0
+    order = jnp.argsort(jnp.where(valid, 2 * second, 1))
+    gram, valid = gram[order][:, order], valid[order]
+    gram = jnp.where(valid[:, None] & valid[None, :], gram, 0)
+    return stats_from_gram(gram, valid.astype(gram.dtype))
+
+
+def _refuse_model_state(loss_fn: LossFn) -> None:
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 2:
+        raise ValueError(
+            f"loss_fn must be loss_fn(params, batch), got one of ({', '.join(required)}). "
+            f"{_gram.BATCH_NORM}"
+        )

@@ -1,0 +1,32 @@
+"""From a gradient to a run: one compiled window, and the loop over windows.
+
+The loop knows no rule and no rule knows the loop; they meet in :mod:`arbiter_jax.base` alone.
+"""
+
+from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._fit import Callback, FitResult, WindowRecord, fit
+from arbiter_jax.training._next_window import decision_steps, window_sizes
+from arbiter_jax.training._window import (
+    Data,
+    TrainState,
+    copy_state,
+    init_state,
+    inner_step,
+    run_window,
+)
+
+__all__ = [
+    "Callback",
+    "Data",
+    "FitResult",
+    "TrainState",
+    "WindowRecord",
+    "copy_state",
+    "count_compilations",
+    "decision_steps",
+    "fit",
+    "init_state",
+    "inner_step",
+    "run_window",
+    "window_sizes",
+]

@@ -1,0 +1,209 @@
+"""A whole run: batch size, bucket, compiled window, callbacks, and round again.
+
+The host reads one number a window, the batch size that the rule in the optimizer state has decided
+on, and picks the compiled program of its bucket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax._numerics import raw_key
+from arbiter_jax.base import LossFn, PyTree, StepInfo
+from arbiter_jax.batching import BlockSource, num_rows
+from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._next_window import decision_steps, window_sizes
+from arbiter_jax.training._window import Data, TrainState, copy_state, init_state, run_window
+
+
+class WindowRecord(NamedTuple):
+    """What happened in one window, on the host."""
+
+    window_index: int
+    batch_size: int
+    bucket_size: int
+    num_steps: int  # steps in this window
+    num_examples: int  # training examples seen, up to the end of this window
+    loss: float  # mean over the steps of this window
+    seconds: float  # including compilation, if there was one
+    num_compilations: int
+    info: StepInfo  # NumPy arrays with a leading axis [num_steps]
+
+
+class FitResult(NamedTuple):
+    """What a run leaves."""
+
+    state: TrainState
+    history: list[WindowRecord]
+    num_compilations: int  # window programs really compiled
+    num_cache_hits: int  # window programs that the persistent compilation cache had
+    seconds: float
+
+    def steps(self, name: str) -> np.ndarray:
+        """One quantity at every step of the run: "loss", "batch_size", or any logged field."""
+        infos = [record.info for record in self.history]
+        if not infos:  # a budget of less than one batch
+            return np.zeros(0)
+        return np.concatenate(
+            [getattr(i, name) if name in StepInfo._fields else i.logged[name] for i in infos]
+        )
+
+
+Callback = Callable[[WindowRecord, TrainState], Any]
+"""Called after every window; a true result ends the run. The state is donated to the next window:
+copy what is to be kept."""
+
+
+def _on_device(data: Any, window: int) -> Data:
+    """The data as arrays on the device, as far as they do not come in blocks."""
+    data = Data(data.train, getattr(data, "validation", None))
+    if not isinstance(data.train, BlockSource):
+        num_rows(data.train)
+        return jax.tree.map(jnp.asarray, data)
+    if data.train.window != window:
+        raise ValueError(
+            f"window must be that of the blocks, {data.train.window}, got {window}: a block holds "
+            "the batches of one window."
+        )
+    return data._replace(validation=jax.tree.map(jnp.asarray, data.validation))
+
+
+def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) -> tuple[Data, int]:
+    """What the next window trains on, and how many of its steps there are examples for."""
+    if not isinstance(data.train, BlockSource):
+        return data, num_steps
+    block = data.train.next_block(batch_size, bucket_size, num_steps)
+    return data._replace(train=block), int(block.num_steps)
+
+
+def fit(
+    loss_fn: LossFn | None,
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    data: Any,
+    *,
+    num_examples: int,
+    window: int = 100,
+    key: jax.Array | int = 0,
+    callbacks: Iterable[Callback] = (),
+    model_state: PyTree = None,
+    state: Any = None,
+    num_agent_inputs: int = 32,
+    gradient_fn: GradientFn | None = None,
+    transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
+) -> FitResult:
+    """Trains for a number of examples, with the batch size that the rule in `tx` decides.
+
+    The run ends where a whole batch no longer fits into what is left of `num_examples`, so two runs
+    of the same budget differ by less than one batch.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
+        :class:`arbiter_jax.base.LossFn`. None where `gradient_fn` is given.
+      params: Parameters, any pytree of arrays.
+      tx: An optax chain with one batch-size rule; ``aj.schedulers.constant(64)`` is one.
+      data: :class:`Data`, or anything with attributes `train` and `validation` that are pytrees of
+        arrays with one leading axis. `train` may also be a :class:`BlockSource` of the same window,
+        for data larger than memory; the run then ends where it does, too.
+      num_examples: Budget, in training examples, an integer >= 1. Counts those that `state` has
+        already seen.
+      window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
+        same. A rule may ask for shorter windows.
+      key: PRNG key or an int. The run is a pure function of it.
+      callbacks: Called as ``callback(record, state)`` after every window; a true result ends the
+        run.
+      model_state: State of the model that is not trained by gradients, or None.
+      state: Where to resume from: a :class:`TrainState` of the same `tx`. `params` is then unused.
+      num_agent_inputs: Validation inputs that an agent sees at each step.
+      gradient_fn: Replaces the gradient of `loss_fn`.
+      transform_batch: ``transform_batch(key, batch) -> batch``, e.g. augmentation.
+
+    Returns:
+      A :class:`FitResult`.
+
+    Raises:
+      ValueError: If an argument is out of its range, the data is empty, or `tx` holds no rule or
+        more than one.
+
+    >>> import arbiter_jax as aj
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> result = aj.fit(
+    ...     loss_fn, jnp.zeros(()), tx, aj.Data(jnp.ones(50)), num_examples=100, window=10)
+    >>> [record.num_examples for record in result.history], int(result.state.num_steps)
+    ([60, 96], 16)
+    """
+    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
+    window = _validate.integer(window=window, minimum=1)
+    data = _on_device(data, window)
+    if state is None:
+        state = init_state(params, tx, raw_key(key), model_state)
+    else:
+        state = copy_state(state)
+    callbacks = tuple(callbacks)
+    history: list[WindowRecord] = []
+    num_cache_hits = 0
+    step_seconds = float("nan")
+    seen = int(state.num_examples)
+    start = time.perf_counter()
+    while True:
+        size, bucket_size = window_sizes(state.opt_state)
+        num_steps = min(decision_steps(state.opt_state, window), (num_examples - seen) // size)
+        if num_steps < 1:
+            break
+        try:
+            window_data, num_steps = _window_data(data, size, bucket_size, num_steps)
+        except StopIteration:
+            break
+        before = time.perf_counter()
+        with count_compilations() as compilations:
+            state, info = run_window(
+                state,
+                window_data,
+                num_steps,
+                step_seconds,
+                loss_fn=loss_fn,
+                tx=tx,
+                bucket_size=bucket_size,
+                window=window,
+                num_agent_inputs=num_agent_inputs,
+                gradient_fn=gradient_fn,
+                transform_batch=transform_batch,
+            )
+        info = jax.tree.map(lambda x, n=num_steps: x[:n], jax.device_get(info))
+        seconds = time.perf_counter() - before
+        # A time that holds a compilation says nothing about a step.
+        step_seconds = float("nan") if compilations.num_programs else seconds / num_steps
+        num_cache_hits += compilations.num_cache_hits
+        seen += num_steps * size
+        record = WindowRecord(
+            window_index=len(history),
+            batch_size=size,
+            bucket_size=bucket_size,
+            num_steps=num_steps,
+            num_examples=seen,
+            loss=float(np.mean(info.loss)),
+            seconds=seconds,
+            num_compilations=compilations.num_compilations,
+            info=info,
+        )
+        history.append(record)
+        stops = [callback(record, state) for callback in callbacks]  # all of them are called
+        if any(stops):
+            break
+    return FitResult(
+        state=state,
+        history=history,
+        num_compilations=sum(record.num_compilations for record in history),
+        num_cache_hits=num_cache_hits,
+        seconds=time.perf_counter() - start,
+    )

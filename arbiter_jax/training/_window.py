@@ -1,0 +1,348 @@
+"""One window of training as one compiled program: a `lax.scan` over T inner steps.
+
+The batch size is decided before a window and is constant within it; the optimizer state alone
+carries the decision into the next one. Shapes depend on the bucket only, so a run compiles at most
+one program a bucket.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.typing
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax._numerics import do_if, raw_key
+from arbiter_jax.base import (
+    LossFn,
+    PyTree,
+    StepInfo,
+    find_rules,
+    get_batch_size,
+    logged_fields,
+    required_signals,
+)
+from arbiter_jax.batching import (
+    Block,
+    SamplerState,
+    check_block,
+    init_sampler,
+    num_rows,
+    sample_batch,
+    take_batch,
+)
+from arbiter_jax.gradients import Gradient, GradientFn
+from arbiter_jax.training._signals import (
+    VALIDATION_SIGNALS,
+    pick_gradient_fn,
+    signals_due,
+    update_noise,
+    validation_signals,
+    with_signals_due,
+    without_statistics,
+)
+
+
+class Data(NamedTuple):
+    """The arrays that a run trains on, on the device."""
+
+    # Leaves [num_examples, ...], usually (inputs, labels); or one window's Block from the host, and
+    # for `fit` what it comes from.
+    train: PyTree
+    validation: PyTree = None  # the same, for rules that look at validation examples
+
+
+class TrainState(NamedTuple):
+    """Everything that a run carries from one step to the next: arrays only, one checkpoint."""
+
+    params: PyTree  # what the optimizer updates
+    model_state: PyTree  # BatchNorm statistics and the like; None for a model without any
+    opt_state: PyTree  # of the whole chain, the batch-size rule included
+    train_sampler: SamplerState  # where the run stands in the training data
+    validation_sampler: SamplerState  # and in the validation data
+    key: jax.Array  # shape=(2,), dtype=uint32, for dropout and augmentation
+    num_steps: jax.Array  # shape=(), dtype=int32
+    num_examples: jax.Array  # shape=(), dtype=int32, training examples seen
+    progress: jax.Array  # shape=(), dtype=float32, scale-invariant steps; see adascale
+    num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
+
+
+def init_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    model_state: PyTree = None,
+) -> TrainState:
+    """The state at the start of a run, a pure function of the parameters and a key.
+
+    The arrays are copied, because :func:`run_window` donates the state that it is given and the
+    caller may want to use `params` again.
+
+    Args:
+      params: Parameters, any pytree of arrays.
+      tx: An optax transformation, with or without a batch-size rule in it.
+      key: PRNG key, raw or typed.
+      model_state: State of the model that is not trained by gradients, or None.
+
+    Returns:
+      A :class:`TrainState` in buffers of its own.
+
+    >>> import arbiter_jax as aj
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
+    >>> state = init_state(jnp.zeros(3), tx, jax.random.PRNGKey(0))
+    >>> int(state.num_steps), int(aj.get_batch_size(state.opt_state))
+    (0, 8)
+    """
+    train_key, validation_key, model_key = jax.random.split(raw_key(key), 3)
+    zero = lambda dtype: jnp.zeros((), dtype)
+    state = TrainState(
+        params=params,
+        model_state=model_state,
+        opt_state=tx.init(params),
+        train_sampler=init_sampler(train_key),
+        validation_sampler=init_sampler(validation_key),
+        key=model_key,
+        num_steps=zero(jnp.int32),
+        num_examples=zero(jnp.int32),
+        progress=zero(jnp.float32),
+        num_nonfinite=zero(jnp.int32),
+    )
+    return copy_state(state)
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """A state in buffers of its own: donating one copy leaves the other as it is."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
+
+
+def inner_step(
+    state: TrainState,
+    batch: PyTree,
+    mask: jax.Array,
+    *,
+    gradient_fn: GradientFn,
+    tx: optax.GradientTransformationExtraArgs,
+    signals: dict[str, Any] | None = None,
+) -> tuple[TrainState, Gradient]:
+    """One descent step on one masked batch: gradient, `tx.update`, new parameters, ledger.
+
+    Args:
+      state: Where to start from.
+      batch: Pytree of arrays [M, ...].
+      mask: bool[M], True for a real example.
+      gradient_fn: See :mod:`arbiter_jax.gradients`.
+      tx: The transformation; it is given `value`, `grad`, `batch_size`, the ledger before the step
+        (`num_steps`, `num_examples`, `progress`), and `signals`.
+      signals: More extra arguments of ``tx.update``; `update_noise` is computed where it is asked for
+        and not among them.
+
+    Returns:
+      (state, gradient).
+    """
+    batch_size = jnp.sum(mask, dtype=jnp.int32)
+    key = jax.random.fold_in(state.key, state.num_steps)
+    gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
+    signals = dict(
+        signals or {},
+        value=gradient.value,
+        grad=gradient.grads,  # as the optimizer before a rule saw it
+        batch_size=batch_size,
+        num_steps=state.num_steps,
+        num_examples=state.num_examples,
+        progress=state.progress,
+    )
+    needed = required_signals(state.opt_state)
+    if gradient.grad_stats is not None:
+        signals["grad_stats"] = gradient.grad_stats
+    if "gradient_noise" in needed:
+        signals["gradient_noise"] = gradient.gradient_noise
+    if gradient.model_state is not None:
+        signals["model_state"] = gradient.model_state
+    if "update_noise" in needed and "update_noise" not in signals:
+        signals["update_noise"] = update_noise(
+            tx,
+            gradient.grads,
+            state.opt_state,
+            state.params,
+            **signals | {"gradient_noise": gradient.gradient_noise},
+        )
+    updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params, **signals)
+    state = state._replace(
+        params=optax.apply_updates(state.params, updates),
+        model_state=gradient.model_state,
+        opt_state=opt_state,
+        num_steps=state.num_steps + 1,
+        num_examples=state.num_examples + batch_size,
+        progress=state.progress + logged_fields(opt_state).get("gain", 1.0),
+        num_nonfinite=state.num_nonfinite + ~jnp.isfinite(gradient.value),
+    )
+    return state, gradient
+
+
+def _with_extra_args(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """As `optax.with_extra_args_support`, also for `optax.MultiSteps`, whose type does not tell."""
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "loss_fn",
+        "tx",
+        "bucket_size",
+        "window",
+        "num_agent_inputs",
+        "gradient_fn",
+        "transform_batch",
+    ),
+    donate_argnames="state",
+)
+def run_window(
+    state: TrainState,
+    data: Data,
+    num_steps: jax.typing.ArrayLike | None = None,
+    step_seconds: jax.typing.ArrayLike = jnp.nan,
+    *,
+    loss_fn: LossFn | None = None,
+    tx: optax.GradientTransformation,
+    bucket_size: int,
+    window: int = 100,
+    num_agent_inputs: int = 32,
+    gradient_fn: GradientFn | None = None,
+    transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
+) -> tuple[TrainState, StepInfo]:
+    """Runs T inner steps in one compiled program and returns the state after them.
+
+    Each step samples a batch, computes the masked gradient and only those signals that the rules in
+    the chain ask for, and applies the updates. The batch size is that of ``get_batch_size`` at the
+    start, at most `bucket_size`. The state is donated: use the returned one.
+
+    Args:
+      state: From :func:`init_state` or a window before.
+      data: ``Data(train, validation)``, pytrees of arrays on the device. `train` may also be a
+        :class:`arbiter_jax.batching.Block`, whose batches are taken as they are: the sampler stays
+        where it is, and steps that the block has no batch for are not taken.
+      num_steps: int32[], how many of the T steps to take; all where None. A traced number, so that
+        the last window of a run needs no program of its own.
+      step_seconds: float32[], measured time of one step in the last window, for rules that ask.
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
+      tx: A chain with one batch-size rule, or an optax transformation without any, whose batches
+        then fill the bucket.
+      bucket_size: Static number of rows of a batch, a power of two: see :func:`window_sizes`.
+      window: T, static, >= 1.
+      num_agent_inputs: Validation inputs that an agent sees at each step.
+      gradient_fn: Replaces the gradient of loss_fn, e.g. by one over a chosen subset of examples.
+      transform_batch: ``transform_batch(key, batch) -> batch``, e.g. augmentation.
+
+    Returns:
+      (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
+      batch size 0.
+
+    Raises:
+      ValueError: If window < 1, the bucket is no power of two, the data is empty or ragged, a block
+        of another window or bucket, or a rule needs validation data that was not given.
+
+    *Guarantees*:
+      1. Padding contributes exactly zero to loss, gradients, statistics and state.
+      2. One program a bucket, however the batch size moves within it.
+      3. The updates are those of the optimizer: rules leave them unchanged.
+
+    >>> import arbiter_jax as aj, optax
+    >>> tx = optax.chain(optax.sgd(0.5), aj.schedulers.constant(3))
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> state = aj.init_state(jnp.zeros(()), tx, jax.random.PRNGKey(0))
+    >>> data = aj.Data(train=jnp.ones(10))
+    >>> state, info = aj.run_window(state, data, loss_fn=loss_fn, tx=tx, bucket_size=4, window=2)
+    >>> float(state.params), info.batch_size.tolist(), info.loss.tolist()
+    (0.75, [3, 3], [0.5, 0.125])
+    """
+    _validate.power_of_two(bucket_size=bucket_size)
+    _validate.integer(window=window, minimum=1)
+    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    if isinstance(data.train, Block):
+        check_block(data.train, window, bucket_size)
+        wanted = window if num_steps is None else num_steps
+        num_steps = jnp.minimum(wanted, data.train.num_steps)
+    else:
+        num_rows(data.train)
+    if (loss_fn is None) == (gradient_fn is None):
+        raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
+    tx = _with_extra_args(tx)
+    needed = required_signals(state.opt_state)
+    if needed & VALIDATION_SIGNALS:
+        if data.validation is None:
+            raise ValueError(
+                "data.validation must be given: a rule in the chain looks at validation examples, "
+                "got None."
+            )
+        num_rows(data.validation)
+    given, full = gradient_fn, gradient_fn or pick_gradient_fn(loss_fn, needed)
+    rules = find_rules(state.opt_state)
+    batch_size = get_batch_size(state.opt_state) if rules else bucket_size
+    batch_size = jnp.minimum(batch_size, bucket_size)
+
+    def step(state: TrainState, t: jax.Array, due: bool = True) -> tuple[TrainState, StepInfo]:
+        if isinstance(data.train, Block):
+            batch, mask = take_batch(data.train, t, bucket_size)
+        else:
+            sampler, batch, mask = sample_batch(
+                state.train_sampler, data.train, batch_size, bucket_size
+            )
+            state = state._replace(train_sampler=sampler)
+        if transform_batch is not None:
+            # Far from the keys 0, 1, ... that the pieces of a batch get from the same key.
+            step_key = jax.random.fold_in(state.key, state.num_steps)
+            batch_key = jax.random.fold_in(step_key, 2**32 - 1)
+            batch = transform_batch(batch_key, batch)
+        sampler, signals = validation_signals(
+            state.validation_sampler,
+            state.opt_state,
+            data.validation,
+            needed,
+            bucket_size,
+            num_agent_inputs,
+            due,
+        )
+        state = state._replace(
+            validation_sampler=sampler, opt_state=with_signals_due(state.opt_state, due)
+        )
+        if "step_seconds" in needed:
+            signals["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
+        if not due and "update_noise" in needed:
+            signals["update_noise"] = jax.tree.map(jnp.zeros_like, state.params)
+        state, gradient = inner_step(
+            state,
+            batch,
+            mask,
+            gradient_fn=full if due or given else without_statistics(full, loss_fn),
+            tx=tx,
+            signals=signals,
+        )
+        size = jnp.sum(mask, dtype=jnp.int32)
+        return state, StepInfo(gradient.value, size, logged_fields(state.opt_state))
+
+    def maybe_step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
+        due = signals_due(state.opt_state)
+        if due is None and num_steps is None:
+            return step(state, t)
+        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t)[1])
+        wanted = jnp.array(True) if num_steps is None else t < num_steps
+        take = lambda due: lambda carry: step(carry[0], t, due)
+        if due is None:
+            return do_if(wanted, take(True), (state, nothing))
+        # One choice for the whole step: a step at which no signal is due is a plain one, and costs
+        # what that costs. Conditions further in would have to pass on signals as large as the model.
+        carry = do_if(wanted & due, take(True), (state, nothing))
+        return do_if(wanted & ~due, take(False), carry)
+
+    return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
