@@ -10,8 +10,9 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import schedulers
-from arbiter_jax.noise_response import noise_response
-from experiments._runner import Task, UsageError
+from arbiter_jax.objectives import noise_response
+from experiments._runner import UsageError
+from experiments._training import Task
 
 GRID = tuple(f"constant_{2**k}" for k in range(3, 10))
 

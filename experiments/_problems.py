@@ -15,13 +15,13 @@ from flax import nnx
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, models
-from experiments import _runner
+from experiments import _training
 
 
 class Definition(NamedTuple):
     """A task and how it is trained."""
 
-    task: _runner.Task
+    task: _training.Task
     agent: aj.Agent
     optimizer: optax.GradientTransformation
     epochs: float  # of the default config
@@ -31,9 +31,9 @@ class Definition(NamedTuple):
     transform_batch: Callable[[jax.Array, Any], Any] | None = None
 
 
-def task_of(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _runner.Task:
+def task_of(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _training.Task:
     data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
-    return _runner.Task(dataset, data, model, models.losses(model, loss), loss)
+    return _training.Task(dataset, data, model, models.losses(model, loss), loss)
 
 
 def token_agent(input_shape: tuple[int, ...], num_tokens: int) -> aj.Agent:

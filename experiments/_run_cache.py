@@ -10,7 +10,7 @@ from typing import Any
 from experiments import _runner
 
 
-class Kept:
+class RunCache:
     """A file of JSON lines, to which each run is added as it ends.
 
     The files of several processes may be joined end to end. A run is known by its settings alone:
@@ -30,7 +30,7 @@ class Kept:
                     ) from None
                 self._known[json.dumps(settings)] = run
 
-    def get(self, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    def get_or_make(self, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """The run with these settings: the one of the file, or the one that is now made and added."""
         key = json.dumps(settings)
         if key not in self._known:

@@ -32,7 +32,7 @@ from flax import nnx
 
 import arbiter_jax as aj
 from arbiter_jax import metrics, models, plotting, progress
-from experiments import _methods, _runner, _schedules
+from experiments import _learning_rates, _methods, _runner, _training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ CONFIGS = {
 OPTIMIZERS = {"lamb": optax.lamb, "adamp": aj.adamp}
 NETWORKS = ("batch_norm", "layer_norm", "plain")
 RATES = (0.001, 0.004, 0.016, 0.064, 0.256)
-METHODS = (*_schedules.KINDS, "autowu")
+METHODS = (*_learning_rates.KINDS, "autowu")
 
 
 class _Network(nnx.Module):
@@ -87,8 +87,8 @@ class _Network(nnx.Module):
         return self.head(nnx.relu(self.norm(self.hidden(x.reshape(x.shape[0], -1)))))
 
 
-def _task(config: Config) -> _runner.Task:
-    task = _runner.make_task(config.dataset, "mlp", (config.hidden_size,))
+def _task(config: Config) -> _training.Task:
+    task = _training.make_task(config.dataset, "mlp", (config.hidden_size,))
     loaded = task.dataset
     if config.small and loaded.input_shape[0] == 28:
         halve = lambda x: sum(x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
@@ -140,11 +140,11 @@ def _compare(config, task, columns: dict[str, Any], results, display) -> None:
         if kind == "autowu":
             rate = aj.autowu(steps_per_epoch, config.epochs, seed=seed)
         else:
-            rate = _schedules.scale_by_rates(kind, learning_rate, num_steps)
+            rate = _learning_rates.scale_by_rates(kind, learning_rate, num_steps)
         return optax.chain(optimizer, rate, aj.schedulers.constant(size))
 
     def train(kind: str, tx: Any, rate: float, seed: int) -> dict[str, Any]:
-        row, windows, fit = _runner.train(
+        row, windows, fit = _training.train(
             task,
             kind,
             _methods.Method(tx, lambda **changes: start(kind, **changes)),

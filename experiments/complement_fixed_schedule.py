@@ -20,7 +20,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import plotting, progress, schedulers
-from experiments import _methods, _runner
+from experiments import _methods, _runner, _training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _optimizer(config: Config, num_train: int, schedule: str) -> optax.GradientT
     return optax.chain(optax.sgd(1.0, momentum=config.momentum), aj.scale_by_ledger(rate))
 
 
-def _anchored(task: _runner.Task, config: Config) -> dict[str, Callable[[int], Any]]:
+def _anchored(task: _training.Task, config: Config) -> dict[str, Callable[[int], Any]]:
     """Agents that are anchored anew at each milestone: name -> rule of a seed."""
     limits = _methods.limits(config)
     rules = {}
@@ -95,7 +95,7 @@ def _anchored(task: _runner.Task, config: Config) -> dict[str, Callable[[int], A
     return rules
 
 
-def _alone(task: _runner.Task, config: Config) -> dict[str, Callable[[int], Any]]:
+def _alone(task: _training.Task, config: Config) -> dict[str, Callable[[int], Any]]:
     """Rules that need no schedule: name -> rule of a seed."""
     rules = {}
     for name in ("noise_floor", "expected_gain") if config.noise_rules else ():
@@ -110,7 +110,7 @@ def _with_rule(optimizer, rule: Callable[[int], Any]) -> _methods.Method:
 
 
 def run(config: Config) -> _runner.Results:
-    task = _runner.make_task(config.dataset, config.model)
+    task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config, "fits": {}})
     with progress.live() as start:
@@ -141,7 +141,7 @@ def run(config: Config) -> _runner.Results:
                 methods[f"{name} instead of {schedule}"] = (_with_rule(optimizer, rule), ())
             for name, (method, anchors) in methods.items():
                 for seed in config.seeds:
-                    row, windows, fit = _runner.train(
+                    row, windows, fit = _training.train(
                         task,
                         name,
                         method,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from arbiter_jax import plotting, progress
-from experiments import _methods, _runner
+from experiments import _methods, _runner, _training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ CONFIGS = {
 
 
 def run(config: Config) -> _runner.Results:
-    task = _runner.make_task(config.dataset, config.model)
+    task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config})
     make_optimizer = functools.partial(
@@ -53,7 +53,7 @@ def run(config: Config) -> _runner.Results:
     with progress.live() as start:
 
         def train(name: str, seed: int):
-            row, windows, _ = _runner.train(
+            row, windows, _ = _training.train(
                 task,
                 name,
                 method(name),

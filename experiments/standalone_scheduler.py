@@ -20,7 +20,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, plotting, progress
-from experiments import _methods, _runner
+from experiments import _methods, _runner, _training
 
 ADAPTIVE = ("arbiter", "random_pick", "noise_floor", "gradient_noise_scale", "cabs")
 
@@ -80,7 +80,7 @@ def _augment(key, batch):
 
 def run(config: Config) -> _runner.Results:
     config = resolve(config)
-    task = _runner.make_task(config.dataset, config.model)
+    task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config, "num_examples": num_examples, "fits": {}})
     with progress.live() as start:
@@ -98,7 +98,7 @@ def run(config: Config) -> _runner.Results:
                     if method is None or name == "cabs":
                         method = _methods.build(name, task, config, make_optimizer, rate)
                     for seed in config.seeds:
-                        row, windows, fit = _runner.train(
+                        row, windows, fit = _training.train(
                             task,
                             name,
                             method,
@@ -127,7 +127,7 @@ def _shadow_run(task, config: Config, num_examples: int, start) -> aj.FitResult:
     method = _methods.Method(tx, lambda **_: tx)
     callbacks = [start("every rule, as a shadow", num_examples)]
     options = {"num_examples": num_examples, "window": config.window, "learning_rate": rate}
-    return _runner.train(task, "shadow", method, seed=0, callbacks=callbacks, **options)[2]
+    return _training.train(task, "shadow", method, seed=0, callbacks=callbacks, **options)[2]
 
 
 def oracles(rows: list[dict]) -> dict[float, dict[str, float]]:

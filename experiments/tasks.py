@@ -22,8 +22,8 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import metrics, plotting, progress
-from experiments import _methods, _runner
-from experiments._tasks_definitions import DEFINITIONS, Definition
+from experiments import _methods, _runner, _training
+from experiments._problems import DEFINITIONS, Definition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run(config: Config) -> _runner.Results:
             num_examples = int(config.share * definition.epochs * task.num_train)
             for rule, method in _rules(definition, config).items():
                 for seed in config.seeds:
-                    row, windows, fit = _runner.train(
+                    row, windows, fit = _training.train(
                         task,
                         rule,
                         method,
@@ -119,7 +119,7 @@ def run(config: Config) -> _runner.Results:
     return results
 
 
-def _validation_loss_at_start(task: _runner.Task, seed: int) -> float:
+def _validation_loss_at_start(task: _training.Task, seed: int) -> float:
     model_key, _ = jax.random.split(jax.random.PRNGKey(seed))
     params, model_state = task.model.init(model_key)
     return metrics.evaluate(

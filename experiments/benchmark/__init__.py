@@ -22,8 +22,9 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import models, plotting
-from experiments import _benchmark_networks, _runner
-from experiments._benchmark_networks import Timed, timed_steps
+from experiments import _runner
+from experiments.benchmark import networks
+from experiments.benchmark.networks import Timed, timed_steps
 
 SHAPE = (28, 28, 1)
 NUM_TRAIN, NUM_VALIDATION = 8192, 2048
@@ -254,7 +255,7 @@ def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Ti
             ),
         ),
     ]
-    rows += _benchmark_networks.rows(size, window)
+    rows += networks.rows(size, window)
     return rows
 
 
@@ -328,7 +329,3 @@ def plot(results: _runner.Results, output: Path) -> None:
     ax.set_xlabel("ratio of step times: median and quartiles over the pairs")
     fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     fig.savefig(output / "benchmark.png")
-
-
-if __name__ == "__main__":
-    _runner.main("benchmark", CONFIGS, run, plot, table, __doc__.splitlines()[0])

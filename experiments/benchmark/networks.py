@@ -16,8 +16,8 @@ from flax import nnx
 import arbiter_jax as aj
 from arbiter_jax import datasets, models
 from arbiter_jax.learning_rate import _autowu, _gaussian_process
-from arbiter_jax.models.lenet import LeNet
-from arbiter_jax.models.wide_resnet import WideResNet
+from arbiter_jax.models._lenet import LeNet
+from arbiter_jax.models._wide_resnet import WideResNet
 
 Timed = Callable[[], float]  # runs once and returns the milliseconds of a step
 

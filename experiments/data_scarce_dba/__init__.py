@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import datasets, metrics
-from experiments import _runner, _subset_figures, _subset_training
+from experiments import _runner, _training
+from experiments.data_scarce_dba import figures, training
 
 METRICS = ("signal_to_noise", "variance", "norm")
 
@@ -65,22 +66,20 @@ def problems(config: Config):
     """Yields (data set, regime, task, the training examples of all seeds)."""
     for name in ("mnist", "digits") if config.dataset == "all" else (config.dataset,):
         try:
-            task = _runner.make_task(name, config.model, (config.hidden_size,))
+            task = _training.make_task(name, config.model, (config.hidden_size,))
         except datasets.DatasetNotFoundError:
             if config.dataset != "all":
                 raise
             name = "fashion_mnist"
-            task = _runner.make_task(name, config.model, (config.hidden_size,))
+            task = _training.make_task(name, config.model, (config.hidden_size,))
         for regime in config.regimes:
             if regime == "1%" and task.num_train < 10_000:
                 continue  # a dozen examples
-            draws = [
-                _subset_training.draw(task.dataset.train, regime, seed) for seed in config.seeds
-            ]
+            draws = [training.draw(task.dataset.train, regime, seed) for seed in config.seeds]
             yield name, regime, task, jax.tree.map(lambda *x: jnp.stack(x), *draws)
 
 
-def search(config: Config, task: _runner.Task, optimizer: str, metric: str | None, data: tuple):
+def search(config: Config, task: _training.Task, optimizer: str, metric: str | None, data: tuple):
     """Tries all settings on the validation split: (columns, curves of the best)."""
     settings = {"batch_size": config.batch_size, "num_steps": config.num_steps}
     rates, sizes = getattr(config, f"{optimizer}_rates"), config.min_sizes
@@ -88,12 +87,12 @@ def search(config: Config, task: _runner.Task, optimizer: str, metric: str | Non
         sizes = (1,)
     trials, times, best = [], [], None
     for size in sizes:
-        training = _subset_training.make_training(
+        made = training.make_training(
             task, optimizer, metric, min_size=size, window=config.window, **settings
         )
         for rate in rates[len(sizes) - 1 :: len(sizes)]:
             began = time.process_time()
-            curves = jax.device_get(training(*data, rate))
+            curves = jax.device_get(made(*data, rate))
             times.append((time.process_time() - began) / len(config.seeds))
             accuracy = float(curves.validation_accuracy[:, -1].mean())
             trials.append(
@@ -128,15 +127,15 @@ def run(config: Config) -> _runner.Results:
                 mine, own = jax.tree.map(lambda x, i=i: x[i], (curves, examples))
                 row = {**shared, "seed": seed, **found, **evaluate(config, task, mine)}
                 if metric is not None and i == 0:
-                    share = _subset_training.share_of_best(task, mine.params, own, metric)
+                    share = training.share_of_best(task, mine.params, own, metric)
                     row["share_of_best"] = share
                 results.rows.append(row)
-                records = _subset_training.records(mine, config.window)
+                records = training.records(mine, config.window)
                 results.windows.extend({**shared, "seed": seed, **record} for record in records)
     return results
 
 
-def evaluate(config: Config, task: _runner.Task, curves: _subset_training.Curves) -> dict:
+def evaluate(config: Config, task: _training.Task, curves: training.Curves) -> dict:
     """The columns of one run: the only place that sees the test split."""
     test = metrics.evaluate(
         task.losses.predict, task.per_example_loss, curves.params, task.dataset.test
@@ -195,11 +194,7 @@ def table(results: _runner.Results):
 
 def plot(results: _runner.Results, output: Path) -> None:
     config, curves = results.extra["config"], results.extra["curves"]
-    convergence = _subset_figures.convergence(curves, results.rows, config)
+    convergence = figures.convergence(curves, results.rows, config)
     convergence.savefig(output / "convergence.png")
-    _subset_figures.fractions(curves, config).savefig(output / "fractions.png")
-    _subset_figures.examples(curves).savefig(output / "examples.png")
-
-
-if __name__ == "__main__":
-    _runner.main("data_scarce_dba", CONFIGS, run, plot, table, __doc__.splitlines()[0])
+    figures.fractions(curves, config).savefig(output / "fractions.png")
+    figures.examples(curves).savefig(output / "examples.png")

@@ -13,7 +13,8 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import gradients, subset_selection
-from experiments._runner import Task, UsageError
+from experiments._runner import UsageError
+from experiments._training import Task
 
 _prefix_scores = jax.jit(subset_selection.prefix_scores, static_argnums=2)
 TX = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}

@@ -21,7 +21,8 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import plotting, progress
-from experiments import _feasibility_noise, _methods, _runner
+from experiments import _methods, _runner, _training
+from experiments.feasibility import noise_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Config:
     # The published 1e-5 needs some 10,000 steps for what this rate shows in 3,000.
     agent_learning_rate: float = 1e-4
     window: int = 100
-    methods: tuple[str, ...] = ("arbiter", *_feasibility_noise.METHODS)
+    methods: tuple[str, ...] = ("arbiter", *noise_rules.METHODS)
     noise_epochs: float = 30.0  # for the rules that measure noise
     quick: bool = False  # two cases
 
@@ -82,7 +83,7 @@ def cases(config: Config) -> dict[str, dict]:
     }
 
 
-def _agent(task: _runner.Task, case: dict) -> aj.Agent:
+def _agent(task: _training.Task, case: dict) -> aj.Agent:
     agent = _methods.agent_for(task)
     if case["control"] != "noise":
         return agent
@@ -96,7 +97,7 @@ def _agent(task: _runner.Task, case: dict) -> aj.Agent:
     return agent._replace(apply=apply)
 
 
-def _method(task: _runner.Task, config: Config, case: dict, optimizer) -> _methods.Method:
+def _method(task: _training.Task, config: Config, case: dict, optimizer) -> _methods.Method:
     agent = _agent(task, case)
     frozen = case["control"] == "random_pick"
     decay = optax.add_decayed_weights(5e-4)
@@ -123,8 +124,8 @@ def _method(task: _runner.Task, config: Config, case: dict, optimizer) -> _metho
 
 
 def run(config: Config) -> _runner.Results:
-    task = _runner.make_task(config.dataset, config.model)
-    known = ("arbiter", *_feasibility_noise.METHODS)
+    task = _training.make_task(config.dataset, config.model)
+    known = ("arbiter", *noise_rules.METHODS)
     if set(config.methods) - set(known):
         raise _runner.UsageError(
             f"--methods must be among {', '.join(known)}, got {', '.join(config.methods)}."
@@ -133,7 +134,7 @@ def run(config: Config) -> _runner.Results:
     with progress.live() as display:
         if "arbiter" in config.methods:
             _run_arbiter(task, config, results, display)
-        results.extra["paths"] = _feasibility_noise.run(task, config, display)
+        results.extra["paths"] = noise_rules.run(task, config, display)
     for (method, case, seed), path in results.extra["paths"].items():
         results.rows.append(
             {"method": f"{method}, {case}", "seed": seed, "batch_sizes": path.tolist()}
@@ -151,7 +152,7 @@ def _run_arbiter(task, config: Config, results: _runner.Results, display) -> Non
         for seed in config.seeds:
             num_examples = config.num_steps * case["high"]
             shown = display(f"{name}, seed {seed}", config.num_steps)
-            row, windows, fit = _runner.train(
+            row, windows, fit = _training.train(
                 task,
                 name,
                 program._replace(start=method.start),
@@ -183,7 +184,7 @@ def table(results: _runner.Results):
 
     config, paths = results.extra["config"], results.extra["paths"]
     tables = [_arbiter_table(results)] if "arbiter" in config.methods else []
-    return Group(*tables, *([_feasibility_noise.table(paths, config)] if paths else []))
+    return Group(*tables, *([noise_rules.table(paths, config)] if paths else []))
 
 
 def _arbiter_table(results: _runner.Results):
@@ -227,7 +228,7 @@ def _share(row: dict) -> float:
 
 def plot(results: _runner.Results, output: Path) -> None:
     if results.extra["paths"]:
-        _feasibility_noise.plot(results.extra["paths"], results.extra["config"], output)
+        noise_rules.plot(results.extra["paths"], results.extra["config"], output)
     if results.extra["fits"]:
         _plot_arbiter(results, output)
 
@@ -261,7 +262,3 @@ def _plot_arbiter(results: _runner.Results, output: Path) -> None:
     axes[0].set_ylabel("mixture as a batch size [examples]")
     fig.suptitle(f"{config.dataset}, {config.model}: dotted, the middle of the range", fontsize=10)
     fig.savefig(output / "feasibility.png")
-
-
-if __name__ == "__main__":
-    _runner.main("feasibility", CONFIGS, run, plot, table, __doc__.splitlines()[0])

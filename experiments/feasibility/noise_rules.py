@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from arbiter_jax import plotting, schedulers
-from experiments import _methods, _runner
+from experiments import _methods, _runner, _training
 
 METHODS = ("noise_floor", "expected_gain", "arbiter_noise_response")
 BASE = {"high": 512, "rate": 0.03, "start": 64}
@@ -37,7 +37,7 @@ POINTS = 200  # of the budget, at which sizes are compared
 HELD = schedulers.noise_floor.__kwdefaults__["hold"]
 
 
-def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:
+def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:
     """The size in force at equal shares of the examples: (method, case, seed) -> float[POINTS]."""
     num_examples = int(config.noise_epochs * task.num_train)
     make = functools.partial(
@@ -59,7 +59,7 @@ def run(task: _runner.Task, config: Any, display: Any) -> dict[tuple[str, str, i
             method = _methods.build(name, task, settings, make, given["rate"])
             program = programs.setdefault(given["high"], method)
             for seed in config.seeds:
-                _, _, fit = _runner.train(
+                _, _, fit = _training.train(
                     task,
                     f"{name}, {case}",
                     program._replace(start=method.start),

@@ -6,7 +6,7 @@ meta-optimisation. First, at fixed points of training, Var(h) of h = g_t . g_{t-
 examples, beside plain SGD at constant rates.
 
 To first order in the learning rate Var(h) = a / B + b / B^2, and a and b can be computed from the
-gradients of single examples (`_hypergradients.predict`): slope -1 given g_{t-1}, where b = 0; between
+gradients of single examples (`hypergradients.predict`): slope -1 given g_{t-1}, where b = 0; between
 -1 and -2 where both gradients are sampled. The table puts the prediction beside what was measured.
 At a larger rate the second gradient is taken where the first one led: h loses rate * g' H g, whose
 variance falls as B^-2 and faster, and the slopes get steeper than predicted, beyond -2 for a
@@ -30,7 +30,8 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import metrics, plotting, progress, schedulers
-from experiments import _hypergradients, _methods, _runner
+from experiments import _methods, _runner, _training
+from experiments.learning_rate_variance import hypergradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +104,14 @@ def _trainings(task, config: Config):
 
 
 def run(config: Config) -> _runner.Results:
-    task = _runner.make_task(config.dataset, config.model)
+    task = _training.make_task(config.dataset, config.model)
     results = _runner.Results(extra={"config": config, "measured": [], "trained": [], "fits": {}})
     methods = _trainings(task, config)
     with progress.live() as display:
 
         def train(name: str, method: _methods.Method, seed: int, epochs: float):
             num_examples = int(epochs * task.num_train)
-            return _runner.train(
+            return _training.train(
                 task,
                 name,
                 method,
@@ -132,8 +133,8 @@ def run(config: Config) -> _runner.Results:
                     "sizes": config.sizes,
                     "look_ahead": config.look_ahead,
                 }
-                predicted = _hypergradients.predict(*at, **options)
-                found = _hypergradients.measure(*at, **options, num_draws=config.num_draws)
+                predicted = hypergradients.predict(*at, **options)
+                found = hypergradients.measure(*at, **options, num_draws=config.num_draws)
                 for kind, numbers in found.items():
                     theory = {f"predicted_{k}": v for k, v in predicted[kind].items()}
                     results.extra["measured"].append(
@@ -273,7 +274,3 @@ def plot(results: _runner.Results, output: Path) -> None:
     hd = {key: fit for key, fit in fits.items() if key[0].startswith("HD")}
     plotting.batch_sizes(hd, limits, title=config.dataset).savefig(output / "batch_sizes.png")
     plotting.losses(fits, title=config.dataset).savefig(output / "loss_curves.png")
-
-
-if __name__ == "__main__":
-    _runner.main("learning_rate_variance", CONFIGS, run, plot, table, __doc__.splitlines()[0])

@@ -18,12 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arbiter_jax import progress
-from experiments import _noise_cases as cases
-from experiments import _noise_controls as controls
-from experiments import _noise_step_cost as costs
-from experiments import _noise_table, _runner
-from experiments._kept import Kept
-from experiments._schedules import DECAYS
+from experiments import _runner
+from experiments._learning_rates import DECAYS
+from experiments._run_cache import RunCache
+from experiments.noise_rules import cases, controls, tables
+from experiments.noise_rules import step_cost as costs
 
 # Besides the table: how each part is run, and shown.
 OTHERS = {
@@ -77,7 +76,7 @@ def best_constant(
     From the middle on, until the sizes on both sides of the best one are worse.
     """
     found: dict[int, list[dict]] = {}
-    loss = lambda i: _noise_table.mean(found[sizes[i]])
+    loss = lambda i: tables.mean(found[sizes[i]])
 
     def look(i):
         if 0 <= i < len(sizes) and sizes[i] not in found:
@@ -102,7 +101,7 @@ def best_constant(
 def run(config: Config) -> _runner.Results:
     _check(config)
     results = _runner.Results(extra={"config": config})
-    kept = Kept(config.runs)
+    kept = RunCache(config.runs)
     with progress.live() as display:
         if "table" in config.parts:
             for task in config.tasks:
@@ -146,7 +145,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, kept, 
                 row, windows, _ = cases.run(case, name, callbacks=callbacks, **settings)
                 return row, windows if drawn else []
 
-            row, windows = kept.get({**case._asdict(), "name": name, **settings}, make)
+            row, windows = kept.get_or_make({**case._asdict(), "name": name, **settings}, make)
             rows.append({"part": "table", **row})
             results.windows += windows
         results.rows += rows
@@ -158,7 +157,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, kept, 
         )
         for decay in DECAYS
     }
-    best = min(constants["constant"].items(), key=lambda found: _noise_table.mean(found[1]))[0]
+    best = min(constants["constant"].items(), key=lambda found: tables.mean(found[1]))[0]
     starts = dict.fromkeys(("noise_floor", "expected_gain"), config.starts)
     starts[cases.HINDSIGHT] = tuple(times * best for times in HELD)
     for name in config.methods:
@@ -169,21 +168,17 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, kept, 
 def table(results: _runner.Results):
     from rich.console import Group
 
-    config, tables = results.extra["config"], []
+    config, shown = results.extra["config"], []
     if "table" in config.parts:
-        tables += _noise_table.tables(results.rows, config)
+        shown += tables.tables(results.rows, config)
     for name, (_, show) in OTHERS.items():
         if name in config.parts:
-            tables.append(show(results.extra[name]))
-    return Group(*tables)
+            shown.append(show(results.extra[name]))
+    return Group(*shown)
 
 
 def plot(results: _runner.Results, output: Path) -> None:
     if "table" in results.extra["config"].parts:
-        _noise_table.plot(results).savefig(output / "noise_rules.png")
+        tables.plot(results).savefig(output / "noise_rules.png")
     if "step_cost" in results.extra:
         costs.plot_step_cost(results.extra["step_cost"]).savefig(output / "step_cost.png")
-
-
-if __name__ == "__main__":
-    _runner.main("noise_rules", CONFIGS, run, plot, table, __doc__.splitlines()[0])

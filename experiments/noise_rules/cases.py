@@ -13,11 +13,11 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, models, schedulers
-from arbiter_jax._noise_floor import grown_size
-from arbiter_jax.noise_response import impulse_response
-from experiments import _methods, _runner
-from experiments._schedules import scale_by_decay
-from experiments._tasks_definitions import DEFINITIONS, task_of, token_agent
+from arbiter_jax.objectives import impulse_response
+from arbiter_jax.objectives._noise_floor import grown_size
+from experiments import _methods, _training
+from experiments._learning_rates import scale_by_decay
+from experiments._problems import DEFINITIONS, task_of, token_agent
 
 NOISE_RULES = (
     "noise_floor",
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 class Definition:
     """A task with its budget and its range of sizes."""
 
-    task: _runner.Task
+    task: _training.Task
     agent: aj.Agent
     num_examples: int
     max_batch_size: int
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, tuple[float, ...]] = {
 
 
 def _of_name(dataset: str, model: str, epochs: float, max_batch_size: int) -> Definition:
-    task = _runner.make_task(dataset, model)
+    task = _training.make_task(dataset, model)
     budget = int(epochs * task.num_train)
     return Definition(task, _methods.agent_for(task), budget, max_batch_size)
 
@@ -217,7 +217,7 @@ def run(
       case: What to train.
       name: One of :data:`NOISE_RULES`, :data:`HINDSIGHT` or "constant".
       seed: Of everything that is drawn.
-      decay: Of the learning rate, of :data:`experiments._schedules.DECAYS`.
+      decay: Of the learning rate, of :data:`experiments._learning_rates.DECAYS`.
       share: Of the task's budget.
       start: The constant size, the one to hold, or the one that a rule starts from.
       callbacks: For `fit`.
@@ -235,7 +235,7 @@ def run(
             return optax.chain(base, schedulers.constant(start))
         return optax.chain(base, _rule(name, made, case.optimizer, seed, start, options))
 
-    return _runner.train(
+    return _training.train(
         made.task,
         name,
         _methods.Method(tx, begin),

@@ -11,12 +11,10 @@ import numpy as np
 import optax
 
 from arbiter_jax import schedulers
-from arbiter_jax._expected_gain import gain_objective
-from arbiter_jax._noise_floor import floor_objective
-from arbiter_jax._noise_statistics import NoiseObjective
-from arbiter_jax.schedulers._noise_rule import noise_rule
-from experiments import _methods, _runner
-from experiments import _noise_cases as cases
+from arbiter_jax.objectives import NoiseObjective, floor_objective, gain_objective
+from arbiter_jax.schedulers._from_objective import noise_rule
+from experiments import _methods, _runner, _training
+from experiments.noise_rules import cases
 
 # At rates at which the noise floor is not at the lower end of its range in all runs, where nothing
 # could change.
@@ -136,7 +134,7 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
 def _replayed(name, label, case, share, table, shared, seed) -> dict[str, Any]:
     """The row of a run that is told a table; `shared` is a chain with the same program."""
     made, tx = cases.definition(case.task, share), _replayed_chain(name, case, share, table)
-    return _runner.train(
+    return _training.train(
         made.task,
         f"{name}, {label}",
         _methods.Method(shared, lambda **_: tx),

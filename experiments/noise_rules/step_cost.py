@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from arbiter_jax import metrics, plotting
-from experiments import _noise_cases as cases
-from experiments import _runner
+from experiments import _runner, _training
+from experiments.noise_rules import cases
 
 FLAT = 512  # a step of fewer examples costs as much as one of this many
 COSTLY = cases.Case("fashion_mnist", "momentum", 0.03)
@@ -21,7 +21,7 @@ def _cost(record: Any) -> float:
     return record.num_steps * max(record.batch_size, FLAT)
 
 
-def _curve(task: _runner.Task, total: float, points: int = 20) -> tuple[list, Callable]:
+def _curve(task: _training.Task, total: float, points: int = 20) -> tuple[list, Callable]:
     """Validation losses along a run, by its cost; and the callback that takes them down."""
     curve: list[tuple[float, float]] = []
     spent, next_at = [0.0], [total / points]

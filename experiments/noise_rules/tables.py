@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from arbiter_jax import plotting
-from experiments import _noise_cases as cases
 from experiments import _runner
+from experiments.noise_rules import cases
 
 
 def mean(rows: list[dict], field: str = "test_loss") -> float:

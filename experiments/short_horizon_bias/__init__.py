@@ -19,12 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import _horizon_claims as claims
-from experiments import _horizon_descent as descent
-from experiments import _horizon_figures as figures
-from experiments import _horizon_noise as noise
-from experiments import _horizon_toy as toy
 from experiments import _runner
+from experiments.short_horizon_bias import claims, descent, figures
+from experiments.short_horizon_bias import noise_floor as noise
+from experiments.short_horizon_bias import quadratic as toy
 
 PARTS = ("toy", "batch_sizes", "noise_floor", "offline", "online", "surface")
 SURFACE = ((0.01, 5.0), (0.05, 50.0))  # initial effective rates, decay exponents
@@ -233,7 +231,3 @@ def plot(results: _runner.Results, output: Path) -> None:
     if "surface" in extra:
         learnt = extra.get("offline", {})
         figures.surface(config, net, *extra["surface"], learnt, output / "surface.png")
-
-
-if __name__ == "__main__":
-    _runner.main("short_horizon_bias", CONFIGS, run, plot, table, __doc__.splitlines()[0])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from arbiter_jax import metrics
-from experiments import _horizon_descent as descent
 from experiments import _runner
+from experiments.short_horizon_bias import descent
 
 
 def _row(claim: str, measured: str, holds: Any, **values: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.meta_optimization import stochastic_meta_descent as smd
+from arbiter_jax import stochastic_meta_descent as smd
 
 MOMENTUM = 0.9
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from arbiter_jax import plotting
-from experiments import _horizon_descent as descent
+from experiments.short_horizon_bias import descent
 
 GREEDY, OPTIMAL, AHEAD = plotting.COLORS[1], plotting.COLORS[0], plotting.COLORS[2]
 

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arbiter_jax import plotting, schedulers
-from arbiter_jax._noise_floor import grown_size, held_to_the_end
-from arbiter_jax.meta_optimization import noisy_quadratic
-from experiments import _horizon_claims as claims
-from experiments import _horizon_toy as toy
+from arbiter_jax import noisy_quadratic, plotting, schedulers
+from arbiter_jax.objectives._noise_floor import grown_size, held_to_the_end
+from experiments.short_horizon_bias import claims
+from experiments.short_horizon_bias import quadratic as toy
 
 LEARNING_RATE = 0.5
 SHARES = (0.075, 0.15, 0.3, 0.6, 1.2)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
 
-from arbiter_jax.meta_optimization import noisy_quadratic
-from arbiter_jax.meta_optimization.noisy_quadratic import NoisyQuadratic
+from arbiter_jax import noisy_quadratic
+from arbiter_jax.noisy_quadratic import NoisyQuadratic
 
 SWEEP_DIMENSIONS = 100
 

@@ -1,0 +1,135 @@
+"""What every training experiment shares: a task, a run of one method, and the row that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+import arbiter_jax as aj
+from arbiter_jax import metrics
+from experiments._runner import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set and a model: everything that a method trains on."""
+
+    dataset: Any
+    data: aj.Data
+    model: Any
+    losses: Any
+    per_example_loss: Callable[..., jax.Array]
+
+    @property
+    def num_train(self) -> int:
+        return len(self.dataset.train[1])
+
+
+def make_task(dataset: str, model: str, hidden_sizes: Sequence[int] = (128,)) -> Task:
+    """The classification task of a data set's name and a model's name."""
+    from arbiter_jax import datasets, models
+
+    loaded = datasets.load(dataset)
+    if not loaded.num_classes:
+        raise UsageError(f"--dataset must have class labels, got {dataset!r}.")
+    shape, num_classes = loaded.input_shape, loaded.num_classes
+    known: dict[str, Callable[[], Any]] = {
+        "mlp": lambda: models.mlp(shape, hidden_sizes, num_classes),
+        "lenet": lambda: models.lenet(shape, num_classes),
+        "vgg11": lambda: models.vgg11(shape, num_classes),
+        "wrn_16_4": lambda: models.wide_resnet(shape, num_classes, depth=16, widen_factor=4),
+    }
+    if model not in known:
+        raise UsageError(f"--model must be one of {', '.join(map(repr, known))}, got {model!r}.")
+    net = known[model]()
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    data = jax.tree.map(jax.numpy.asarray, aj.Data(loaded.train, loaded.validation))
+    return Task(loaded, data, net, models.losses(net, loss), loss)
+
+
+def train(
+    task: Task,
+    name: str,
+    method: Any,
+    *,
+    seed: int,
+    num_examples: int,
+    window: int,
+    learning_rate: float,
+    callbacks: Sequence[Any] = (),
+    transform_batch: Callable[[jax.Array, Any], Any] | None = None,
+    milestones: Sequence[tuple[int, int]] = (),
+    **columns: Any,
+) -> tuple[dict[str, Any], list[dict[str, Any]], aj.FitResult]:
+    """Trains one method with one seed and evaluates it once, at the end.
+
+    Args:
+      task: What to train on.
+      name: The method's name.
+      method: A Method of :mod:`experiments._methods`.
+      seed: Draws the parameters, the order of the examples, and what the method draws.
+      num_examples: The budget.
+      window: Steps between two decisions.
+      learning_rate: Of the optimizer.
+      callbacks: For `fit`.
+      transform_batch: For `fit`: augmentation.
+      milestones: (examples, batch size): where an Arbiter is anchored anew, and at which size.
+      **columns: More columns of the row.
+
+    Returns:
+      (row, windows, result): the row of summary.json, the rows of metrics.csv, and the fit.
+    """
+    model_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
+    params, model_state = task.model.init(model_key)
+    start = method.start(seed=seed, learning_rate=learning_rate)
+    state = aj.init_state(params, start, run_key, model_state)
+    results = []
+    for end, size in [*milestones, (num_examples, None)]:
+        result = aj.fit(
+            task.losses.loss_fn,
+            params,
+            method.tx,
+            task.data,
+            num_examples=end,
+            window=window,
+            state=state,
+            callbacks=callbacks,
+            transform_batch=transform_batch,
+        )
+        state = result.state
+        if size is not None:
+            state = state._replace(opt_state=aj.anchor_batch_size(state.opt_state, size))
+        results.append(result)
+    result = aj.FitResult(
+        state=state,
+        history=[record for part in results for record in part.history],
+        num_compilations=sum(part.num_compilations for part in results),
+        num_cache_hits=sum(part.num_cache_hits for part in results),
+        seconds=sum(part.seconds for part in results),
+    )
+    evaluate = lambda split: metrics.evaluate(
+        task.losses.predict, task.per_example_loss, state.params, split, state.model_state
+    )
+    test, validation = evaluate(task.dataset.test), evaluate(task.dataset.validation)
+    shared = {"method": name, "seed": seed, "learning_rate": learning_rate, **columns}
+    row = {
+        **shared,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "validation_loss": validation.loss,
+        "num_steps": int(state.num_steps),
+        "num_examples": int(state.num_examples),
+        "seconds": result.seconds,
+        "num_compilations": result.num_compilations,
+        "num_nonfinite": int(state.num_nonfinite),
+        "batch_sizes": [record.batch_size for record in result.history],
+    }
+    windows = [
+        {**shared, **{k: v for k, v in record._asdict().items() if k != "info"}}
+        for record in result.history
+    ]
+    return row, windows, result
