@@ -20,7 +20,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import base
-from arbiter_jax.noise_response import noise_response
+from arbiter_jax.objectives import noise_response
 
 LOW, HIGH, START = 16, 128, 32
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
@@ -376,7 +376,7 @@ def _guarantees(docstring: str) -> list[str]:
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(ARBITERS)))
 def test_every_guarantee_has_a_test_of_its_name(name):
     here = pathlib.Path(__file__).parent
-    sources = [pathlib.Path(__file__), *(here / "schedulers").glob("test_*.py")]
+    sources = [pathlib.Path(__file__), *here.glob("*/test_*.py")]
     tests = set(re.findall(r"^def test_(\w+)\(", "\n".join(s.read_text() for s in sources), re.M))
     guarantees = _guarantees(inspect.getdoc(getattr(aj.schedulers, name)))
     assert guarantees

@@ -16,8 +16,8 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.agent import sorted_proposals
-from arbiter_jax.hyper_learning import hyper_optimizer
+from arbiter_jax.hyper_learning._agents import sorted_proposals
+from arbiter_jax.hyper_learning._warm_up import hyper_optimizer
 
 AGENT_NAMES = ("p1", "pb1", "p2", "pb2")
 NETWORK_NAMES = ("w1", "b1", "w2", "b2")

@@ -11,11 +11,16 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import _noise_controls, _noise_table, _runner
-from experiments._kept import Kept
+from experiments import _runner
+from experiments._run_cache import RunCache
+from experiments.noise_rules import controls, tables
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+NAMES = sorted(
+    path.stem
+    for path in FOLDER.iterdir()
+    if not path.stem.startswith("_") and (path.suffix == ".py" or (path / "__main__.py").exists())
+)
 # Half a minute each, nearly all of it compilation: the default run makes two of them.
 SMOKE_RUNS = [
     name
@@ -141,17 +146,17 @@ def test_a_kept_run_is_made_once(tmp_path):
         made.append(1)
         return {"test_loss": np.float32(0.25), "diverged": math.nan}
 
-    first = Kept(path)
-    run = first.get({"seed": 0, "rate": 0.1}, make)
-    assert first.get({"seed": 0, "rate": 0.1}, make) is run
-    again = Kept(path).get({"seed": 0, "rate": 0.1}, make)
+    first = RunCache(path)
+    run = first.get_or_make({"seed": 0, "rate": 0.1}, make)
+    assert first.get_or_make({"seed": 0, "rate": 0.1}, make) is run
+    again = RunCache(path).get_or_make({"seed": 0, "rate": 0.1}, make)
     assert len(made) == 1
     assert again["test_loss"] == 0.25
     assert math.isnan(again["diverged"])
-    Kept(path).get({"seed": 1, "rate": 0.1}, make)
+    RunCache(path).get_or_make({"seed": 1, "rate": 0.1}, make)
     assert len(made) == 2
     assert len(pathlib.Path(path).read_text().splitlines()) == 2
-    Kept("").get({"seed": 0, "rate": 0.1}, make)
+    RunCache("").get_or_make({"seed": 0, "rate": 0.1}, make)
     assert len(made) == 3
 
 
@@ -159,7 +164,7 @@ def test_a_line_that_is_no_kept_run_is_named(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('[{"seed": 0}, {"test_loss": 1.0}]\n[{"seed": 1}, {"te')  # killed while writing
     with pytest.raises(_runner.UsageError, match=r"line 2 of .* is no kept run, got '\[\{"):
-        Kept(str(path))
+        RunCache(str(path))
 
 
 # What a table counts
@@ -181,11 +186,11 @@ def test_the_noise_rules_are_counted_against_the_best_and_the_chosen_size():
         row("noise_floor", 64, 1.05),  # above the best size, below the chosen one
         row("noise_floor", 256, math.nan),
     ]
-    [record] = _noise_table.judge(rows)
+    [record] = tables.judge(rows)
     assert record["constant"] == (8, 1.0)
     assert record["chosen"] == (16, 1.1)
     assert record["decayed"][:2] == ("cosine", 8)
-    [line] = _noise_table.counted([record])
+    [line] = tables.counted([record])
     below, near, mean, median, worst, diverged, chosen, of_decay, cheap = line[2:]
     assert line[:2] == ["all, noise_floor", "3"]
     assert (below, near, chosen, of_decay, cheap) == ("33", "33", "67", "33", "33")
@@ -205,10 +210,10 @@ def test_what_the_order_in_time_is_worth_is_paired_by_seed_and_counted_by_case()
 
     rows = [*runs(0.1, 1.0, 1.1, 1.1), *runs(0.1, 2.0, 2.2, 2.2)]
     rows += [*runs(0.3, 1.0, 1.0, 0.9), *runs(0.3, 1.0, 1.0, math.nan)]
-    effects = _noise_controls.order_effects(rows, "noise_floor", "noise_floor")
+    effects = controls.order_effects(rows, "noise_floor", "noise_floor")
     np.testing.assert_allclose(effects, [math.log(1.1), math.nan])
-    effects = _noise_controls.order_effects(rows, "noise_floor", "noise_floor, replayed")
+    effects = controls.order_effects(rows, "noise_floor", "noise_floor, replayed")
     np.testing.assert_allclose(effects, [0, math.nan], atol=1e-12)
-    table = _noise_controls.time_order_table(rows)
+    table = controls.time_order_table(rows)
     over_own = [next(iter(column.cells)) for column in table.columns]
     assert over_own == ["digits, noise_floor, over own", "2", "9.53", "+9.53", "1", "1"]

@@ -13,9 +13,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import arbiter_jax as aj
-from arbiter_jax._gradient_statistics import stats_from_pieces
-from arbiter_jax.batching import batch_mask, masked_mean, replace_padding, shuffled
+from arbiter_jax.batching import batch_mask, masked_mean, replace_padding
+from arbiter_jax.batching._sampling import shuffled
 from arbiter_jax.gradients import masked_value_and_grad, value_grad_and_stats
+from arbiter_jax.gradients._estimators import stats_from_pieces
 
 NUM_ROWS = 8
 FLOATS = st.floats(width=32, allow_subnormal=False)  # all of them: NaN and infinities as well

@@ -15,12 +15,15 @@ import arbiter_jax as aj
 MODULES = [
     "arbiter_jax",
     "arbiter_jax.datasets",
+    "arbiter_jax.hyper_learning",
     "arbiter_jax.learning_rate",
-    "arbiter_jax.meta_optimization",
-    "arbiter_jax.meta_optimization.noisy_quadratic",
-    "arbiter_jax.meta_optimization.stochastic_meta_descent",
     "arbiter_jax.models",
+    "arbiter_jax.noisy_quadratic",
+    "arbiter_jax.objectives",
     "arbiter_jax.schedulers",
+    "arbiter_jax.stochastic_meta_descent",
+    "arbiter_jax.subset_selection",
+    "arbiter_jax.training",
 ]
 
 # Everything that is no dependency of the core.

@@ -16,9 +16,9 @@ from arbiter_jax.batching import (
     masked_mean,
     num_rows,
     replace_padding,
-    shuffled,
     total_weight,
 )
+from arbiter_jax.batching._sampling import shuffled
 
 SIZES = (1, 2, 3, 4, 5, 16, 17, 1797)
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arbiter_jax import datasets
-from arbiter_jax.batching import deal, init_sampler, peek, sample_batch, take_batch
-from arbiter_jax.bucketing import next_bucket
+from arbiter_jax.batching import deal, init_sampler, next_bucket, peek, sample_batch, take_batch
 
 
 def numbered_chunks(sizes, start=0):

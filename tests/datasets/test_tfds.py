@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from arbiter_jax import datasets
-from arbiter_jax.datasets import _cache, _network, _tfds, _tfds_prepare
+from arbiter_jax.datasets import _cache, _tfds, _tfds_prepare
+from arbiter_jax.datasets import _reachability as _network
 
 pytest.importorskip("tensorflow_datasets")
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax._gradient_statistics import stats_from_pieces
 from arbiter_jax.batching import batch_mask
 from arbiter_jax.gradients import (
     masked_value_and_grad,
     per_example_grads,
     value_grad_and_stats,
 )
+from arbiter_jax.gradients._estimators import stats_from_pieces
 
 gradient_stats = jax.jit(
     aj.gradient_stats, static_argnames=("loss_fn", "method", "num_pieces", "micro_batch_size")

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.agent import mix, sorted_proposals
+from arbiter_jax.hyper_learning._agents import mix, sorted_proposals
 
 AGENTS = {
     "mlp": (aj.mlp_agent, (6, 6, 1), {"hidden_sizes": (8,)}),

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.hyper_learning import hyper_optimizer
+from arbiter_jax.hyper_learning._warm_up import hyper_optimizer
 
 NUM_INPUTS, NUM_FEATURES, NUM_CLASSES, NUM_META = 4, 6, 3, 64
 AGENT = aj.mlp_agent((NUM_INPUTS,), hidden_sizes=(5,))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax import export, lax
 
-from arbiter_jax.convolution import conv_general_dilated, max_pool
+from arbiter_jax.models import conv_general_dilated, max_pool
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 

@@ -5,14 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arbiter_jax.meta_optimization import noisy_quadratic
-from arbiter_jax.meta_optimization._batch_size_horizon import _as_budget
-from arbiter_jax.meta_optimization._noisy_quadratic import (
-    excess_of,
-    initial_moments,
-    momentum_step,
-)
-from arbiter_jax.meta_optimization._segments import greedy_size
+from arbiter_jax import noisy_quadratic
+from arbiter_jax.noisy_quadratic._batch_sizes import _as_budget
+from arbiter_jax.noisy_quadratic._moments import excess_of, initial_moments, momentum_step
+from arbiter_jax.noisy_quadratic._segments import greedy_size
 
 
 def problem_of(dimensions: int = 20) -> noisy_quadratic.NoisyQuadratic:

@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arbiter_jax.meta_optimization import noisy_quadratic
-from arbiter_jax.meta_optimization._noisy_quadratic import (
-    Moments,
-    greedy_rates,
-    initial_moments,
-    momentum_step,
-)
-from arbiter_jax.meta_optimization.noisy_quadratic import NoisyQuadratic
+from arbiter_jax import noisy_quadratic
+from arbiter_jax.noisy_quadratic import NoisyQuadratic
+from arbiter_jax.noisy_quadratic._greedy import greedy_rates
+from arbiter_jax.noisy_quadratic._moments import Moments, initial_moments, momentum_step
 
 FIXTURES = np.load(pathlib.Path(__file__).parents[1] / "fixtures" / "noisy_quadratic.npz")
 PRECISIONS = pytest.mark.parametrize(("x64", "rtol"), [(True, 1e-8), (False, 1e-4)])

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax import _expected_gain, _noise_floor, schedulers
-from arbiter_jax import _noise_statistics as statistics
-from arbiter_jax.bucketing import decision_steps
+from arbiter_jax import schedulers
+from arbiter_jax.objectives import _expected_gain, _noise_floor
+from arbiter_jax.objectives import _objective as statistics
 from arbiter_jax.schedulers._step_times import step_cost
+from arbiter_jax.training import decision_steps
 
 LIMITS = {"min_batch_size": 2, "max_batch_size": 4096}
 PACE, CURVE = 0.12, 30.0  # F = 3 - .12 log t, and xi . du = -30 / B

@@ -7,10 +7,9 @@ import optax
 import pytest
 
 import arbiter_jax as aj
+from arbiter_jax import stochastic_meta_descent as smd
 from arbiter_jax.batching import sample_batch
-from arbiter_jax.inner_loop import inner_step
-from arbiter_jax.meta_optimization import stochastic_meta_descent as smd
-from arbiter_jax.meta_optimization._look_ahead import (
+from arbiter_jax.stochastic_meta_descent._look_ahead import (
     DEFAULT_META_OPTIMIZER,
     MetaState,
     Setting,
@@ -20,6 +19,7 @@ from arbiter_jax.meta_optimization._look_ahead import (
     meta_step,
     to_log_values,
 )
+from arbiter_jax.training import inner_step
 
 OPTIMIZERS = pytest.mark.parametrize("inner_optimizer", [optax.sgd, optax.adam])
 HYPERPARAMETERS = smd.Hyperparameters(0.05, 0.8, 0.7)
@@ -104,7 +104,7 @@ def test_hypergradient_equals_finite_differences_and_reverse_mode(inner_optimize
 
 
 def test_hypergradient_uses_the_inner_step_of_training(key, monkeypatch):
-    import arbiter_jax.meta_optimization._look_ahead as look_ahead
+    from arbiter_jax.stochastic_meta_descent import _look_ahead as look_ahead
 
     calls = []
 

@@ -11,10 +11,12 @@ import pytest
 from flax import linen, nnx
 from optax.experimental import aggregating
 
-from arbiter_jax import _sites, base, inner_loop, models, schedulers
+from arbiter_jax import base, models, schedulers
 from arbiter_jax import subset_selection as ss
-from arbiter_jax.convolution import conv_general_dilated
 from arbiter_jax.gradients import masked_value_and_grad, value_grad_and_stats
+from arbiter_jax.models import conv_general_dilated
+from arbiter_jax.subset_selection import _sites
+from arbiter_jax.training import _window as inner_loop
 
 # These programs are compiled once and run once: the compiler's effort is what a test takes.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.compilation import count_compilations
+from arbiter_jax.training import count_compilations
 
 # As a batch size may wander: every bucket of 8-512, in no order, and most of them twice.
 SIZES = (64, 8, 512, 9, 33, 17, 100, 200, 257, 16, 500, 128, 31, 8)

@@ -13,11 +13,10 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.base import do_if
-from arbiter_jax.batching import shuffled
-from arbiter_jax.compilation import count_compilations
+from arbiter_jax._numerics import do_if
+from arbiter_jax.batching._sampling import shuffled
 from arbiter_jax.gradients import masked_value_and_grad
-from arbiter_jax.inner_loop import copy_state, inner_step
+from arbiter_jax.training import copy_state, count_compilations, inner_step
 
 NUM_EXAMPLES, NUM_INPUTS, NUM_CLASSES = 200, 4, 3
 
