@@ -52,7 +52,7 @@ def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:
     )
 
 
-def do_if(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
+def cond_in_place(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
     """``lax.cond(condition, fn, identity, carry)`` that changes the carry in place.
 
     XLA copies what passes through the idle branch of a condition, but not the carry of a loop of no

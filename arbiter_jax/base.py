@@ -174,7 +174,7 @@ def meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:
     return [node.meta_batch_size for node in nodes(opt_state) if hasattr(node, "meta_batch_size")]
 
 
-def size_in_force(batch_size: Any, state: Any) -> jax.Array:
+def applied_batch_size(batch_size: Any, state: Any) -> jax.Array:
     """The size of the batch that this step saw.
 
     A decision may be applied late (at the next window) or never (under `shadow`), so the size comes

@@ -142,7 +142,7 @@ def losses(fits: Mapping[tuple[str, int], Any], title: str = "", num_points: int
       title: Title of the figure.
       num_points: Points of a curve; each is the mean of the steps around it.
     """
-    smallest = min(float(np.sum(fit.steps("batch_size"))) for fit in fits.values())
+    smallest = min(float(np.sum(fit.per_step("batch_size"))) for fit in fits.values())
     edges = np.linspace(0, smallest, num_points + 1)
     centre = (edges[:-1] + edges[1:]) / 2
     groups = _methods(fits)
@@ -164,7 +164,7 @@ def losses(fits: Mapping[tuple[str, int], Any], title: str = "", num_points: int
 
 def _binned(fit: Any, edges: np.ndarray) -> np.ndarray:
     """Mean loss between the edges; where no step ends in between, the line goes straight on."""
-    sizes, loss = fit.steps("batch_size"), fit.steps("loss")
+    sizes, loss = fit.per_step("batch_size"), fit.per_step("loss")
     seen = np.cumsum(sizes)
     index = np.digitize(seen, edges) - 1
     inside = (index >= 0) & (index < len(edges) - 1)
@@ -184,14 +184,14 @@ def proposals(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
       title: Title of the figure.
     """
     fig, (top, bottom) = figure(2, 1, size=(7.0, 6.0), sharex=True, height_ratios=[2, 1])
-    seen = np.cumsum(fit.steps("batch_size"))
-    logits = fit.steps("proposals")
+    seen = np.cumsum(fit.per_step("batch_size"))
+    logits = fit.per_step("proposals")
     sizes = np.asarray(to_batch_size(logits, *limits))
-    mixture = np.asarray(to_batch_size(fit.steps("mixture"), *limits))
+    mixture = np.asarray(to_batch_size(fit.per_step("mixture"), *limits))
     for n in range(logits.shape[1]):
         label = f"proposal {n + 1}"
         top.plot(seen, sizes[:, n], color=COLORS[n], linewidth=0.9, alpha=0.8, label=label)
-        weights = fit.steps("mixture_weights")[:, n] - 1 / logits.shape[1]
+        weights = fit.per_step("mixture_weights")[:, n] - 1 / logits.shape[1]
         bottom.plot(seen, 1e3 * weights, color=COLORS[n], linewidth=1.0)
     top.plot(seen, mixture, color="black", linewidth=1.1, label="mixture (meta batch)")
     edges = np.concatenate([[0], [record.num_examples for record in fit.history]])
@@ -215,15 +215,15 @@ def shadows(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
       title: Title of the figure.
     """
     fig, ax = figure()
-    seen = np.cumsum(fit.steps("batch_size"))
+    seen = np.cumsum(fit.per_step("batch_size"))
     names = [name for name in fit.history[0].info.logged if name.startswith("shadow/")]
-    last = {name: float(np.median(fit.steps(name)[-50:])) for name in names}
+    last = {name: float(np.median(fit.per_step(name)[-50:])) for name in names}
     for color, name in zip(
         _cycle(), sorted(names, key=lambda name: last[name], reverse=True), strict=False
     ):
         label = f"{name.removeprefix('shadow/')}: {last[name]:.0f} at the end"
-        ax.plot(seen, fit.steps(name), color=color, linewidth=1.2, label=label)
-    ax.plot(seen, fit.steps("batch_size"), color="black", ls=":", lw=1.2, label="in force")
+        ax.plot(seen, fit.per_step(name), color=color, linewidth=1.2, label=label)
+    ax.plot(seen, fit.per_step("batch_size"), color="black", ls=":", lw=1.2, label="in force")
     _size_axis(ax, limits)
     _thousands(ax)
     ax.set_xlim(left=0)

@@ -33,7 +33,7 @@ class Definition(NamedTuple):
 
 def task_of(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _training.Task:
     data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
-    return _training.Task(dataset, data, model, models.losses(model, loss), loss)
+    return _training.Task(dataset, data, model, models.make_losses(model, loss), loss)
 
 
 def token_agent(input_shape: tuple[int, ...], num_tokens: int) -> aj.Agent:

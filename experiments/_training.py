@@ -48,7 +48,7 @@ def make_task(dataset: str, model: str, hidden_sizes: Sequence[int] = (128,)) ->
     net = known[model]()
     loss = optax.softmax_cross_entropy_with_integer_labels
     data = jax.tree.map(jax.numpy.asarray, aj.Data(loaded.train, loaded.validation))
-    return Task(loaded, data, net, models.losses(net, loss), loss)
+    return Task(loaded, data, net, models.make_losses(net, loss), loss)
 
 
 def train(
@@ -102,7 +102,7 @@ def train(
         )
         state = result.state
         if size is not None:
-            state = state._replace(opt_state=aj.anchor_batch_size(state.opt_state, size))
+            state = state._replace(opt_state=aj.re_anchor(state.opt_state, size))
         results.append(result)
     result = aj.FitResult(
         state=state,

@@ -102,7 +102,7 @@ def _task(config: Config) -> _training.Task:
         jax.ShapeDtypeStruct((1, *shape), jnp.float32),
     )
     data = jax.tree.map(jnp.asarray, aj.Data(loaded.train, loaded.validation))
-    losses = models.losses(net, task.per_example_loss)
+    losses = models.make_losses(net, task.per_example_loss)
     return dataclasses.replace(task, dataset=loaded, data=data, model=net, losses=losses)
 
 
@@ -162,11 +162,11 @@ def _compare(config, task, columns: dict[str, Any], results, display) -> None:
             task.dataset.validation,
             fit.state.model_state,
         )
-        rates, phase = fit.steps("learning_rate"), fit.history[-1].info.logged.get("phase")
+        rates, phase = fit.per_step("learning_rate"), fit.history[-1].info.logged.get("phase")
         row |= {"validation_accuracy": validation.accuracy, "selected": kind == "autowu"}
         row |= {"steps_per_epoch": steps_per_epoch, "peak_learning_rate": float(rates.max())}
         if phase is not None:  # both are logged as the step leaves them
-            end = int(np.argmax(fit.steps("phase") > 0))
+            end = int(np.argmax(fit.per_step("phase") > 0))
             row |= {"warm_up_share": (end + 1) / num_steps, "found_learning_rate": rates[end]}
             results.extra["rates"][(*columns.values(), seed)] = rates
         results.rows.append(row)

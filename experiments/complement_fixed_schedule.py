@@ -78,7 +78,7 @@ def _optimizer(config: Config, num_train: int, schedule: str) -> optax.GradientT
         max_batch_size=config.max_batch_size,
         initial_batch_size=config.initial_batch_size,
     )
-    return optax.chain(optax.sgd(1.0, momentum=config.momentum), aj.scale_by_ledger(rate))
+    return optax.chain(optax.sgd(1.0, momentum=config.momentum), aj.scale_by_schedule(rate))
 
 
 def _anchored(task: _training.Task, config: Config) -> dict[str, Callable[[int], Any]]:
@@ -128,7 +128,7 @@ def run(config: Config) -> _runner.Results:
                 optimizer,
                 schedulers.from_schedule(
                     steps,
-                    of="num_examples",
+                    count="num_examples",
                     min_batch_size=config.min_batch_size,
                     max_batch_size=config.max_batch_size,
                 ),

@@ -107,7 +107,7 @@ def run(config: Config) -> _runner.Results:
                     )
                     row["task"] = name
                     row["validation_loss_at_start"] = _validation_loss_at_start(task, seed)
-                    loss = fit.steps("loss")
+                    loss = fit.per_step("loss")
                     row["training_loss_at_start"] = float(np.mean(loss[: config.window]))
                     row["training_loss"] = float(np.mean(loss[-config.window :]))
                     row["score"] = definition.score(row)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import arbiter_jax as aj
 from arbiter_jax.batching import batch_mask, masked_mean, replace_padding
-from arbiter_jax.batching._sampling import shuffled
+from arbiter_jax.batching._sampling import permuted_index
 from arbiter_jax.gradients import masked_value_and_grad, value_grad_and_stats
 from arbiter_jax.gradients._estimators import stats_from_pieces
 
@@ -87,7 +87,7 @@ def test_a_larger_logit_is_no_smaller_batch_size(a, b, limits):
 @functools.cache
 def epochs_of(num_examples):
     position = np.arange(num_examples, dtype=np.int32)
-    shuffle = lambda key, epoch: shuffled(
+    shuffle = lambda key, epoch: permuted_index(
         key, jnp.full_like(position, epoch), position, num_examples
     )
     return jax.jit(shuffle)

@@ -1,6 +1,6 @@
 """From a number of examples to a masked batch: buckets, masks, samplers, blocks."""
 
-from arbiter_jax.batching._blocks import Block, BlockSource, block_rows, check_block, take_batch
+from arbiter_jax.batching._blocks import Block, BlockSource, block_batch, block_rows, check_block
 from arbiter_jax.batching._buckets import all_buckets, next_bucket
 from arbiter_jax.batching._masking import (
     batch_mask,
@@ -12,9 +12,9 @@ from arbiter_jax.batching._masking import (
 from arbiter_jax.batching._sampling import (
     SamplerState,
     advance,
-    deal,
+    bit_reversed,
+    examples_ahead,
     init_sampler,
-    peek,
     sample_batch,
 )
 
@@ -25,16 +25,16 @@ __all__ = [
     "advance",
     "all_buckets",
     "batch_mask",
+    "bit_reversed",
+    "block_batch",
     "block_rows",
     "check_block",
-    "deal",
+    "examples_ahead",
     "init_sampler",
     "masked_mean",
     "next_bucket",
     "num_rows",
-    "peek",
     "replace_padding",
     "sample_batch",
-    "take_batch",
     "total_weight",
 ]

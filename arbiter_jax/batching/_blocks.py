@@ -11,7 +11,7 @@ import jax.typing
 import numpy as np
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching._sampling import deal
+from arbiter_jax.batching._sampling import bit_reversed
 
 
 class Block(NamedTuple):
@@ -37,16 +37,18 @@ def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -
     >>> block_rows(window=3, batch_size=3, bucket_size=4, num_steps=2).tolist()
     [[0, 2, 1, 0], [3, 5, 4, 3], [0, 0, 0, 0]]
     """
-    position = deal(bucket_size)
+    position = bit_reversed(bucket_size)
     within = np.where(position < batch_size, position, 0)
     step = np.arange(window)[:, None]
     return np.where(step < num_steps, step * batch_size + within[None, :], 0)
 
 
-def take_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, jax.Array]:
+def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, jax.Array]:
     """The batch of step t of a block, and its mask."""
     take = functools.partial(jax.lax.dynamic_index_in_dim, index=t, keepdims=False)
-    return jax.tree.map(take, block.batches), jnp.asarray(deal(bucket_size)) < block.batch_size
+    return jax.tree.map(take, block.batches), jnp.asarray(
+        bit_reversed(bucket_size)
+    ) < block.batch_size
 
 
 def check_block(block: Block, window: int, bucket_size: int) -> None:

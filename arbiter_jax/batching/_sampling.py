@@ -45,14 +45,16 @@ def init_sampler(key: jax.Array) -> SamplerState:
     return SamplerState(raw_key(key).reshape(-1)[-2:], zero, zero)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _hash32(x: jax.Array) -> jax.Array:
     """Scrambles 32 bits: the finaliser of MurmurHash3."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
-def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, num_examples: int) -> jax.Array:
+def permuted_index(
+    key: jax.Array, epoch: jax.Array, position: jax.Array, num_examples: int
+) -> jax.Array:
     """Entry `position` of the random permutation of one epoch, without the permutation.
 
     A Feistel network on pairs of residues is a bijection of [0, rows * columns), the smallest
@@ -70,15 +72,15 @@ def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, num_examples
     """
     columns = math.isqrt(num_examples - 1) + 1
     rows = -(-num_examples // columns)
-    salt = _mix(key[1] ^ (epoch.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
+    salt = _hash32(key[1] ^ (epoch.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
 
     def network(x: jax.Array) -> jax.Array:
         left, right = x // columns, x % columns
         for r in range(_FEISTEL_ROUNDS):
             pepper = key[0] + jnp.uint32((2 * r + 1) * 0x9E3779B9 % 2**32)
-            noise = _mix((right + pepper) ^ salt)
+            noise = _hash32((right + pepper) ^ salt)
             left = (left + noise % rows) % rows
-            noise = _mix((left + ~pepper) ^ salt)
+            noise = _hash32((left + ~pepper) ^ salt)
             right = (right + noise % columns) % columns
         return left * columns + right
 
@@ -102,7 +104,7 @@ def sample_batch(
     takes the rest from the next permutation. So does a batch larger than the data set, as often as
     it must: no example is used twice before every other one has been used once. Padding repeats
     the first row of the batch, so that it is a real example whatever the rest of the data holds.
-    Examples are dealt out to the rows (see :func:`deal`): half a bucket holds half of them.
+    Examples are dealt out to the rows (see :func:`bit_reversed`): half a bucket holds half of them.
 
     Args:
       state: The sampler of this data.
@@ -120,21 +122,21 @@ def sample_batch(
     (3, 3)
     """
     batch_size = jnp.minimum(jnp.asarray(batch_size, jnp.int32), bucket_size)
-    position = jnp.asarray(deal(bucket_size))
+    position = jnp.asarray(bit_reversed(bucket_size))
     mask = position < batch_size
-    batch = peek(state, data, jnp.where(mask, position, 0))
+    batch = examples_ahead(state, data, jnp.where(mask, position, 0))
     return advance(state, batch_size, num_rows(data)), batch, mask
 
 
-def peek(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
+def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
     """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
     n = num_rows(data)
     position = state.cursor + position
-    rows = shuffled(state.key, state.epoch + position // n, position % n, n)
+    rows = permuted_index(state.key, state.epoch + position // n, position % n, n)
     return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
 
 
-def deal(bucket_size: int) -> np.ndarray:
+def bit_reversed(bucket_size: int) -> np.ndarray:
     """The example that each row of a bucket gets: its own number with the bits reversed.
 
     The B examples of a batch are then spread evenly: each half, quarter and so on of the rows holds
@@ -146,7 +148,7 @@ def deal(bucket_size: int) -> np.ndarray:
     Returns:
       int32[bucket_size], a permutation that starts with 0.
 
-    >>> deal(8).tolist()
+    >>> bit_reversed(8).tolist()
     [0, 4, 2, 6, 1, 5, 3, 7]
     """
     order = np.zeros(1, np.int32)

@@ -166,6 +166,6 @@ def sorted_proposals(agent: Agent, agent_params: PyTree, agent_inputs: jax.Array
     return jnp.sort(jnp.mean(logits, axis=0))
 
 
-def mix(mixture_logits: jax.Array, proposals: jax.Array) -> jax.Array:
+def mixture_logit(mixture_logits: jax.Array, proposals: jax.Array) -> jax.Array:
     """The mixture of the proposals, s = sum_n softmax(alpha)_n l_n, float[]."""
     return jnp.dot(jax.nn.softmax(mixture_logits), proposals)

@@ -16,20 +16,20 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import all_finite, do_if, raw_key, tree_where
-from arbiter_jax.base import PyTree, require, size_in_force
+from arbiter_jax._numerics import all_finite, cond_in_place, raw_key, tree_where
+from arbiter_jax.base import PyTree, applied_batch_size, require
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
-from arbiter_jax.hyper_learning._agents import Agent, mix, sorted_proposals
+from arbiter_jax.hyper_learning._agents import Agent, mixture_logit, sorted_proposals
 from arbiter_jax.hyper_learning._reparameterization import to_batch_size, to_logit
 from arbiter_jax.hyper_learning._response import ResponseLoss, call_response_loss
 from arbiter_jax.hyper_learning._state import (
     ALPHA_SCALE,
     ArbiterState,
     NoiseArbiterState,
-    fresh_mixture,
+    redraw_mixture,
 )
 from arbiter_jax.hyper_learning._warm_up import hyper_optimizer
-from arbiter_jax.objectives import NoiseObjective, observe, within_range
+from arbiter_jax.objectives import NoiseObjective, limited_loss, update_objective
 
 
 class _Learnable(NamedTuple):
@@ -191,7 +191,7 @@ def arbiter(
             mixture_weights=jax.nn.softmax(mixture_logits),
             mixture=logit,
             offset=jnp.zeros_like(logit),
-            anchor_batch_size=int32(start if anchor == "offset" else 0),
+            pending_anchor=int32(start if anchor == "offset" else 0),
             batch_size=int32(start),
             meta_batch_size=int32(start),
             meta_loss=jnp.zeros_like(logit),
@@ -206,11 +206,11 @@ def arbiter(
     def meta_loss_of(learnable, mixture_logits, state, params, agent_inputs, extra):
         """F as a function of phi, m and alpha; everything else is a constant."""
         raw = sorted_proposals(agent, learnable.agent_params, agent_inputs)
-        raw_mixture = mix(mixture_logits, raw)
+        raw_mixture = mixture_logit(mixture_logits, raw)
         if anchor == "offset":
-            target = to_logit(jnp.maximum(state.anchor_batch_size, low), low, high)
+            target = to_logit(jnp.maximum(state.pending_anchor, low), low, high)
             anchored = jax.lax.stop_gradient(target - raw_mixture)
-            offset = jnp.where(state.anchor_batch_size > 0, anchored, state.offset)
+            offset = jnp.where(state.pending_anchor > 0, anchored, state.offset)
         else:
             offset = state.offset
         mixture = raw_mixture + offset
@@ -218,7 +218,7 @@ def arbiter(
             meta_loss, meta_batch_size = response_to(mixture, learnable, state, params, extra)
         else:
             size = (high - low) * jax.nn.sigmoid(mixture) + low
-            meta_loss = within_range(objective, state.statistics, size, low, high)
+            meta_loss = limited_loss(objective, state.statistics, size, low, high)
             meta_batch_size = state.meta_batch_size
         return meta_loss, (raw + offset, mixture, offset, meta_batch_size, meta_loss)
 
@@ -247,7 +247,7 @@ def arbiter(
         )
         # A new anchor starts alpha over; only here is it known what a fresh optimizer state is.
         mixture_opt_state = tree_where(
-            state.anchor_batch_size > 0,
+            state.pending_anchor > 0,
             mixture_optimizer.init(state.mixture_logits),
             state.mixture_opt_state,
         )
@@ -269,7 +269,7 @@ def arbiter(
             mixture_weights=jax.nn.softmax(mixture_logits),
             mixture=mixture,
             offset=offset,
-            anchor_batch_size=jnp.zeros_like(state.anchor_batch_size),
+            pending_anchor=jnp.zeros_like(state.pending_anchor),
             meta_batch_size=meta_batch_size,
             meta_loss=meta_loss,
         )
@@ -284,9 +284,9 @@ def arbiter(
         chosen = state.proposals[jnp.argmax(state.mixture_logits)]
         # An anchor not yet dropped means that no hyper-step has been possible: stay there.
         batch_size = jnp.where(
-            state.anchor_batch_size > 0, state.batch_size, to_batch_size(chosen, low, high)
+            state.pending_anchor > 0, state.batch_size, to_batch_size(chosen, low, high)
         )
-        key, mixture_logits = fresh_mixture(state.key, state.mixture_logits)
+        key, mixture_logits = redraw_mixture(state.key, state.mixture_logits)
         fresh = mixture_optimizer.init(mixture_logits)
         fresh = jax.tree.map(lambda x, old: x.astype(old.dtype), fresh, state.mixture_opt_state)
         return batch_size, mixture_logits, fresh, jnp.zeros_like(state.window_step), key
@@ -304,8 +304,8 @@ def arbiter(
         new_params = optax.apply_updates(cast("optax.Params", params), updates)
         usable = jnp.array(True)
         if objective is not None:
-            in_force = jnp.clip(size_in_force(extra_args.get("batch_size"), state), low, high)
-            statistics, usable = observe(
+            in_force = jnp.clip(applied_batch_size(extra_args.get("batch_size"), state), low, high)
+            statistics, usable = update_objective(
                 objective,
                 state.statistics,
                 updates,
@@ -319,7 +319,7 @@ def arbiter(
         if hyper_every == 1:
             state = learn(state)
         else:
-            state = do_if(state.signals_due, learn, state)
+            state = cond_in_place(state.signals_due, learn, state)
         state = state._replace(window_step=state.window_step + 1)
         # Only the few small fields that change: whatever passes through a condition is copied.
         fields = ("batch_size", "mixture_logits", "mixture_opt_state", "window_step", "key")

@@ -25,7 +25,7 @@ class ArbiterState(NamedTuple):
     mixture_weights: jax.Array  # shape=(N,), dtype=float, softmax(alpha) after the last hyper-step
     mixture: jax.Array  # shape=(), dtype=float, s
     offset: jax.Array  # shape=(), dtype=float, added to every proposal
-    anchor_batch_size: jax.Array  # shape=(), dtype=int32, anchor here at the next hyper-step; 0: no
+    pending_anchor: jax.Array  # shape=(), dtype=int32, anchor here at the next hyper-step; 0: no
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     meta_batch_size: jax.Array  # shape=(), dtype=int32, B_s, in examples
     meta_loss: jax.Array  # shape=(), dtype=float, F
@@ -46,14 +46,14 @@ class NoiseArbiterState(ArbiterState):
     requires = ("agent_inputs",)
 
 
-def fresh_mixture(key: jax.Array, mixture_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def redraw_mixture(key: jax.Array, mixture_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A new key, and mixture logits drawn anew."""
     key, alpha_key = jax.random.split(key)
     noise = jax.random.normal(alpha_key, mixture_logits.shape, mixture_logits.dtype)
     return key, ALPHA_SCALE * noise
 
 
-def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
+def re_anchor(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
     """Anchors every Arbiter in an optimizer state anew, at the milestone of a schedule, say.
 
     The batch size in force becomes `batch_size`, the mixture stands at its logit from the next
@@ -71,7 +71,7 @@ def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> Py
 
     >>> import arbiter_jax as aj
     >>> tx = aj.arbiter(aj.mlp_agent((3,)), lambda *args: None, num_features=3)
-    >>> int(aj.get_batch_size(aj.anchor_batch_size(tx.init(None), 128)))
+    >>> int(aj.get_batch_size(aj.re_anchor(tx.init(None), 128)))
     128
     """
     found = []
@@ -82,12 +82,12 @@ def anchor_batch_size(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> Py
         found.append(node)
         # Shapes stay as they are, also those of a state that was vmapped over seeds.
         size = jnp.broadcast_to(jnp.asarray(batch_size, jnp.int32), node.batch_size.shape)
-        fresh = jnp.vectorize(fresh_mixture, signature="(k),(n)->(k),(n)")
+        fresh = jnp.vectorize(redraw_mixture, signature="(k),(n)->(k),(n)")
         key, mixture_logits = fresh(node.key, node.mixture_logits)
         return node._replace(
             batch_size=size,
             meta_batch_size=size,
-            anchor_batch_size=size,
+            pending_anchor=size,
             mixture_logits=mixture_logits,
             window_step=jnp.zeros_like(node.window_step),
             signals_due=jax.tree.map(jnp.ones_like, node.signals_due),

@@ -11,7 +11,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.hyper_learning._agents import Agent, mix, sorted_proposals
+from arbiter_jax.hyper_learning._agents import Agent, mixture_logit, sorted_proposals
 from arbiter_jax.hyper_learning._reparameterization import to_batch_size
 
 
@@ -89,7 +89,7 @@ def warm_up(
 
     def loss(learnable: Any):
         agent_params, mixture_logits = learnable
-        mixture = mix(mixture_logits, sorted_proposals(agent, agent_params, agent_inputs))
+        mixture = mixture_logit(mixture_logits, sorted_proposals(agent, agent_params, agent_inputs))
         return optax.losses.huber_loss(mixture, target), mixture
 
     def unfinished(carry):

@@ -2,7 +2,7 @@
 
 * Complete optimizers: :func:`sgd_hd`, :func:`adam_hd`, :func:`adamp`.
 * After an optimizer, multiplying its updates: :func:`autowu`, :func:`scale_by_batch_size`,
-  :func:`adascale`, :func:`scale_by_ledger`.
+  :func:`adascale`, :func:`scale_by_schedule`.
 
 The state of each has `learning_rate`, float32[].
 """
@@ -15,7 +15,7 @@ from arbiter_jax.learning_rate._scale_by_batch_size import (
     ScaleByBatchSizeState,
     scale_by_batch_size,
 )
-from arbiter_jax.learning_rate._scale_by_schedule import ScaleByLedgerState, scale_by_ledger
+from arbiter_jax.learning_rate._scale_by_schedule import ScaleByScheduleState, scale_by_schedule
 
 __all__ = [
     "AdaScaleState",
@@ -23,12 +23,12 @@ __all__ = [
     "AutoWUState",
     "HypergradientState",
     "ScaleByBatchSizeState",
-    "ScaleByLedgerState",
+    "ScaleByScheduleState",
     "adam_hd",
     "adamp",
     "adascale",
     "autowu",
     "scale_by_batch_size",
-    "scale_by_ledger",
+    "scale_by_schedule",
     "sgd_hd",
 ]

@@ -19,29 +19,29 @@ from arbiter_jax.base import require
 _HOW = "aj.run_window and aj.fit supply it: the count before this step."
 
 
-class ScaleByLedgerState(NamedTuple):
-    """State of :func:`scale_by_ledger`."""
+class ScaleByScheduleState(NamedTuple):
+    """State of :func:`scale_by_schedule`."""
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate of the last step
 
     logged = ("learning_rate",)
 
 
-def scale_by_ledger(
-    schedule: optax.Schedule, of: str = "num_examples"
+def scale_by_schedule(
+    schedule: optax.Schedule, count: str = "num_examples"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the updates by a schedule of what a run has seen, :math:`\eta(n_t)`.
 
-    Put it behind an optimizer of rate 1: ``optax.chain(optax.sgd(1.0), scale_by_ledger(...))``.
+    Put it behind an optimizer of rate 1: ``optax.chain(optax.sgd(1.0), scale_by_schedule(...))``.
 
     Args:
       schedule: Maps the count, a scalar, to a learning rate: any optax schedule.
-      of: Which count: "num_steps", "num_examples", or "progress" (the sum of the gains of
+      count: Which count: "num_steps", "num_examples", or "progress" (the sum of the gains of
         :func:`arbiter_jax.adascale`; steps where the chain has none). It is the extra argument of
         that name.
 
     Returns:
-      A transformation with a :class:`ScaleByLedgerState`.
+      A transformation with a :class:`ScaleByScheduleState`.
 
     Raises:
       ValueError: If `of` is none of the three, or the schedule is no function.
@@ -49,25 +49,25 @@ def scale_by_ledger(
 
     *Guarantees*: a rate that is not finite leaves the last one in force.
 
-    >>> tx = optax.chain(optax.sgd(1.0), scale_by_ledger(optax.linear_schedule(0.5, 0.0, 100)))
+    >>> tx = optax.chain(optax.sgd(1.0), scale_by_schedule(optax.linear_schedule(0.5, 0.0, 100)))
     >>> updates, _ = tx.update({"w": 1.0}, tx.init({"w": 0.0}), num_examples=50)
     >>> float(updates["w"])
     -0.25
     """
     if not callable(schedule):
         raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
-    _validate.one_of(("num_steps", "num_examples", "progress"), of=of)
+    _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
 
     def init_fn(params):
         del params
-        return ScaleByLedgerState(jnp.asarray(schedule(0), jnp.float32))
+        return ScaleByScheduleState(jnp.asarray(schedule(0), jnp.float32))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
-        require("scale_by_ledger", _HOW, **{of: extra_args.get(of)})
-        rate = jnp.asarray(schedule(extra_args[of]), jnp.float32)
+        require("scale_by_schedule", _HOW, **{count: extra_args.get(count)})
+        rate = jnp.asarray(schedule(extra_args[count]), jnp.float32)
         rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate)
         updates = jax.tree.map(lambda u: (rate * u).astype(jnp.result_type(u)), updates)
-        return updates, ScaleByLedgerState(rate)
+        return updates, ScaleByScheduleState(rate)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

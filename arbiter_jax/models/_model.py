@@ -71,7 +71,7 @@ class Losses(NamedTuple):
     predict: Callable[..., PyTree]
 
 
-def losses(
+def make_losses(
     model: Model,
     per_example_loss: Callable[[PyTree, PyTree], jax.Array | base.WeightedLoss],
 ) -> Losses:
@@ -100,7 +100,7 @@ def losses(
     >>> import jax, jax.numpy as jnp, optax
     >>> from arbiter_jax import models
     >>> model = models.mlp((8, 8, 1), hidden_sizes=(32,), num_classes=10)
-    >>> loss_fn, response_loss, predict = models.losses(
+    >>> loss_fn, response_loss, predict = models.make_losses(
     ...     model, optax.softmax_cross_entropy_with_integer_labels
     ... )
     >>> params, model_state = model.init(jax.random.PRNGKey(0))

@@ -127,7 +127,7 @@ def transformer(
     >>> import jax, jax.numpy as jnp
     >>> from arbiter_jax import models
     >>> model = models.transformer(vocab_size=96, max_length=32, width=64)
-    >>> losses = models.losses(model, models.token_cross_entropy)
+    >>> losses = models.make_losses(model, models.token_cross_entropy)
     >>> params, _ = model.init(jax.random.PRNGKey(0))
     >>> tokens = jnp.zeros((4, 33), jnp.int32)
     >>> value = losses.loss_fn(params, (tokens[:, :-1], tokens[:, 1:]))

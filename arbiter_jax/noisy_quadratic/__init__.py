@@ -7,13 +7,13 @@ from arbiter_jax.noisy_quadratic._batch_sizes import (
     rollout_batch_sizes,
 )
 from arbiter_jax.noisy_quadratic._greedy import greedy_schedule
-from arbiter_jax.noisy_quadratic._moments import NoisyQuadratic, Schedule, rollout
+from arbiter_jax.noisy_quadratic._moments import NoisyQuadratic, RateSchedule, rollout
 from arbiter_jax.noisy_quadratic._optimal import optimal_schedule, receding_horizon_schedule
 
 __all__ = [
     "BatchSizeSchedule",
     "NoisyQuadratic",
-    "Schedule",
+    "RateSchedule",
     "greedy_batch_sizes",
     "greedy_schedule",
     "optimal_batch_sizes",

@@ -12,7 +12,7 @@ from arbiter_jax import _validate
 from arbiter_jax.noisy_quadratic._moments import (
     Moments,
     NoisyQuadratic,
-    Schedule,
+    RateSchedule,
     as_problem,
     excess_of,
     initial_moments,
@@ -45,7 +45,7 @@ def greedy_rates(
 
 
 @partial(jax.jit, static_argnames=("num_steps", "momentum"))
-def _greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool) -> Schedule:
+def _greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool) -> RateSchedule:
     def body(moments, _):
         rates = greedy_rates(problem, moments, momentum)
         moments = momentum_step(problem, moments, *rates)
@@ -53,10 +53,12 @@ def _greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool) ->
 
     start = initial_moments(problem)
     _, (rates, mus, losses) = jax.lax.scan(body, start, None, length=num_steps)
-    return Schedule(rates, mus, jnp.concatenate([excess_of(problem, start)[None], losses]))
+    return RateSchedule(rates, mus, jnp.concatenate([excess_of(problem, start)[None], losses]))
 
 
-def greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool = False) -> Schedule:
+def greedy_schedule(
+    problem: NoisyQuadratic, num_steps: int, momentum: bool = False
+) -> RateSchedule:
     r"""The schedule that minimises the excess loss of the next step, at every step.
 
     Without momentum the rate is :math:`\sum h^2 A / \sum h^3 (A + \sigma^2)` with :math:`A = E
@@ -69,7 +71,7 @@ def greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool = Fa
       momentum: Whether to choose the momentum as well.
 
     Returns:
-      A :class:`Schedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
+      A :class:`RateSchedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
 
     Raises:
       ValueError: If the fields of the problem differ in shape or are negative, or num_steps is no
@@ -96,4 +98,4 @@ def greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool = Fa
     with jax.enable_x64(True):
         wide = NoisyQuadratic(*(field.astype(jnp.float64) for field in problem))
         schedule = _greedy_schedule(wide, num_steps, bool(momentum))
-        return Schedule(*(field.astype(dtype) for field in schedule))
+        return RateSchedule(*(field.astype(dtype) for field in schedule))

@@ -52,7 +52,7 @@ class Moments(NamedTuple):
     covariance: jax.Array  # shape=(d,), dtype=float, S
 
 
-class Schedule(NamedTuple):
+class RateSchedule(NamedTuple):
     """Learning rates and momenta of T steps, and the excess loss before, between and after them."""
 
     learning_rates: jax.Array  # shape=(T,), dtype=float

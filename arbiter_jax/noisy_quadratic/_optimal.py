@@ -19,7 +19,7 @@ from arbiter_jax.noisy_quadratic._greedy import greedy_rates, greedy_schedule
 from arbiter_jax.noisy_quadratic._moments import (
     Moments,
     NoisyQuadratic,
-    Schedule,
+    RateSchedule,
     as_problem,
     excess_of,
     initial_moments,
@@ -83,7 +83,7 @@ def optimal_schedule(
     max_learning_rate: float | None = None,
     *,
     max_iterations: int = 400,
-) -> Schedule:
+) -> RateSchedule:
     r"""The schedule that minimises the excess loss after the last step.
 
     Minimises :math:`\log L_T(\alpha_1 \ldots \alpha_T, \mu_1 \ldots \mu_T)` by L-BFGS through the
@@ -99,7 +99,7 @@ def optimal_schedule(
       max_iterations: Limit of the number of L-BFGS iterations, an integer >= 1.
 
     Returns:
-      A :class:`Schedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
+      A :class:`RateSchedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
 
     Raises:
       ValueError: If the fields of the problem differ in shape or are negative, or another argument
@@ -127,7 +127,7 @@ def optimal_schedule(
     cap = _as_cap(problem, max_learning_rate)
     start = greedy_schedule(problem, num_steps).learning_rates
     rates, mus = _optimize(problem, start, cap, bool(momentum), iterations)
-    return Schedule(rates, mus, rollout(problem, rates, mus))
+    return RateSchedule(rates, mus, rollout(problem, rates, mus))
 
 
 @partial(jax.jit, static_argnames=("num_steps", "horizon", "momentum", "max_iterations"))
@@ -138,7 +138,7 @@ def _recede(
     horizon: int,
     momentum: bool,
     max_iterations: int,
-) -> Schedule:
+) -> RateSchedule:
     def plan_start(moments: Moments) -> jax.Array:
         def body(moments, _):
             rate, mu = greedy_rates(problem, moments, momentum=False)
@@ -169,7 +169,7 @@ def _recede(
     start = excess_of(problem, moments)[None]
     carry = (moments, plan_start(moments))
     _, (rates, mus, losses) = jax.lax.scan(body, carry, jnp.arange(num_steps))
-    return Schedule(rates, mus, jnp.concatenate([start, losses]))
+    return RateSchedule(rates, mus, jnp.concatenate([start, losses]))
 
 
 def receding_horizon_schedule(
@@ -180,7 +180,7 @@ def receding_horizon_schedule(
     max_learning_rate: float | None = None,
     *,
     max_iterations: int = 50,
-) -> Schedule:
+) -> RateSchedule:
     r"""At every step the first rate of the schedule that is optimal over the next `horizon` steps.
 
     This is what a meta-optimiser with a look-ahead of that many steps would do if it solved its own
@@ -196,7 +196,7 @@ def receding_horizon_schedule(
       max_iterations: Limit of the number of L-BFGS iterations of each step, an integer >= 1.
 
     Returns:
-      A :class:`Schedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
+      A :class:`RateSchedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
 
     Raises:
       ValueError: If the fields of the problem differ in shape or are negative, or another argument

@@ -8,19 +8,19 @@ the gradient is one, and its cost can be measured during the run. Derivation and
 from arbiter_jax.objectives._expected_gain import GainState, gain_objective
 from arbiter_jax.objectives._noise_floor import FloorState, floor_objective
 from arbiter_jax.objectives._noise_response import noise_response
-from arbiter_jax.objectives._objective import NoiseObjective, observe, within_range
-from arbiter_jax.objectives._persistence import Persistence, as_persistence, impulse_response
+from arbiter_jax.objectives._objective import NoiseObjective, limited_loss, update_objective
+from arbiter_jax.objectives._persistence import Persistence, impulse_response, resolve_persistence
 
 __all__ = [
     "FloorState",
     "GainState",
     "NoiseObjective",
     "Persistence",
-    "as_persistence",
     "floor_objective",
     "gain_objective",
     "impulse_response",
+    "limited_loss",
     "noise_response",
-    "observe",
-    "within_range",
+    "resolve_persistence",
+    "update_objective",
 ]

@@ -12,8 +12,8 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import tree_dot, tree_where
 from arbiter_jax.base import PyTree
-from arbiter_jax.objectives._objective import NoiseObjective, validation_loss, weighted_average
-from arbiter_jax.objectives._persistence import Persistence, as_persistence
+from arbiter_jax.objectives._objective import NoiseObjective, power_average, validation_loss
+from arbiter_jax.objectives._persistence import Persistence, resolve_persistence
 
 
 class GainState(NamedTuple):
@@ -34,7 +34,7 @@ def gain_objective(
     step_cost: float = 0.0,
 ) -> NoiseObjective:
     """Expected gain a step, per cost: Eqs. 1 to 6. See :func:`arbiter_jax.noise_response`."""
-    k, cost = as_persistence(persistence, power=2), _validate.non_negative(step_cost=step_cost)
+    k, cost = resolve_persistence(persistence, power=2), _validate.non_negative(step_cost=step_cost)
 
     def init():
         zero = jnp.zeros((), float)
@@ -50,7 +50,7 @@ def gain_objective(
         del signals
         # A look at a batch of twice the size is worth two: weights by examples, not by steps.
         before, now = state.num_examples, state.num_examples + batch_size
-        mean = lambda old, new: weighted_average(old, new, before, now, 1)
+        mean = lambda old, new: power_average(old, new, before, now, 1)
         new = GainState(mean(state.progress, sample[0]), mean(state.noise_cost, sample[1]), now)
         return tree_where(due, new, state)
 

@@ -11,8 +11,8 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import tree_dot, tree_where
-from arbiter_jax.objectives._objective import NoiseObjective, validation_loss, weighted_average
-from arbiter_jax.objectives._persistence import Persistence, as_persistence
+from arbiter_jax.objectives._objective import NoiseObjective, power_average, validation_loss
+from arbiter_jax.objectives._persistence import Persistence, resolve_persistence
 
 
 class ValidationPace(NamedTuple):
@@ -64,7 +64,7 @@ def floor_objective(
     hold = _validate.in_range(0, 1, hold=hold)
     if _validate.positive(growth=growth) < 1:
         raise ValueError(f"growth must be >= 1, got {growth!r}.")
-    k, cost = as_persistence(persistence), _validate.non_negative(step_cost=step_cost)
+    k, cost = resolve_persistence(persistence), _validate.non_negative(step_cost=step_cost)
     infinity = float("inf")
     optimal_loss = _validate.in_range(-infinity, infinity, closed="left", optimal_loss=optimal_loss)
 
@@ -111,27 +111,27 @@ def floor_objective(
         bent = bent - batch_size * progress / (4 * (2 * k - 1))
         noise = noise + jnp.clip(bent, 0, (_BENT - 1) * jnp.maximum(noise, 0))  # Eq. 15
         looked_at = lambda mean, sample: jnp.where(
-            due, weighted_average(mean, sample, n - 1, n, 3), mean
+            due, power_average(mean, sample, n - 1, n, 3), mean
         )
         new = state._replace(
             noise=looked_at(state.noise, noise),
             noisy_loss=looked_at(state.noisy_loss, value),
             num_looks=jnp.where(due, n, state.num_looks),
-            recent_loss=weighted_average(state.recent_loss, value, t - 1, t, 3),
-            older_loss=weighted_average(state.older_loss, value, t - 1, t, 1),
+            recent_loss=power_average(state.recent_loss, value, t - 1, t, 3),
+            older_loss=power_average(state.older_loss, value, t - 1, t, 1),
             num_steps=t,
             num_examples=seen + batch_size,
         )
         if loss_fn is not None:
             old = state.validation
             looked = ValidationPace(
-                recent_loss=weighted_average(old.recent_loss, other_loss[0], old.last_step, t, 3),
-                older_loss=weighted_average(old.older_loss, other_loss[0], old.last_step, t, 1),
+                recent_loss=power_average(old.recent_loss, other_loss[0], old.last_step, t, 3),
+                older_loss=power_average(old.older_loss, other_loss[0], old.last_step, t, 1),
                 last_step=t,
             )
             new = new._replace(validation=tree_where(due, looked, old))
         # What grows is the last size before growth began.
-        size = jnp.clip(size_of_floor(new), 1 / _LARGEST, _LARGEST)
+        size = jnp.clip(floor_size(new), 1 / _LARGEST, _LARGEST)
         settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
         keep = jnp.isnan(size) | (settled if budget is not None else False)
         return new._replace(
@@ -139,14 +139,14 @@ def floor_objective(
             size_when_held=jnp.where(keep, state.size_when_held, batch_size.astype(float)),
         )
 
-    def size_of_floor(state):
+    def floor_size(state):
         noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
         # Noise, and nothing to gain from steps; but a few losses do not tell.
         beyond = jnp.where((noise > 0) & (state.num_steps > _FEW), jnp.inf, jnp.nan)
         now = noise * _EXPONENT / (share * jnp.where(pace > 0, pace, 1))
         if budget is not None:
             left = jnp.maximum(budget - state.num_examples, 0)
-            now = held_to_the_end(now, jnp.maximum(state.num_steps, 1), left)
+            now = size_for_end(now, jnp.maximum(state.num_steps, 1), left)
         most = state.noisy_loss - optimal_loss  # that any noise can hold
         now = jnp.maximum(now, jnp.where(most > 0, noise / most, 0))  # Eq. 17
         return jnp.where(pace > 0, now, beyond)
@@ -156,7 +156,7 @@ def floor_objective(
         held = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
         if budget is None:
             return held
-        grown = grown_size(
+        grown = final_size(
             b,
             jnp.maximum(b, state.size_when_held),  # above b at the lower end of the range
             jnp.maximum(state.num_steps, 1),
@@ -183,7 +183,7 @@ _MEMORY = 2.0  # how many times faster the training loss may fall than that of o
 _LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
 
 
-def held_to_the_end(now: Any, num_steps: Any, left: Any) -> jax.Array:
+def size_for_end(now: Any, num_steps: Any, left: Any) -> jax.Array:
     """The size b of Eq. 10 for pace and noise of the moment, `now`, as it is for the end's: Eq. 16.
 
     After `num_steps` steps, with `left` examples to go.
@@ -195,7 +195,7 @@ def held_to_the_end(now: Any, num_steps: Any, left: Any) -> jax.Array:
     return b
 
 
-def grown_size(b: Any, in_force: Any, num_steps: Any, left: Any, *, share: float, growth: float):
+def final_size(b: Any, in_force: Any, num_steps: Any, left: Any, *, share: float, growth: float):
     """What a held size is to grow to with `left` examples to go, if that is more: Eq. 12.
 
     `b` is the size that was to be held, `in_force` the one that was, at least b; both after

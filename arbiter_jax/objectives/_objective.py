@@ -23,8 +23,8 @@ class NoiseObjective(NamedTuple):
     ``init() -> state``; ``measure(updates, params, batch_size, signals) -> sample`` is what costs
     something, a tuple of scalars, nan where the signals say nothing; ``update(state, sample, due,
     batch_size, signals) -> state`` takes in one step, with its sample where `due`, bool[]; see
-    :func:`observe`. ``objective(state, b) -> J`` is what an agent descends, a smooth function of a
-    real batch size b; ``best(state) -> b`` is where J is least, infinite where noise is all there is
+    :func:`update_objective`. ``objective(state, b) -> J`` is what an agent descends, a smooth
+    function of a real batch size b; ``best(state) -> b`` is where J is least, infinite where noise is all there is
     and nan before anything is known. Both take the cost of a step in examples as a last argument, if
     it is not the one of the factory. ``signals`` names what `measure` and `update` read.
     """
@@ -37,7 +37,7 @@ class NoiseObjective(NamedTuple):
     signals: tuple[str, ...]
 
 
-def observe(
+def update_objective(
     objective: NoiseObjective,
     state: Any,
     updates: PyTree,
@@ -62,7 +62,7 @@ def observe(
     return tree_where(usable, new, state), usable
 
 
-def within_range(
+def limited_loss(
     objective: NoiseObjective, statistics: PyTree, size: jax.Array, low: int, high: int
 ) -> jax.Array:
     """J at a real batch size, with the slope that an agent may descend within [low, high].
@@ -83,7 +83,7 @@ def within_range(
     return jax.lax.stop_gradient(value) + slope * (size - now)
 
 
-def weighted_average(
+def power_average(
     mean: jax.Array, sample: jax.Array, last: jax.Array, now: jax.Array, a: int
 ) -> jax.Array:
     """An average up to the time `now` in which time s weighs s^a: it forgets, at any time scale.

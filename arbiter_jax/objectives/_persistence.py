@@ -62,7 +62,7 @@ def impulse_response(
     return float(np.sum((responses / responses[0]) ** power) ** (1 / power))
 
 
-def as_persistence(persistence: Persistence, power: int = 1) -> float:
+def resolve_persistence(persistence: Persistence, power: int = 1) -> float:
     """A number >= 1 as it is; of a transformation, the number that it is measured to have."""
     if isinstance(persistence, optax.GradientTransformation):
         return max(1.0, impulse_response(persistence, power=power))

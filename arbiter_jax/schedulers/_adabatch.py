@@ -65,7 +65,7 @@ def adabatch(
     )
     return from_schedule(
         lambda num_examples: start * ratio ** (num_examples // interval),
-        of="num_examples",
+        count="num_examples",
         min_batch_size=low,
         max_batch_size=high,
     )
@@ -87,7 +87,7 @@ def adabatch_learning_rate(
 
     Returns:
       A function of the examples seen, not of steps, of which an epoch has fewer and fewer:
-      `optax.chain(optax.sgd(1.0), aj.scale_by_ledger(rate), aj.schedulers.adabatch(...))`.
+      `optax.chain(optax.sgd(1.0), aj.scale_by_schedule(rate), aj.schedulers.adabatch(...))`.
 
     Raises:
       ValueError: If an argument is out of its range.

@@ -85,11 +85,11 @@ def adadamp(
     def init_fn(params):
         del params
         return AdadampState(
-            batch_size=_rule.counter(start),
-            initial_loss=_rule.scalar(),
-            loss=_rule.scalar(),
-            weight=_rule.scalar(),
-            num_skipped=_rule.counter(),
+            batch_size=_rule.int32(start),
+            initial_loss=_rule.zero(),
+            loss=_rule.zero(),
+            weight=_rule.zero(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(updates, state, params=None, *, value: Any = None, **extra_args):
@@ -98,7 +98,7 @@ def adadamp(
         sample = jnp.asarray(value)
         first = jnp.where(state.weight > 0, state.initial_loss, sample)
         loss, weight = _numerics.running_mean(state.loss, state.weight, sample, decay)
-        size = start * _rule.ratio(first - optimal_loss, loss - optimal_loss)
+        size = start * _rule.safe_ratio(first - optimal_loss, loss - optimal_loss)
         new = state._replace(
             batch_size=_rule.to_size(size, low, high, jnp.ceil),
             initial_loss=first,
@@ -106,6 +106,6 @@ def adadamp(
             weight=weight,
         )
         usable = jnp.isfinite(sample) & (first > optimal_loss)
-        return updates, _rule.accept(usable, new, state)
+        return updates, _rule.update_or_skip(usable, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -181,11 +181,11 @@ def _growing_test(
     def init_fn(params):
         del params
         return state_type(
-            batch_size=_rule.counter(start),
-            numerator=_rule.scalar(),
-            denominator=_rule.scalar(),
-            weight=_rule.scalar(),
-            num_skipped=_rule.counter(),
+            batch_size=_rule.int32(start),
+            numerator=_rule.zero(),
+            denominator=_rule.zero(),
+            weight=_rule.zero(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(
@@ -197,18 +197,18 @@ def _growing_test(
         (numerator, denominator), weight = _numerics.running_mean(
             (state.numerator, state.denominator), state.weight, sample, decay
         )
-        needed = _rule.ratio(numerator, denominator) / tolerance**2
+        needed = _rule.safe_ratio(numerator, denominator) / tolerance**2
         # Where the test passes, what it needs is no more than the size in force, which then stays.
         # Compared with that size and not with the last decision: a decision that was never applied
         # would otherwise ratchet up on noise.
-        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
+        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         new = state._replace(
             batch_size=_rule.to_size(needed, in_force, high, jnp.ceil),
             numerator=numerator,
             denominator=denominator,
             weight=weight,
         )
-        usable = _rule.says_something(*sample) & ~jnp.isnan(needed)
-        return updates, _rule.accept(usable, new, state)
+        usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
+        return updates, _rule.update_or_skip(usable, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -91,12 +91,12 @@ def cabs(
     def init_fn(params):
         del params
         return CABSState(
-            batch_size=_rule.counter(start),
-            gradient_variance=_rule.scalar(),
-            loss=_rule.scalar(),
-            weight=_rule.scalar(),
-            count=_rule.counter(),
-            num_skipped=_rule.counter(),
+            batch_size=_rule.int32(start),
+            gradient_variance=_rule.zero(),
+            loss=_rule.zero(),
+            weight=_rule.zero(),
+            count=_rule.int32(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(
@@ -111,7 +111,7 @@ def cabs(
         (variance, loss), weight = _numerics.running_mean(
             (state.gradient_variance, state.loss), state.weight, (xi, jnp.asarray(value)), decay
         )
-        size = rate * _rule.ratio(variance, loss)
+        size = rate * _rule.safe_ratio(variance, loss)
         counted = state._replace(count=optax.safe_increment(state.count))
         new = counted._replace(
             batch_size=_rule.to_size(size, low, high),
@@ -119,7 +119,7 @@ def cabs(
             loss=loss,
             weight=weight,
         )
-        usable = _rule.says_something(xi, jnp.asarray(value)) & ~jnp.isnan(size)
-        return updates, _rule.accept(usable, new, counted)
+        usable = _rule.is_informative(xi, jnp.asarray(value)) & ~jnp.isnan(size)
+        return updates, _rule.update_or_skip(usable, new, counted)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -60,7 +60,7 @@ def constant(
 
     def init_fn(params):
         del params
-        return ConstantState(batch_size=_rule.counter(size))
+        return ConstantState(batch_size=_rule.int32(size))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

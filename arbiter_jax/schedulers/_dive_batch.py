@@ -94,7 +94,7 @@ def dive_batch(
 
     def init_fn(params):
         return DiveBatchState(
-            batch_size=_rule.counter(start),
+            batch_size=_rule.int32(start),
             # At least float32: an epoch of bfloat16 gradients would add up to rounding errors.
             gradient_sum=jax.tree.map(
                 lambda p: jnp.zeros(
@@ -102,9 +102,9 @@ def dive_batch(
                 ),
                 params,
             ),
-            sq_norm_sum=_rule.scalar(),
-            num_examples=_rule.scalar(),
-            num_skipped=_rule.counter(),
+            sq_norm_sum=_rule.zero(),
+            num_examples=_rule.zero(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(
@@ -128,8 +128,8 @@ def dive_batch(
         sq_norm = (size - 1) * grad_stats.variance_trace + size * grad_stats.batch_sq_norm
         sq_norm_sum = state.sq_norm_sum + sq_norm
         num_examples = state.num_examples + size
-        diversity = _rule.ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
-        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
+        diversity = _rule.safe_ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
+        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         # An epoch of zero gradients has no diversity, and leaves the size as it is.
         wanted = jnp.where(jnp.isnan(diversity), in_force, delta * size_of_epoch * diversity)
         decision = _rule.to_size(wanted, in_force, high, jnp.floor)
@@ -146,6 +146,6 @@ def dive_batch(
         )
         # Judged before the restart, which would hide what is not finite.
         usable = _numerics.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
-        return updates, _rule.accept(usable, new, state)
+        return updates, _rule.update_or_skip(usable, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate, base
-from arbiter_jax.objectives import NoiseObjective, observe
+from arbiter_jax.objectives import NoiseObjective, update_objective
 from arbiter_jax.schedulers import _rule, _step_times
 
 WINDOW_SHARE = 50  # no window sees more than this part of the budget, or has more than one step
@@ -89,12 +89,12 @@ def noise_rule(
     def init_fn(params):
         del params
         return make_state(
-            batch_size=_rule.counter(start),
-            window_steps=window_steps(_rule.counter(), _rule.counter(start)),
+            batch_size=_rule.int32(start),
+            window_steps=window_steps(_rule.int32(), _rule.int32(start)),
             statistics=objective.init(),
             step_cost=None if fixed_cost is not None else MeasuredCost(_step_times.init(start)),
-            num_steps=_rule.counter(),
-            num_skipped=_rule.counter(),
+            num_steps=_rule.int32(),
+            num_skipped=_rule.int32(),
             signals_due=None if every == 1 else jnp.array(True),
         )
 
@@ -102,14 +102,14 @@ def noise_rule(
         for name in (*objective.signals, *(() if fixed_cost is not None else ("step_seconds",))):
             how = _HOW.get(name, "The engine supplies it.")
             base.require(rule, how, **{name: extra_args.get(name)})
-        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
+        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         timed, cost = state.step_cost, fixed_cost
         if timed is not None:
             times = _step_times.measure(timed.times, extra_args["step_seconds"], in_force)
             timed, cost = MeasuredCost(times), _step_times.step_cost(times)
 
         due = None if every == 1 else state.signals_due
-        statistics, usable = observe(
+        statistics, usable = update_objective(
             objective, state.statistics, updates, params, in_force, extra_args, due
         )
         num_steps: Any = optax.safe_increment(state.num_steps)
@@ -120,7 +120,7 @@ def noise_rule(
         new = state._replace(
             batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
         )
-        new = _rule.accept(usable, new, state)
+        new = _rule.update_or_skip(usable, new, state)
         new = new._replace(
             window_steps=window_steps(num_steps, new.batch_size),
             step_cost=timed,

@@ -30,7 +30,7 @@ class ScheduleState(NamedTuple):
 def from_schedule(
     schedule: Callable[[jax.Array], jax.Array],
     *,
-    of: str = "num_steps",
+    count: str = "num_steps",
     min_batch_size: int = 1,
     max_batch_size: int = _UNLIMITED,
     initial_batch_size: int | None = None,
@@ -45,7 +45,7 @@ def from_schedule(
     Args:
       schedule: Maps a count, int32[], to a batch size in examples. Not a number keeps the last
         size.
-      of: What is counted, as in :func:`arbiter_jax.scale_by_ledger`: "num_steps"; "num_examples"
+      count: What is counted, as in :func:`arbiter_jax.scale_by_schedule`: "num_steps"; "num_examples"
         (the sum of the batch sizes in force, up to 2^31 - 1), which makes a schedule in epochs
         independent of the sizes it passes through; or "progress" (scale-invariant steps, rounded
         down), the extra argument of that name, which the engine supplies.
@@ -78,33 +78,35 @@ def from_schedule(
     """
     if not callable(schedule):
         raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
-    _validate.one_of(("num_steps", "num_examples", "progress"), of=of)
+    _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
     low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
 
-    def size_at(count, fallback):
-        value = jnp.asarray(schedule(count), float)
+    def size_at(position, fallback):
+        value = jnp.asarray(schedule(position), float)
         size = _rule.to_size(jnp.where(jnp.isnan(value), low, value), low, high)
         return jnp.where(jnp.isnan(value), fallback, size), ~jnp.isnan(value)
 
     def init_fn(params):
         del params
         if initial_batch_size is None:
-            size, _ = size_at(_rule.counter(), _rule.counter(low))
+            size, _ = size_at(_rule.int32(), _rule.int32(low))
         else:
-            size = _rule.counter(initial_batch_size)
-        return ScheduleState(batch_size=size, count=_rule.counter(), num_skipped=_rule.counter())
+            size = _rule.int32(initial_batch_size)
+        return ScheduleState(batch_size=size, count=_rule.int32(), num_skipped=_rule.int32())
 
     def count_after(state, batch_size, progress):
-        if of == "progress":
+        if count == "progress":
             require("from_schedule", "aj.run_window and aj.fit supply it.", progress=progress)
             return jnp.floor(progress).astype(jnp.int32)
-        step = _rule.counter(1) if of == "num_steps" else base.size_in_force(batch_size, state)
+        step = (
+            _rule.int32(1) if count == "num_steps" else base.applied_batch_size(batch_size, state)
+        )
         return jnp.minimum(state.count, LARGEST_COUNT - step) + step
 
     def update_fn(updates, state, params=None, *, batch_size=None, progress=None, **extra_args):
         del params, extra_args
         counted = state._replace(count=count_after(state, batch_size, progress))
         size, usable = size_at(counted.count, state.batch_size)
-        return updates, _rule.accept(usable, counted._replace(batch_size=size), counted)
+        return updates, _rule.update_or_skip(usable, counted._replace(batch_size=size), counted)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -106,12 +106,12 @@ def goodput(
     def init_fn(params):
         del params
         return GoodputState(
-            batch_size=_rule.counter(start),
-            variance_trace=_rule.scalar(),
-            mean_sq_norm=_rule.scalar(),
-            weight=_rule.scalar(),
+            batch_size=_rule.int32(start),
+            variance_trace=_rule.zero(),
+            mean_sq_norm=_rule.zero(),
+            weight=_rule.zero(),
             times=_step_times.init(start),
-            num_skipped=_rule.counter(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(
@@ -129,7 +129,7 @@ def goodput(
         base.require(
             "goodput", "It is the time of a step, nan if unknown.", step_seconds=step_seconds
         )
-        in_force = jnp.clip(base.size_in_force(batch_size, state), low, high)
+        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         timed = state._replace(times=_step_times.measure(state.times, step_seconds, in_force))
 
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
@@ -155,8 +155,8 @@ def goodput(
             mean_sq_norm=signal,
             weight=weight,
         )
-        usable = _rule.says_something(*sample) & (variance + signal_left > 0)
-        return updates, _rule.accept(usable, new, timed)
+        usable = _rule.is_informative(*sample) & (variance + signal_left > 0)
+        return updates, _rule.update_or_skip(usable, new, timed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

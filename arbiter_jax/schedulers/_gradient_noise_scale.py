@@ -85,11 +85,11 @@ def gradient_noise_scale(
     def init_fn(params):
         del params
         return GradientNoiseScaleState(
-            batch_size=_rule.counter(start),
-            variance_trace=_rule.scalar(),
-            mean_sq_norm=_rule.scalar(),
-            weight=_rule.scalar(),
-            num_skipped=_rule.counter(),
+            batch_size=_rule.int32(start),
+            variance_trace=_rule.zero(),
+            mean_sq_norm=_rule.zero(),
+            weight=_rule.zero(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(updates, state, params=None, *, grad_stats: Any = None, **extra_args):
@@ -99,14 +99,14 @@ def gradient_noise_scale(
         (variance, signal), weight = _numerics.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )
-        size = scale * _rule.ratio(variance, signal)
+        size = scale * _rule.safe_ratio(variance, signal)
         new = state._replace(
             batch_size=_rule.to_size(size, low, high),
             variance_trace=variance,
             mean_sq_norm=signal,
             weight=weight,
         )
-        usable = _rule.says_something(*sample) & ~jnp.isnan(size)
-        return updates, _rule.accept(usable, new, state)
+        usable = _rule.is_informative(*sample) & ~jnp.isnan(size)
+        return updates, _rule.update_or_skip(usable, new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

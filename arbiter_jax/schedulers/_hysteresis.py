@@ -83,11 +83,11 @@ def hysteresis(
             batch_size=size,
             rule=state,
             last_batch_size=jnp.array(size),
-            num_steps=_rule.counter(),
+            num_steps=_rule.int32(),
         )
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
-        in_force = base.size_in_force(batch_size, state)
+        in_force = base.applied_batch_size(batch_size, state)
         updates, inner_state = inner.update(
             updates, state.rule, params, batch_size=in_force, **extra_args
         )

@@ -17,17 +17,17 @@ GRAD_STATS = "The engine supplies it; in a loop of your own, use arbiter_jax.gra
 VALUE = "It is the mean loss of the batch, a scalar."
 
 
-def scalar() -> jax.Array:
+def zero() -> jax.Array:
     """A zero of the default float type, where an average starts."""
     return jnp.zeros((), float)
 
 
-def counter(value: int = 0) -> jax.Array:
+def int32(value: int = 0) -> jax.Array:
     """An int32 scalar: a size or a count."""
     return jnp.asarray(value, jnp.int32)
 
 
-def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The quotient; infinite for a denominator <= 0, nan if the numerator is not > 0 either.
 
     Unbiased estimates of a square can be negative. One that is still negative after averaging means
@@ -37,7 +37,7 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(denominator > 0, numerator / denominator, beyond)
 
 
-def says_something(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+def is_informative(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """Whether a sample may enter an average: finite, and not 0 / 0."""
     return (
         jnp.isfinite(numerator)
@@ -57,7 +57,7 @@ def to_size(
     return jnp.clip(size, low, high)  # again: floats cannot hold every integer beyond 2^24
 
 
-def accept(usable: jax.Array, new: State, state: Any) -> State:
+def update_or_skip(usable: jax.Array, new: State, state: Any) -> State:
     """The new state, or the old one with one more skipped step.
 
     Args:

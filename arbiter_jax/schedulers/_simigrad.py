@@ -94,10 +94,10 @@ def simigrad(
     def init_fn(params):
         del params
         return SimigradState(
-            batch_size=_rule.counter(start),
-            similarity=_rule.scalar(),
-            count=_rule.counter(),
-            num_skipped=_rule.counter(),
+            batch_size=_rule.int32(start),
+            similarity=_rule.zero(),
+            count=_rule.int32(),
+            num_skipped=_rule.int32(),
         )
 
     def update_fn(
@@ -108,7 +108,7 @@ def simigrad(
         cosine = grad_stats.half_cosine
         count = state.count + 1
         similarity = state.similarity + (cosine - state.similarity) / count
-        in_force = base.size_in_force(batch_size, state)
+        in_force = base.applied_batch_size(batch_size, state)
         # Rounded away from the size in force, or small sizes could never move.
         grown = _rule.to_size(in_force * factor, low, high, jnp.ceil)
         shrunk = _rule.to_size(in_force / factor, low, high, jnp.floor)
@@ -119,6 +119,6 @@ def simigrad(
             similarity=jnp.where(due, 0, similarity),
             count=jnp.where(due, 0, count),
         )
-        return updates, _rule.accept(jnp.isfinite(cosine), new, state)
+        return updates, _rule.update_or_skip(jnp.isfinite(cosine), new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -22,7 +22,7 @@ def smith(
     dataset_size: int,
     *,
     factor: float = 5.0,
-    of: str = "num_examples",
+    count: str = "num_examples",
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -40,7 +40,7 @@ def smith(
         integers >= 1.
       dataset_size: N, number of training examples, an integer >= 1.
       factor: a, > 1.
-      of: What the boundaries count: "num_steps", "num_examples" or "progress".
+      count: What the boundaries count: "num_steps", "num_examples" or "progress".
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest where it is None.
@@ -76,7 +76,7 @@ def smith(
     low, high, start = limits
     return from_schedule(
         lambda n: start * ratio ** jnp.minimum(_passed(milestones, n), growths),
-        of=of,
+        count=count,
         min_batch_size=low,
         max_batch_size=high,
     )
@@ -107,7 +107,7 @@ def smith_learning_rate(
 
     Returns:
       A function of what the boundaries count. Of steps it is an optax schedule like any other; of
-      examples, `optax.chain(optax.sgd(1.0), aj.scale_by_ledger(rate), aj.schedulers.smith(...))`.
+      examples, `optax.chain(optax.sgd(1.0), aj.scale_by_schedule(rate), aj.schedulers.smith(...))`.
 
     Raises:
       ValueError: If an argument is out of its range.

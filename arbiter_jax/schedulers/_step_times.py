@@ -36,16 +36,16 @@ class StepTimes(NamedTuple):
 def init(start: int) -> StepTimes:
     """Before the first measurement, with the size that the run starts with."""
     return StepTimes(
-        size=_rule.scalar(),
-        seconds=_rule.scalar(),
-        size_variance=_rule.scalar(),
-        covariance=_rule.scalar(),
-        weight=_rule.scalar(),
-        largest=_rule.counter(),
-        last_seconds=_rule.scalar(),
-        last_batch_size=_rule.counter(start),
-        num_steps=_rule.counter(),
-        interval=_rule.counter(),
+        size=_rule.zero(),
+        seconds=_rule.zero(),
+        size_variance=_rule.zero(),
+        covariance=_rule.zero(),
+        weight=_rule.zero(),
+        largest=_rule.int32(),
+        last_seconds=_rule.zero(),
+        last_batch_size=_rule.int32(start),
+        num_steps=_rule.int32(),
+        interval=_rule.int32(),
     )
 
 

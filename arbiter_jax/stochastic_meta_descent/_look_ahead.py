@@ -46,7 +46,7 @@ class Hyperparameters(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class LookAheadConfig:
     """What is static while hyperparameters are learned."""
 
     loss_fn: LossFn
@@ -83,7 +83,7 @@ def as_hyperparameters(hyperparameters: Hyperparameters) -> Hyperparameters:
     return Hyperparameters(*(jnp.asarray(x, jnp.result_type(float)) for x in hyperparameters))
 
 
-def to_log_values(setting: Setting, hyperparameters: Hyperparameters) -> LogValues:
+def to_log_values(setting: LookAheadConfig, hyperparameters: Hyperparameters) -> LogValues:
     """The coordinates in which hyperparameters are learned, within their bounds."""
     rate, momentum, decay = hyperparameters
     effective = rate / (1 - momentum) if setting.effective else rate
@@ -92,7 +92,7 @@ def to_log_values(setting: Setting, hyperparameters: Hyperparameters) -> LogValu
 
 
 def from_log_values(
-    setting: Setting, log_values: LogValues, fixed: Hyperparameters
+    setting: LookAheadConfig, log_values: LogValues, fixed: Hyperparameters
 ) -> Hyperparameters:
     """The hyperparameters at these coordinates; those that are not learned are as in `fixed`."""
     rate, momentum, decay = fixed
@@ -126,7 +126,7 @@ def skip_examples(state: TrainState, data: PyTree, num_examples: int) -> TrainSt
 
 
 def train_steps(
-    setting: Setting,
+    setting: LookAheadConfig,
     state: TrainState,
     data: PyTree,
     hyperparameters: Hyperparameters,
@@ -144,7 +144,9 @@ def train_steps(
     return jax.lax.scan(body, state, None, length=num_steps)
 
 
-def evaluate(setting: Setting, params: PyTree, batch: PyTree, state: TrainState) -> Gradient:
+def evaluate(
+    setting: LookAheadConfig, params: PyTree, batch: PyTree, state: TrainState
+) -> Gradient:
     """The mean loss of all rows of a batch, with its gradient; of `state` only the model's."""
     mask = jnp.ones(num_rows(batch), bool)
     gradient_fn = masked_value_and_grad(setting.loss_fn)
@@ -152,7 +154,7 @@ def evaluate(setting: Setting, params: PyTree, batch: PyTree, state: TrainState)
 
 
 def look_ahead_gradient(
-    setting: Setting,
+    setting: LookAheadConfig,
     coordinates: PyTree,
     decode: Callable[[PyTree], Hyperparameters],
     state: TrainState,
@@ -197,7 +199,7 @@ class MetaState(NamedTuple):
 
 
 def init_meta_state(
-    setting: Setting, start: Hyperparameters, meta_optimizer: optax.GradientTransformation
+    setting: LookAheadConfig, start: Hyperparameters, meta_optimizer: optax.GradientTransformation
 ) -> MetaState:
     """Where meta-descent begins."""
     log_values = to_log_values(setting, start)

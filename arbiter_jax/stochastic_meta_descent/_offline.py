@@ -22,7 +22,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     DEFAULT_META_OPTIMIZER,
     Hyperparameters,
     InnerOptimizer,
-    Setting,
+    LookAheadConfig,
     as_hyperparameters,
     from_log_values,
     init_meta_state,
@@ -117,7 +117,7 @@ def offline(
     >>> bool(result.losses[-1] < 0.5 * result.losses[0])
     True
     """
-    setting = Setting(
+    setting = LookAheadConfig(
         loss_fn,
         inner_optimizer,
         tuple(learned),
@@ -163,7 +163,7 @@ def _offline(
     start: Hyperparameters,
     pretraining: Hyperparameters,
     *,
-    setting: Setting,
+    setting: LookAheadConfig,
     num_meta_steps: int,
     num_pretraining_steps: int,
     meta_optimizer: optax.GradientTransformation,

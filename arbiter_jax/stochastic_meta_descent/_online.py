@@ -23,8 +23,8 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     DEFAULT_META_OPTIMIZER,
     Hyperparameters,
     InnerOptimizer,
+    LookAheadConfig,
     MetaState,
-    Setting,
     as_hyperparameters,
     draw,
     from_log_values,
@@ -139,7 +139,7 @@ def online(
     >>> bool(rates[19] > 1.1 * rates[0]), bool(rates[39] < rates[20])
     (True, True)
     """
-    setting = Setting(
+    setting = LookAheadConfig(
         loss_fn,
         inner_optimizer,
         tuple(learned),
@@ -182,7 +182,7 @@ def _online(
     key,
     start: Hyperparameters,
     *,
-    setting: Setting,
+    setting: LookAheadConfig,
     plan: _Plan,
     meta_optimizer: optax.GradientTransformation,
     reset_meta_state: bool,

@@ -17,7 +17,7 @@ from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.stochastic_meta_descent._look_ahead import (
     Hyperparameters,
     InnerOptimizer,
-    Setting,
+    LookAheadConfig,
     as_hyperparameters,
     look_ahead_gradient,
     train_steps,
@@ -68,12 +68,12 @@ def train(
     [0.5, 0.405, 0.2592]
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
-    setting = Setting(loss_fn, inner_optimizer, (), 1, batch_size, time_constant, False)
+    setting = LookAheadConfig(loss_fn, inner_optimizer, (), 1, batch_size, time_constant, False)
     return _train(state, data, as_hyperparameters(hyperparameters), setting, num_steps)
 
 
 @partial(jax.jit, static_argnames=("setting", "num_steps"))
-def _train(state, data, hyperparameters, setting: Setting, num_steps: int):
+def _train(state, data, hyperparameters, setting: LookAheadConfig, num_steps: int):
     return train_steps(setting, state, data, hyperparameters, num_steps)
 
 
@@ -125,12 +125,14 @@ def hypergradient(
     >>> float(value), round(float(gradient.learning_rate), 4)  # (1 - lr)^2 / 2 at lr = .5
     (0.125, -0.5)
     """
-    setting = Setting(loss_fn, inner_optimizer, (), horizon, batch_size, time_constant, False)
+    setting = LookAheadConfig(
+        loss_fn, inner_optimizer, (), horizon, batch_size, time_constant, False
+    )
     return _hypergradient(state, data, evaluation, as_hyperparameters(hyperparameters), setting)
 
 
 @partial(jax.jit, static_argnames="setting")
-def _hypergradient(state, data, evaluation, hyperparameters, setting: Setting):
+def _hypergradient(state, data, evaluation, hyperparameters, setting: LookAheadConfig):
     return look_ahead_gradient(
         setting, hyperparameters, lambda coordinates: coordinates, state, data, evaluation
     )

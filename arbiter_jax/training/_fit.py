@@ -48,7 +48,7 @@ class FitResult(NamedTuple):
     num_cache_hits: int  # window programs that the persistent compilation cache had
     seconds: float
 
-    def steps(self, name: str) -> np.ndarray:
+    def per_step(self, name: str) -> np.ndarray:
         """One quantity at every step of the run: "loss", "batch_size", or any logged field."""
         infos = [record.info for record in self.history]
         if not infos:  # a budget of less than one batch

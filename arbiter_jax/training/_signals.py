@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax.base import PyTree, meta_batch_sizes, required_signals
-from arbiter_jax.batching import SamplerState, advance, num_rows, peek
+from arbiter_jax.batching import SamplerState, advance, examples_ahead, num_rows
 from arbiter_jax.gradients import GradientFn, masked_value_and_grad, value_grad_and_stats
 
 VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
@@ -55,7 +55,7 @@ def update_noise(
     )
 
 
-def pick_gradient_fn(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
+def gradient_fn_for(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
     """The gradient of a loss, with its statistics where a rule asks for them."""
     if needed & NOISE_SIGNALS:
         return value_grad_and_stats(loss_fn, sampled=True)
@@ -101,7 +101,7 @@ def validation_signals(
 
     def draw(sampler):
         # One draw for both: a step is short enough for the number of its operations to count.
-        batch = peek(sampler, validation, jnp.arange(total, dtype=jnp.int32))
+        batch = examples_ahead(sampler, validation, jnp.arange(total, dtype=jnp.int32))
         return advance(sampler, used, num_rows(validation)), batch
 
     if due:

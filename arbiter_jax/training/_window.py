@@ -18,7 +18,7 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import do_if, raw_key
+from arbiter_jax._numerics import cond_in_place, raw_key
 from arbiter_jax.base import (
     LossFn,
     PyTree,
@@ -31,16 +31,16 @@ from arbiter_jax.base import (
 from arbiter_jax.batching import (
     Block,
     SamplerState,
+    block_batch,
     check_block,
     init_sampler,
     num_rows,
     sample_batch,
-    take_batch,
 )
 from arbiter_jax.gradients import Gradient, GradientFn
 from arbiter_jax.training._signals import (
     VALIDATION_SIGNALS,
-    pick_gradient_fn,
+    gradient_fn_for,
     signals_due,
     update_noise,
     validation_signals,
@@ -286,14 +286,14 @@ def run_window(
                 "got None."
             )
         num_rows(data.validation)
-    given, full = gradient_fn, gradient_fn or pick_gradient_fn(loss_fn, needed)
+    given, full = gradient_fn, gradient_fn or gradient_fn_for(loss_fn, needed)
     rules = find_rules(state.opt_state)
     batch_size = get_batch_size(state.opt_state) if rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
 
     def step(state: TrainState, t: jax.Array, due: bool = True) -> tuple[TrainState, StepInfo]:
         if isinstance(data.train, Block):
-            batch, mask = take_batch(data.train, t, bucket_size)
+            batch, mask = block_batch(data.train, t, bucket_size)
         else:
             sampler, batch, mask = sample_batch(
                 state.train_sampler, data.train, batch_size, bucket_size
@@ -339,10 +339,10 @@ def run_window(
         wanted = jnp.array(True) if num_steps is None else t < num_steps
         take = lambda due: lambda carry: step(carry[0], t, due)
         if due is None:
-            return do_if(wanted, take(True), (state, nothing))
+            return cond_in_place(wanted, take(True), (state, nothing))
         # One choice for the whole step: a step at which no signal is due is a plain one, and costs
         # what that costs. Conditions further in would have to pass on signals as large as the model.
-        carry = do_if(wanted & due, take(True), (state, nothing))
-        return do_if(wanted & ~due, take(False), carry)
+        carry = cond_in_place(wanted & due, take(True), (state, nothing))
+        return cond_in_place(wanted & ~due, take(False), carry)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))

@@ -60,7 +60,9 @@ class Network:
         inputs = jax.random.normal(key, (NUM_TRAIN, *SHAPE))
         labels = jax.random.randint(key, (NUM_TRAIN,), 0, 10)
         self.data = aj.Data((inputs, labels), (inputs[:NUM_VALIDATION], labels[:NUM_VALIDATION]))
-        self.losses = models.losses(self.model, optax.softmax_cross_entropy_with_integer_labels)
+        self.losses = models.make_losses(
+            self.model, optax.softmax_cross_entropy_with_integer_labels
+        )
         self.params, _ = self.model.init(key)
         self.optimizer = optax.sgd(0.01, momentum=0.9)
 

@@ -69,7 +69,7 @@ def convolution(name: str, batch_size: int, window: int, *, by_lax: bool, scan: 
         return module
 
     model = models.attach(build, "head", jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    loss_fn = models.losses(model, optax.softmax_cross_entropy_with_integer_labels).loss_fn
+    loss_fn = models.make_losses(model, optax.softmax_cross_entropy_with_integer_labels).loss_fn
     key = jax.random.PRNGKey(0)
     inputs = jax.random.normal(key, (batch_size, *shape))
     labels = jax.random.randint(key, (batch_size,), 0, 10)
@@ -106,7 +106,7 @@ def training(num_examples: int, batch_sizes: tuple[int, ...], window: int, *, ho
     inputs = rng.standard_normal((num_examples, *shape), np.float32)
     labels = rng.integers(0, 10, num_examples, np.int32)
     model = models.lenet(shape, 10)
-    loss_fn = models.losses(model, optax.softmax_cross_entropy_with_integer_labels).loss_fn
+    loss_fn = models.make_losses(model, optax.softmax_cross_entropy_with_integer_labels).loss_fn
     cycle = jnp.repeat(jnp.asarray(batch_sizes), window)
     rule = aj.schedulers.from_schedule(lambda count: cycle[count % len(cycle)])
     tx = optax.chain(optax.sgd(0.01, momentum=0.9), rule)

@@ -167,12 +167,14 @@ def _run_arbiter(task, config: Config, results: _runner.Results, display) -> Non
                     lambda record, state: int(state.num_steps) >= config.num_steps,
                 ],
             )
-            mixture = np.asarray(aj.to_batch_size(fit.steps("mixture"), case["low"], case["high"]))
+            mixture = np.asarray(
+                aj.to_batch_size(fit.per_step("mixture"), case["low"], case["high"])
+            )
             row |= {
                 "middle": (case["low"] + case["high"]) / 2,
                 "start": case["start"],
                 "end": float(np.mean(mixture[-100:])),
-                "weight_spread": float(np.abs(fit.steps("mixture_weights") - 0.25).max()),
+                "weight_spread": float(np.abs(fit.per_step("mixture_weights") - 0.25).max()),
             }
             results.rows.append(row)
             results.windows.extend(windows)

@@ -80,7 +80,7 @@ def _trainings(task, config: Config):
     stages = 1 + int(np.log(large / small) / np.log(4))
     growing = optax.exponential_decay(small, num_examples / stages, 4, staircase=True)
     schedule = schedulers.from_schedule(
-        growing, of="num_examples", min_batch_size=small, max_batch_size=large
+        growing, count="num_examples", min_batch_size=small, max_batch_size=large
     )
 
     def method(rule, rate: float = config.learning_rate, meta_rate=None, shared=None):
@@ -146,7 +146,7 @@ def run(config: Config) -> _runner.Results:
                 row["train_loss"] = metrics.evaluate(
                     task.losses.predict, task.per_example_loss, fit.state.params, task.dataset.train
                 ).loss
-                rate = fit.steps("learning_rate")
+                rate = fit.per_step("learning_rate")
                 row |= {"largest_rate": rate.max(), "final_rate": rate[-1]}
                 for window, record in zip(windows, fit.history, strict=True):
                     h = record.info.logged["hypergradient"]

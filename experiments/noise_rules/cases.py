@@ -14,7 +14,7 @@ import optax
 import arbiter_jax as aj
 from arbiter_jax import datasets, models, schedulers
 from arbiter_jax.objectives import impulse_response
-from arbiter_jax.objectives._noise_floor import grown_size
+from arbiter_jax.objectives._noise_floor import final_size
 from experiments import _methods, _training
 from experiments._learning_rates import scale_by_decay
 from experiments._problems import DEFINITIONS, task_of, token_agent
@@ -146,7 +146,7 @@ def held_then_grown(
     def size(b, seen):
         in_force = jnp.maximum(b, min_batch_size)
         left, num_steps = num_examples - seen, jnp.maximum(seen, 1) / in_force
-        grown = grown_size(b, in_force, num_steps, left, share=share, growth=growth)
+        grown = final_size(b, in_force, num_steps, left, share=share, growth=growth)
         b = jnp.where(seen < hold * num_examples, b, jnp.maximum(b, grown))
         return jnp.clip(jnp.round(b), min_batch_size, max_batch_size).astype(jnp.int32)
 

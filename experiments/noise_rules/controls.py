@@ -62,11 +62,11 @@ def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> No
 
 def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
     """The running averages of a run at equal distances in examples, float[BINS, k]."""
-    sizes = fit.steps("batch_size")
+    sizes = fit.per_step("batch_size")
     seen = np.cumsum(sizes)[sizes > 0]
     at = np.searchsorted(seen, (np.arange(BINS) + 0.5) / BINS * num_examples)
     at = np.minimum(at, len(seen) - 1)
-    column = lambda field: fit.steps(field)[sizes > 0][at] if field else np.zeros(BINS)
+    column = lambda field: fit.per_step(field)[sizes > 0][at] if field else np.zeros(BINS)
     return np.stack([column(field) for field in STATISTICS[name]], 1)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import noisy_quadratic, plotting, schedulers
-from arbiter_jax.objectives._noise_floor import grown_size, held_to_the_end
+from arbiter_jax.objectives._noise_floor import final_size, size_for_end
 from experiments.short_horizon_bias import claims
 from experiments.short_horizon_bias import quadratic as toy
 
@@ -79,11 +79,11 @@ def follow_rule(
         if j < hold * num_segments:
             older, recent = _averages(losses, steps)
             size = noise / (share * 16 * max(older - recent, 1e-9))  # Eq. 10
-            size = float(held_to_the_end(size, steps[-1], left))  # Eq. 16
+            size = float(size_for_end(size, steps[-1], left))  # Eq. 16
             size = held = max(size, noise / losses[-1])  # Eq. 17
         else:
             in_force = max(held, 1.0)
-            size = grown_size(held, in_force, steps[-1], left, share=share, growth=growth)
+            size = final_size(held, in_force, steps[-1], left, share=share, growth=growth)
             size = max(held, size)  # Eq. 12
         sizes[j:] = np.clip(size, 1, segment)
     return sizes

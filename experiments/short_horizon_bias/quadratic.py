@@ -55,7 +55,7 @@ def geometric(condition: jax.Array, noise: jax.Array) -> NoisyQuadratic:
     return NoisyQuadratic(h, noise / h, jnp.full_like(h, 10.0))
 
 
-def schedules(config: ToyConfig) -> dict[str, noisy_quadratic.Schedule]:
+def schedules(config: ToyConfig) -> dict[str, noisy_quadratic.RateSchedule]:
     """Greedy and optimal schedules, of the rate alone and with momentum."""
     problem = harmonic(config.dimensions)
     found = {}

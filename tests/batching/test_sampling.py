@@ -12,13 +12,13 @@ import arbiter_jax as aj
 from arbiter_jax.batching import (
     advance,
     batch_mask,
-    deal,
+    bit_reversed,
     masked_mean,
     num_rows,
     replace_padding,
     total_weight,
 )
-from arbiter_jax.batching._sampling import shuffled
+from arbiter_jax.batching._sampling import permuted_index
 
 SIZES = (1, 2, 3, 4, 5, 16, 17, 1797)
 
@@ -30,12 +30,12 @@ masked_value_and_grad = jax.jit(jax.value_and_grad(masked_mean))
 def epochs(key, num_examples, num_epochs):
     """The order of several epochs, int[num_epochs, num_examples]."""
     epoch, position = np.indices((num_epochs, num_examples), dtype=np.int32)
-    return np.asarray(jax.jit(shuffled, static_argnums=3)(key, epoch, position, num_examples))
+    return np.asarray(jax.jit(permuted_index, static_argnums=3)(key, epoch, position, num_examples))
 
 
 def draw(sampler, num_examples, batch_sizes, bucket_size):
     """The indices in the order of drawing, one list a batch, and the sampler after them."""
-    data, order = np.arange(num_examples), np.argsort(deal(bucket_size))
+    data, order = np.arange(num_examples), np.argsort(bit_reversed(bucket_size))
     drawn = []
     for size in batch_sizes:
         sampler, batch, mask = sample_batch(sampler, data, size, bucket_size)
@@ -130,7 +130,7 @@ def test_padding_repeats_a_row_that_was_drawn(key):
 
 @pytest.mark.parametrize("bucket_size", [1, 2, 16, 48])
 def test_every_piece_of_a_bucket_gets_its_share_of_a_batch(bucket_size, key):
-    assert sorted(deal(bucket_size)) == list(range(bucket_size))
+    assert sorted(bit_reversed(bucket_size)) == list(range(bucket_size))
     data = np.arange(bucket_size)
     for batch_size in range(bucket_size + 1):
         _, _, mask = sample_batch(init_sampler(key), data, batch_size, bucket_size)
@@ -187,7 +187,7 @@ def test_sampling_runs_in_a_scan_with_a_state_of_stable_types(key):
     scan = jax.jit(lambda sampler: jax.lax.scan(step, sampler, None, length=11))
     _, batches = scan(init_sampler(key))
     drawn, _ = draw(init_sampler(key), 11, [4] * 11, 4)
-    assert batches[:, np.argsort(deal(4))].tolist() == drawn
+    assert batches[:, np.argsort(bit_reversed(4))].tolist() == drawn
     np.testing.assert_array_equal(np.bincount(batches.ravel()), np.full(11, 4))
 
 

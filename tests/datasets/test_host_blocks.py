@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arbiter_jax import datasets
-from arbiter_jax.batching import deal, init_sampler, next_bucket, peek, sample_batch, take_batch
+from arbiter_jax.batching import (
+    bit_reversed,
+    block_batch,
+    examples_ahead,
+    init_sampler,
+    next_bucket,
+    sample_batch,
+)
 
 
 def numbered_chunks(sizes, start=0):
@@ -54,13 +61,13 @@ class TestBlocks:
     def test_lays_rows_out_as_the_sampler_does(self, key):
         data = jnp.arange(200.0)
         sampler = init_sampler(key)
-        order = np.asarray(peek(sampler, data, jnp.arange(100)))
+        order = np.asarray(examples_ahead(sampler, data, jnp.arange(100)))
         with datasets.host_blocks([order], window=2) as blocks:
             for batch_size, bucket_size in ((5, 8), (8, 8), (11, 16), (1, 1)):
                 block = blocks.next_block(batch_size, bucket_size)
                 for t in range(2):
                     sampler, batch, mask = sample_batch(sampler, data, batch_size, bucket_size)
-                    taken, its_mask = take_batch(block, t, bucket_size)
+                    taken, its_mask = block_batch(block, t, bucket_size)
                     np.testing.assert_array_equal(taken, batch)
                     np.testing.assert_array_equal(its_mask, mask)
 
@@ -81,7 +88,7 @@ class TestBlocks:
                     assert left == 0
                     continue
                 assert int(block.num_steps) == min(num_steps, left)
-                mask = deal(next_bucket(batch_size)) < batch_size
+                mask = bit_reversed(next_bucket(batch_size)) < batch_size
                 rows = np.asarray(block.batches["y"])[: int(block.num_steps), mask]
                 seen += np.sort(rows, axis=1).ravel().tolist()
                 assert blocks.num_examples == len(seen)
@@ -253,7 +260,7 @@ class TestEpochs:
         np.save(tmp_path / "x.npy", np.arange(100, dtype=np.uint8).reshape(50, 2))
         mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
         with datasets.host_blocks(datasets.epochs(mapped, chunk_size=7), window=5) as blocks:
-            block = np.asarray(blocks.next_block(10, 16).batches)[:, deal(16) < 10]
+            block = np.asarray(blocks.next_block(10, 16).batches)[:, bit_reversed(16) < 10]
         np.testing.assert_array_equal(np.sort(block[..., 0].ravel()), np.arange(0, 100, 2))
 
     @pytest.mark.parametrize(

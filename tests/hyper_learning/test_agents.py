@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.hyper_learning._agents import mix, sorted_proposals
+from arbiter_jax.hyper_learning._agents import mixture_logit, sorted_proposals
 
 AGENTS = {
     "mlp": (aj.mlp_agent, (6, 6, 1), {"hidden_sizes": (8,)}),
@@ -113,7 +113,7 @@ def test_proposals_are_averaged_and_then_sorted():
 
 
 def test_the_mixture_is_the_softmax_average():
-    mixture = mix(jnp.log(jnp.array([1.0, 2.0, 5.0])), jnp.array([8.0, -4.0, 1.6]))
+    mixture = mixture_logit(jnp.log(jnp.array([1.0, 2.0, 5.0])), jnp.array([8.0, -4.0, 1.6]))
     np.testing.assert_allclose(mixture, (8 - 2 * 4 + 5 * 1.6) / 8, rtol=1e-6)
 
 

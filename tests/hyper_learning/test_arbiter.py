@@ -376,11 +376,11 @@ def test_the_offset_anchor_is_exact(limits, starts):
     update, start = jax.jit(tx.update), tx.init(params)
     for size in starts:
         size = np.int32(size)
-        state = start._replace(batch_size=size, meta_batch_size=size, anchor_batch_size=size)
+        state = start._replace(batch_size=size, meta_batch_size=size, pending_anchor=size)
         _, state = update(grads, state, params, **signals)
         np.testing.assert_allclose(state.mixture, aj.to_logit(size, *limits), rtol=1e-6, atol=1e-6)
         assert int(state.meta_batch_size) == size
-        assert int(state.anchor_batch_size) == 0
+        assert int(state.pending_anchor) == 0
 
 
 @pytest.mark.parametrize("size", [8, 9, 32, 63, 64])
@@ -413,7 +413,7 @@ def test_anchor_batch_size_starts_over_around_another_size():
     tx, update, _ = compiled(window=4)
     params, grads, signals = problem()
     (*_, state) = run(3, window=4)
-    anchored = aj.anchor_batch_size((optax.EmptyState(), state), 50)
+    anchored = aj.re_anchor((optax.EmptyState(), state), 50)
     assert isinstance(anchored[0], optax.EmptyState)
     assert int(aj.get_batch_size(anchored)) == 50
     _, after = update(grads, anchored[1], params, **signals)
@@ -440,7 +440,7 @@ def test_anchor_batch_size_keeps_what_the_mixture_optimizer_was_told():
     update, state = jax.jit(tx.update), tx.init(params)
     for _ in range(2):
         _, state = update(grads, state, params, **signals)
-    anchored = aj.anchor_batch_size(state, 50)
+    anchored = aj.re_anchor(state, 50)
     _, after = update(grads, anchored, params, **signals)
     assert float(after.mixture_opt_state.hyperparams["learning_rate"]) == pytest.approx(0.1)
     assert float(jnp.abs(after.mixture_logits - anchored.mixture_logits).max()) > 0.05
@@ -449,7 +449,7 @@ def test_anchor_batch_size_keeps_what_the_mixture_optimizer_was_told():
 def test_anchor_batch_size_keeps_the_shapes_of_vmapped_seeds():
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
     states = jax.jit(jax.vmap(lambda key: make(seed=key).init(None)))(keys)
-    anchored = jax.jit(aj.anchor_batch_size)(states, 50)
+    anchored = jax.jit(aj.re_anchor)(states, 50)
     chex.assert_trees_all_equal_shapes_and_dtypes(anchored, states)
     assert anchored.batch_size.tolist() == [50, 50, 50]
     assert len({tuple(row) for row in anchored.mixture_logits.tolist()}) == 3
@@ -457,7 +457,7 @@ def test_anchor_batch_size_keeps_the_shapes_of_vmapped_seeds():
 
 def test_anchor_batch_size_needs_an_arbiter():
     with pytest.raises(ValueError, match=r"must hold the state of an aj\.arbiter, found none"):
-        aj.anchor_batch_size(optax.sgd(0.1).init({"w": 0.0}), 64)
+        aj.re_anchor(optax.sgd(0.1).init({"w": 0.0}), 64)
 
 
 # Numbers that are not finite
@@ -878,7 +878,7 @@ def test_an_agent_with_an_objective_asks_for_what_it_reads():
     assert aj.base.required_signals(gain) == {"agent_inputs", "meta_batch", "update_noise"}
     assert isinstance(floor, aj.ArbiterState)
     assert isinstance(gain, aj.ArbiterState)
-    assert int(aj.get_batch_size(aj.anchor_batch_size(gain, 128))) == 128
+    assert int(aj.get_batch_size(aj.re_anchor(gain, 128))) == 128
 
 
 def test_expected_gain_is_an_objective_in_the_engine():

@@ -172,7 +172,7 @@ def test_features_and_head_equal_the_model(case):
 
 def test_a_response_multiplies_the_input_of_the_head(case):
     _, model, variables = case
-    losses = models.losses(model, xent)
+    losses = models.make_losses(model, xent)
     x, y = batch()
     response = np.linspace(-0.5, 0.5, model.num_features, dtype=np.float32)
     params, model_state = variables
@@ -201,7 +201,7 @@ def test_a_response_multiplies_the_input_of_the_head(case):
 
 def test_the_response_loss_has_no_other_gradient(case):
     _, model, (params, model_state) = case
-    response_loss = models.losses(model, xent).response_loss
+    response_loss = models.make_losses(model, xent).response_loss
     state = () if model_state is None else (model_state,)
 
     @jax.jit
@@ -263,7 +263,7 @@ def test_state_flows_through_a_scan(case):
     name, model, (params, model_state) = case
     if model_state is None:
         pytest.skip("without state there is nothing that flows")
-    losses = models.losses(model, xent)
+    losses = models.make_losses(model, xent)
     x, y = batch(8)
     mask = np.arange(8) < 6
     tx = optax.sgd(0.05, momentum=0.9)
@@ -293,7 +293,7 @@ def test_vmaps_over_seeds_and_takes_forward_derivatives(case):
     name, model, _ = case
     if name != "plain":
         pytest.skip("one case is enough")
-    loss_fn = models.losses(model, xent).loss_fn
+    loss_fn = models.make_losses(model, xent).loss_fn
 
     @jax.jit
     def run(keys):
@@ -317,7 +317,9 @@ def test_an_instance_keeps_its_own_parameters():
         params["body"]["layers"]["0"]["kernel"], module.body.layers[0].kernel[...]
     )
     x, _ = batch()
-    chex.assert_trees_all_close(models.losses(model, xent).predict(params, x), module(x), atol=1e-6)
+    chex.assert_trees_all_close(
+        models.make_losses(model, xent).predict(params, x), module(x), atol=1e-6
+    )
     assert type(module.tail["classifier"].layers[1]) is nnx.Linear  # left as it was
 
 

@@ -39,7 +39,7 @@ def test_mlp_flattens_its_inputs(key):
     model = models.mlp((8, 8, 1), hidden_sizes=(16, 12), num_classes=3)
     params, _ = model.init(key)
     x = images(4, 8, 8, 1)
-    predict = models.losses(model, xent).predict
+    predict = models.make_losses(model, xent).predict
     chex.assert_trees_all_equal(predict(params, x), predict(params, x.reshape(4, 64)))
     hidden = x.reshape(4, 64)
     for layer in ("0", "1"):
@@ -52,7 +52,7 @@ def test_mlp_flattens_its_inputs(key):
 def test_lenet_takes_images_of_any_size(key, input_shape):
     model = models.lenet(input_shape, num_classes=7)
     params, _ = jax.eval_shape(model.init, key)
-    predict = models.losses(model, xent).predict
+    predict = models.make_losses(model, xent).predict
     logits = jax.eval_shape(predict, params, images(3, *input_shape))
     assert logits.shape == (3, 7)
 
@@ -65,9 +65,9 @@ def test_bfloat16_computes_in_it_and_keeps_float32_parameters(key, make):
     x = images(16, 8, 8, 1)
     features, _ = model.features(params, None, x)
     assert features.dtype == jnp.bfloat16
-    logits = models.losses(model, xent).predict(params, x)
+    logits = models.make_losses(model, xent).predict(params, x)
     assert logits.dtype == jnp.float32
-    expected = models.losses(reference, xent).predict(params, x)
+    expected = models.make_losses(reference, xent).predict(params, x)
     chex.assert_trees_all_close(logits, expected, atol=0.05)
     assert not np.array_equal(logits, expected)
 
@@ -84,7 +84,7 @@ def test_parameters_depend_on_the_key_and_survive_vmap(key):
 @pytest.mark.parametrize("make", [models.mlp, models.lenet])
 def test_learns_under_jit_scan_and_optax(key, make):
     model = make((8, 8, 1), num_classes=4)
-    loss_fn, _, predict = models.losses(model, xent)
+    loss_fn, _, predict = models.make_losses(model, xent)
     labels = np.arange(64) % 4
     x = images(64, 8, 8, 1) * 0.3 + images(4, 8, 8, 1)[labels]
     params, _ = model.init(key)

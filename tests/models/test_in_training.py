@@ -49,7 +49,7 @@ def arbiter(model, losses, agent):
 def test_batch_norm_and_dropout_go_through_windows_and_buckets(key):
     """As a loop without windows, buckets and Arbiter, with each batch's mask and each step's key."""
     model = models.attach(Network, "classifier", jax.ShapeDtypeStruct((1, NUM_INPUTS), jnp.float32))
-    losses = models.losses(model, xent)
+    losses = models.make_losses(model, xent)
     sizes = [5, 5, 11, 11]
     schedule = lambda count: jnp.asarray([*sizes, 11])[count]
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -92,7 +92,7 @@ def test_batch_norm_and_dropout_go_through_windows_and_buckets(key):
     chex.assert_trees_all_close(result.state.params, params, atol=1e-5)
     chex.assert_trees_all_close(result.state.model_state, model_state, atol=1e-6)
     np.testing.assert_allclose(result.state.model_state["norm"]["mean"], mean, atol=1e-6)
-    assert (result.steps("shadow/arbiter") >= 4).all()
+    assert (result.per_step("shadow/arbiter") >= 4).all()
 
 
 def linear_losses(per_example_loss):
@@ -106,7 +106,7 @@ def linear_losses(per_example_loss):
             "head": jnp.ones((5, NUM_CLASSES)) * jnp.arange(3.0)[None],
         },
     )
-    return model, models.losses(model, per_example_loss)
+    return model, models.make_losses(model, per_example_loss)
 
 
 def weighted(outputs, labels):
@@ -162,7 +162,7 @@ def test_weighted_and_auxiliary_losses_under_a_mask(key, per_example_loss, stati
 def test_a_loss_for_each_token_trains_with_arbiter(key):
     """Padding tokens weigh nothing, nor do padding rows; the loss falls."""
     model = models.transformer(7, 8, num_layers=1, num_heads=2, width=16)
-    losses = models.losses(model, models.token_cross_entropy)
+    losses = models.make_losses(model, models.token_cross_entropy)
     rng = np.random.default_rng(0)
     tokens = (rng.integers(1, 7, (40, 1)) * np.arange(9)[None] + rng.integers(0, 7, (40, 1))) % 7
     labels = np.where(np.arange(8)[None] < rng.integers(3, 9, (40, 1)), tokens[:, 1:], -1)

@@ -47,7 +47,7 @@ def test_images_of_any_size(make, input_shape):
     model = make(input_shape, num_classes=7)
     params, model_state = shapes_of(model)
     x = jax.ShapeDtypeStruct((3, *input_shape), jnp.float32)
-    predict = models.losses(model, xent).predict
+    predict = models.make_losses(model, xent).predict
     assert jax.eval_shape(predict, params, x, model_state).shape == (3, 7)
 
 
@@ -130,7 +130,7 @@ def test_masked_statistics_equal_those_of_the_unpadded_batch(key):
 def test_wide_resnet_trains_in_a_bucket_as_on_the_unpadded_batch(key):
     """Loss, gradients and state of a whole network, whatever the padding."""
     model = models.wide_resnet((8, 8, 1), 4, depth=10, widen_factor=1)
-    loss_fn = models.losses(model, xent).loss_fn
+    loss_fn = models.make_losses(model, xent).loss_fn
     variables = model.init(key)
     x, y = images(8, 8, 8, 1), np.arange(8) % 4
 
@@ -175,7 +175,7 @@ def test_transformer_is_causal_and_its_positions_differ(key):
     params, model_state = model.init(key)
     assert model_state is None
     assert model.num_features == 16
-    predict = jax.jit(models.losses(model, xent).predict)
+    predict = jax.jit(models.make_losses(model, xent).predict)
     tokens = np.random.default_rng(0).integers(0, 11, (3, 8))
     logits = predict(params, tokens)
     changed = tokens.copy()
@@ -190,7 +190,7 @@ def test_transformer_is_causal_and_its_positions_differ(key):
 
 def test_padding_tokens_weigh_nothing(key):
     model = models.transformer(11, 8, num_layers=1, num_heads=2, width=16)
-    losses = models.losses(model, models.token_cross_entropy)
+    losses = models.make_losses(model, models.token_cross_entropy)
     params, _ = model.init(key)
     tokens = np.random.default_rng(0).integers(0, 11, (2, 9))
     inputs, labels = tokens[:, :-1], tokens[:, 1:].copy()
@@ -214,7 +214,7 @@ def test_padding_tokens_weigh_nothing(key):
 
 def test_transformer_learns_a_sequence(key):
     model = models.transformer(7, 12, num_layers=1, num_heads=2, width=32, dropout_rate=0.1)
-    losses = models.losses(model, models.token_cross_entropy)
+    losses = models.make_losses(model, models.token_cross_entropy)
     params, model_state = model.init(key)
     assert model_state == {}
     tokens = (np.arange(13)[None] * np.arange(1, 5)[:, None]) % 7

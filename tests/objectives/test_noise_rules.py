@@ -112,7 +112,7 @@ def test_equation_15_a_gradient_that_noise_keeps_up_tells_of_more_noise(persiste
     factor = 1 + 64 * signal / (2 * persistence - 1)
     for _ in range(3):
         signals = {"value": jnp.float32(1.0)} | noise_signals(CURVE / 64, signal)
-        state, usable = statistics.observe(
+        state, usable = statistics.update_objective(
             objective, state, jnp.ones(()), jnp.ones(()), size, signals
         )
         assert bool(usable)
@@ -128,7 +128,7 @@ def test_equation_15_a_gradient_that_makes_progress_is_no_noise():
             square = PACE / (rate * t) if name == "drift" else -5.0
             # tr S = 1 and B = 64, so that xi . du = -lr / 64
             signals = signals_at(t, 64) | noise_signals(rate / 64, square)
-            states[name] = statistics.observe(
+            states[name] = statistics.update_objective(
                 objective, state, jnp.ones(()), jnp.ones(()), jnp.asarray(64), signals
             )[0]
     for state in states.values():
@@ -144,7 +144,7 @@ def test_equation_15_is_exact_for_heavy_ball_on_a_quadratic(rate, m):
     variance = covariance[0]  # of w, and of the mean gradient
     objective = _noise_floor.floor_objective(persistence=1 / (1 - m))
     signals = {"value": jnp.float32(1.0)} | noise_signals(rate, variance)  # B = 1, tr S = 1
-    state, _ = statistics.observe(
+    state, _ = statistics.update_objective(
         objective, objective.init(), jnp.ones(()), jnp.ones(()), jnp.asarray(1), signals
     )
     assert float(state.noise) == pytest.approx(0.5 * variance, rel=1e-4)
@@ -379,17 +379,15 @@ def test_a_validation_loss_that_rises_buys_no_steps(every):
 
 
 def test_a_sample_stands_for_the_steps_since_the_last_one():
-    mean = statistics.weighted_average(
-        jnp.float32(0), jnp.float32(3.0), jnp.int32(0), jnp.int32(2), 1
-    )
-    mean = statistics.weighted_average(mean, jnp.float32(5.0), jnp.int32(2), jnp.int32(4), 1)
+    mean = statistics.power_average(jnp.float32(0), jnp.float32(3.0), jnp.int32(0), jnp.int32(2), 1)
+    mean = statistics.power_average(mean, jnp.float32(5.0), jnp.int32(2), jnp.int32(4), 1)
     # Weights t^1, integrated from 0 to 2 and from 2 to 4: 2 and 6.
     assert float(mean) == pytest.approx((2 * 3 + 6 * 5) / 8)
 
 
 def test_an_average_still_moves_after_very_many_steps():
     now = jnp.int32(30_000_000)  # 1 - (now - 1) / now is 0 in float32
-    mean = statistics.weighted_average(jnp.float32(0), jnp.float32(1), now - 1, now, 3)
+    mean = statistics.power_average(jnp.float32(0), jnp.float32(1), now - 1, now, 3)
     assert float(mean) == pytest.approx(4 / 3e7, rel=1e-3)
 
 
@@ -599,7 +597,7 @@ def test_an_overestimated_noise_cost_reads_itself():
         signals = {"update_noise": 0.1 * jnp.ones(2), "meta_batch": jnp.zeros((4, 2))}
         signals["update_noise"] = signals["update_noise"] / math.sqrt(size)
         now = jnp.asarray(size)
-        state, _ = statistics.observe(
+        state, _ = statistics.update_objective(
             objective, objective.init(), -0.1 * jnp.ones(2), jnp.ones(2), now, signals
         )
         assert float(objective.best(state)) == pytest.approx(2 * size, rel=0.15)
@@ -641,7 +639,7 @@ def test_an_agent_descends_a_bounded_slope_in_the_logarithm_of_the_size(best, si
 
     def loss(logit):
         size = 8 + (200 - 8) * jax.nn.sigmoid(logit)
-        return statistics.within_range(objective, state, size, 8, 200)
+        return statistics.limited_loss(objective, state, size, 8, 200)
 
     logit = jnp.log((size - 8) / (200 - size))
     assert float(jax.grad(loss)(logit)) == pytest.approx(expected, abs=1e-4)

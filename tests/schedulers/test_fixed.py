@@ -51,20 +51,20 @@ def test_schedule_is_rounded_and_clipped():
 
 
 def test_schedule_of_examples_counts_the_sizes_in_force():
-    rule = schedulers.from_schedule(lambda n: 10 + n, of="num_examples")
+    rule = schedulers.from_schedule(lambda n: 10 + n, count="num_examples")
     assert sizes(rule, 4) == [10, 20, 40, 80]  # in one's own loop: the decisions themselves
     assert sizes(rule, 4, batch_size=jnp.int32(3)) == [10, 13, 16, 19]
 
 
 def test_schedule_of_progress_follows_the_ledger():
-    rule = schedulers.from_schedule(lambda n: 10 + n, of="progress")
+    rule = schedulers.from_schedule(lambda n: 10 + n, count="progress")
     assert sizes(rule, 2, progress=jnp.float32(2.9)) == [10, 12]
     with pytest.raises(TypeError, match="progress"):
         rule.update(None, rule.init(None))
 
 
 def test_count_of_examples_stops_at_its_largest_value():
-    rule = schedulers.from_schedule(lambda n: 10, of="num_examples")
+    rule = schedulers.from_schedule(lambda n: 10, count="num_examples")
     state = rule.init(None)._replace(count=jnp.int32(2**31 - 2))
     for _ in range(3):
         _, state = rule.update(None, state, batch_size=jnp.int32(512))
@@ -95,7 +95,7 @@ def test_a_schedule_that_is_no_number_keeps_the_size():
     [
         ({"schedule": 64}, "schedule must be a function"),
         (
-            {"schedule": abs, "of": "epochs"},
+            {"schedule": abs, "count": "epochs"},
             "of must be one of 'num_steps', 'num_examples', 'progress', got",
         ),
     ],
@@ -143,7 +143,7 @@ def test_smith_stops_at_the_largest_size():
 
 def test_smith_counts_steps_on_request():
     settings = {"boundaries": (2, 3), "dataset_size": 10_000, "factor": 2}
-    rule = schedulers.smith(**settings, of="num_steps", initial_batch_size=8)
+    rule = schedulers.smith(**settings, count="num_steps", initial_batch_size=8)
     assert sizes(rule, 5) == [8, 8, 16, 32, 32]
 
 

@@ -31,7 +31,7 @@ RULES = {
         lambda w, x: (w - x) ** 2 / 2, every=1, **LIMITS
     ),
     "from_schedule": lambda: schedulers.from_schedule(
-        lambda n: jnp.log(n - 25.0) * 20, of="num_examples", **LIMITS
+        lambda n: jnp.log(n - 25.0) * 20, count="num_examples", **LIMITS
     ),
     "goodput": lambda: schedulers.goodput(decay=0.5, **LIMITS),
     "gradient_noise_scale": lambda: schedulers.gradient_noise_scale(decay=0.5, **LIMITS),

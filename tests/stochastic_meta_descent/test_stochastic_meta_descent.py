@@ -11,8 +11,8 @@ from arbiter_jax import stochastic_meta_descent as smd
 from arbiter_jax.batching import sample_batch
 from arbiter_jax.stochastic_meta_descent._look_ahead import (
     DEFAULT_META_OPTIMIZER,
+    LookAheadConfig,
     MetaState,
-    Setting,
     from_log_values,
     init_meta_state,
     look_ahead_gradient,
@@ -150,7 +150,7 @@ def test_memory_does_not_depend_on_the_horizon():
     assert gradient_memory(1000, reverse=True) > 10 * gradient_memory(10, reverse=True)
 
 
-def setting(**changes) -> Setting:
+def setting(**changes) -> LookAheadConfig:
     options = {
         "loss_fn": loss_fn,
         "inner_optimizer": optax.sgd,
@@ -160,7 +160,7 @@ def setting(**changes) -> Setting:
         "time_constant": 3.0,
         "effective": True,
     }
-    return Setting(**(options | changes))
+    return LookAheadConfig(**(options | changes))
 
 
 def test_log_values_are_of_the_effective_rate_and_of_one_minus_momentum():

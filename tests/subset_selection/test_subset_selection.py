@@ -645,7 +645,7 @@ def test_runs_vmap_over_seeds():
 def test_the_models_of_the_library_are_made_of_layers(build):
     """No parameter falls back to per-example gradients, although the head runs twice."""
     model = build((16, 16, 1))
-    loss_fn = models.losses(model, cross_entropy).loss_fn
+    loss_fn = models.make_losses(model, cross_entropy).loss_fn
     params, _ = jax.eval_shape(model.init, jax.random.PRNGKey(0))
     batch = jax.ShapeDtypeStruct((1, 16, 16, 1), float), jax.ShapeDtypeStruct((1,), int)
     leaves, treedef = jax.tree.flatten(params)

@@ -74,7 +74,7 @@ def test_a_budget_of_less_than_one_batch_is_no_step_at_all():
     result = fit(constant(10), num_examples=9)
     assert result.history == []
     assert (int(result.state.num_steps), result.num_compilations) == (0, 0)
-    assert result.steps("loss").shape == (0,)
+    assert result.per_step("loss").shape == (0,)
     np.testing.assert_array_equal(result.state.params, np.zeros(NUM_INPUTS))
 
 
@@ -122,13 +122,13 @@ def test_the_history_says_what_happened_in_each_window():
 def test_steps_joins_the_windows():
     result = fit(with_arbiter(), num_examples=150)
     num_steps = int(result.state.num_steps)
-    assert result.steps("loss").shape == result.steps("batch_size").shape == (num_steps,)
-    assert result.steps("batch_size").sum() == int(result.state.num_examples)
-    assert result.steps("mixture_weights").shape == (num_steps, 4)
-    np.testing.assert_allclose(result.steps("mixture_weights").sum(axis=1), 1, rtol=1e-5)
-    assert result.steps("loss")[-1] < result.steps("loss")[0]
+    assert result.per_step("loss").shape == result.per_step("batch_size").shape == (num_steps,)
+    assert result.per_step("batch_size").sum() == int(result.state.num_examples)
+    assert result.per_step("mixture_weights").shape == (num_steps, 4)
+    np.testing.assert_allclose(result.per_step("mixture_weights").sum(axis=1), 1, rtol=1e-5)
+    assert result.per_step("loss")[-1] < result.per_step("loss")[0]
     with pytest.raises(KeyError, match="mixture_of_what"):
-        result.steps("mixture_of_what")
+        result.per_step("mixture_of_what")
 
 
 def test_the_batch_size_follows_the_rule_from_window_to_window():
@@ -204,8 +204,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop_after):
     same_bits(second.state, whole.state)
     sizes = lambda *results: [r.batch_size for result in results for r in result.history]
     assert sizes(first, second) == sizes(whole)
-    losses = np.concatenate([first.steps("loss"), second.steps("loss")])
-    np.testing.assert_array_equal(losses, whole.steps("loss"))
+    losses = np.concatenate([first.per_step("loss"), second.per_step("loss")])
+    np.testing.assert_array_equal(losses, whole.per_step("loss"))
 
 
 def test_resuming_counts_the_examples_already_seen_and_keeps_the_state_given():
@@ -273,7 +273,7 @@ def test_tiny_data_is_repeated(num_train, num_validation):
 def test_one_example_is_trained_on_as_it_is():
     result = fit(constant(10), num_examples=80, data=data(num_train=1))
     (inputs, labels), params = draw(0, 1), np.zeros(NUM_INPUTS)
-    for loss in result.steps("loss"):
+    for loss in result.per_step("loss"):
         error = inputs[0] @ params - labels[0]
         np.testing.assert_allclose(loss, error**2, rtol=1e-3)
         params = params - 0.05 * 2 * error * inputs[0]
@@ -336,7 +336,7 @@ def test_gradient_fn_replaces_the_gradient():
 def test_transform_batch_changes_what_is_trained_on():
     zero = lambda key, batch: jax.tree.map(jnp.zeros_like, batch)
     result = fit(constant(10), num_examples=80, transform_batch=zero)
-    assert not result.steps("loss").any()
+    assert not result.per_step("loss").any()
     np.testing.assert_array_equal(result.state.params, np.zeros(NUM_INPUTS))
 
 

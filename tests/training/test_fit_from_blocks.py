@@ -13,7 +13,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.batching import Block, peek
+from arbiter_jax.batching import Block, examples_ahead
 
 NUM_INPUTS, NUM_EXAMPLES, WINDOW = 4, 50, 4
 
@@ -58,7 +58,7 @@ def start(tx):
 def same_order(tx, num_examples, chunk_size=7, skip=0):
     """The examples in the order in which the sampler of a run on resident data draws them."""
     order = jnp.arange(skip, num_examples, dtype=jnp.int32)
-    rows = jax.tree.map(np.asarray, peek(start(tx).train_sampler, draw(0), order))
+    rows = jax.tree.map(np.asarray, examples_ahead(start(tx).train_sampler, draw(0), order))
     for begin in range(0, len(rows[1]), chunk_size):
         yield jax.tree.map(lambda x: x[begin : begin + chunk_size], rows)  # noqa: B023
 
@@ -91,10 +91,10 @@ def test_equals_training_from_the_device(growing):
     assert {bucket for _, bucket, *_ in columns(result)} == ({8, 16} if growing else {16})
     assert result.num_compilations == expected.num_compilations == 1 + growing
     assert_same_training(result.state, expected.state)
-    np.testing.assert_allclose(result.steps("loss"), expected.steps("loss"), rtol=1e-5)
+    np.testing.assert_allclose(result.per_step("loss"), expected.per_step("loss"), rtol=1e-5)
     if not growing:
         for name in ("proposals", "meta_loss", "shadow/noise"):
-            np.testing.assert_allclose(result.steps(name), expected.steps(name), rtol=1e-4)
+            np.testing.assert_allclose(result.per_step(name), expected.per_step(name), rtol=1e-4)
 
 
 def test_an_own_loop_takes_a_block_a_window():

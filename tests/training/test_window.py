@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax._numerics import do_if
-from arbiter_jax.batching._sampling import shuffled
+from arbiter_jax._numerics import cond_in_place
+from arbiter_jax.batching._sampling import permuted_index
 from arbiter_jax.gradients import masked_value_and_grad
 from arbiter_jax.training import copy_state, count_compilations, inner_step
 
@@ -157,7 +157,7 @@ def by_hand(state, tx, data, batch_size, num_steps):
     for _ in range(num_steps):
         position = cursor + np.arange(batch_size, dtype=np.int32)
         epoch, position = position // NUM_EXAMPLES, position % NUM_EXAMPLES
-        rows = shuffled(state.train_sampler.key, epoch, position, NUM_EXAMPLES)
+        rows = permuted_index(state.train_sampler.key, epoch, position, NUM_EXAMPLES)
         value, grads = value_and_grad(p, jax.tree.map(lambda x, r=rows: x[r], data.train))
         updates, opt_state = tx.update(grads, opt_state, p)
         p = optax.apply_updates(p, updates)
@@ -218,7 +218,7 @@ def test_do_if_is_a_condition_on_every_backend(backend, monkeypatch):
     double = lambda carry: jax.tree.map(lambda x: 2 * x, carry)
     carry = {"a": jnp.arange(3.0), "b": jnp.array(4)}
     for condition in (True, False):
-        out = jax.jit(lambda c, carry: do_if(c, double, carry))(jnp.array(condition), carry)
+        out = jax.jit(lambda c, carry: cond_in_place(c, double, carry))(jnp.array(condition), carry)
         chex.assert_trees_all_equal(out, double(carry) if condition else carry)
 
 
@@ -411,7 +411,7 @@ def test_guarantee_1_padding_contributes_exactly_zero(needed):
     expected = run(make_start(), data())
     chex.assert_tree_all_finite(expected[0].params)
 
-    rows = functools.partial(shuffled, num_examples=NUM_EXAMPLES)
+    rows = functools.partial(permuted_index, num_examples=NUM_EXAMPLES)
     position = jnp.arange(window * batch_size)
     trained_on = rows(first.train_sampler.key, jnp.zeros_like(position), position)
     sizes = [batch_size, *expected[1].logged["meta_batch_size"].tolist()]
