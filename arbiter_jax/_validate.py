@@ -62,6 +62,20 @@ def non_negative(**argument: Any) -> float:
     return _real(value, name, lambda x: math.isfinite(x) and x >= 0, "a finite number >= 0")
 
 
+def greater(than: float, *, closed: bool = False, **argument: Any) -> float:
+    """Returns the argument as a float, or raises if it is not a finite number > `than`.
+
+    Args:
+      than: The lower end of what is allowed.
+      closed: Whether `than` itself is allowed.
+      **argument: The one argument to check, by its name.
+    """
+    name, value = _single(argument)
+    above = (lambda x: x >= than) if closed else (lambda x: x > than)
+    expected = f"a finite number {'>=' if closed else '>'} {than:g}"
+    return _real(value, name, lambda x: math.isfinite(x) and above(x), expected)
+
+
 def in_range(minimum: float, maximum: float, *, closed: str = "both", **argument: Any) -> float:
     """Returns the argument as a float, or raises if it lies outside of the interval.
 

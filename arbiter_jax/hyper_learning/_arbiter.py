@@ -29,7 +29,8 @@ from arbiter_jax.hyper_learning._state import (
     redraw_mixture,
 )
 from arbiter_jax.hyper_learning._warm_up import hyper_optimizer
-from arbiter_jax.objectives import NoiseObjective, limited_loss, update_objective
+from arbiter_jax.objectives import NoiseObjective
+from arbiter_jax.objectives._objective import limited_loss, update_objective
 
 
 class _Learnable(NamedTuple):

@@ -8,19 +8,15 @@ the gradient is one, and its cost can be measured during the run. Derivation and
 from arbiter_jax.objectives._expected_gain import GainState, gain_objective
 from arbiter_jax.objectives._noise_floor import FloorState, floor_objective
 from arbiter_jax.objectives._noise_response import noise_response
-from arbiter_jax.objectives._objective import NoiseObjective, limited_loss, update_objective
-from arbiter_jax.objectives._persistence import Persistence, impulse_response, resolve_persistence
+from arbiter_jax.objectives._objective import NoiseObjective
+from arbiter_jax.objectives._persistence import impulse_response
 
 __all__ = [
     "FloorState",
     "GainState",
     "NoiseObjective",
-    "Persistence",
     "floor_objective",
     "gain_objective",
     "impulse_response",
-    "limited_loss",
     "noise_response",
-    "resolve_persistence",
-    "update_objective",
 ]

@@ -24,9 +24,10 @@ class NoiseObjective(NamedTuple):
     something, a tuple of scalars, nan where the signals say nothing; ``update(state, sample, due,
     batch_size, signals) -> state`` takes in one step, with its sample where `due`, bool[]; see
     :func:`update_objective`. ``objective(state, b) -> J`` is what an agent descends, a smooth
-    function of a real batch size b; ``best(state) -> b`` is where J is least, infinite where noise is all there is
-    and nan before anything is known. Both take the cost of a step in examples as a last argument, if
-    it is not the one of the factory. ``signals`` names what `measure` and `update` read.
+    function of a real batch size b; ``best(state) -> b`` is where J is least, infinite where noise
+    is all there is and nan before anything is known. Both take the cost of a step in examples as a
+    last argument, if it is not the one of the factory. ``signals`` names what `measure` and `update`
+    read.
     """
 
     init: Callable[[], Any]

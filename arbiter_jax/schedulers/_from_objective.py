@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate, base
-from arbiter_jax.objectives import NoiseObjective, update_objective
+from arbiter_jax.objectives import NoiseObjective
+from arbiter_jax.objectives._objective import update_objective
 from arbiter_jax.schedulers import _rule, _step_times
 
 WINDOW_SHARE = 50  # no window sees more than this part of the budget, or has more than one step

@@ -9,9 +9,7 @@ from arbiter_jax.training._next_window import decision_steps, window_sizes
 from arbiter_jax.training._window import (
     Data,
     TrainState,
-    copy_state,
     init_state,
-    inner_step,
     run_window,
 )
 
@@ -21,12 +19,10 @@ __all__ = [
     "FitResult",
     "TrainState",
     "WindowRecord",
-    "copy_state",
     "count_compilations",
     "decision_steps",
     "fit",
     "init_state",
-    "inner_step",
     "run_window",
     "window_sizes",
 ]

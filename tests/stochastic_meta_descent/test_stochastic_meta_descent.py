@@ -19,7 +19,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     meta_step,
     to_log_values,
 )
-from arbiter_jax.training import inner_step
+from arbiter_jax.training._window import inner_step
 
 OPTIMIZERS = pytest.mark.parametrize("inner_optimizer", [optax.sgd, optax.adam])
 HYPERPARAMETERS = smd.Hyperparameters(0.05, 0.8, 0.7)

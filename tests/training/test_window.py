@@ -16,7 +16,8 @@ import arbiter_jax as aj
 from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.batching._sampling import permuted_index
 from arbiter_jax.gradients import masked_value_and_grad
-from arbiter_jax.training import copy_state, count_compilations, inner_step
+from arbiter_jax.training import count_compilations
+from arbiter_jax.training._window import copy_state, inner_step
 
 NUM_EXAMPLES, NUM_INPUTS, NUM_CLASSES = 200, 4, 3
 
