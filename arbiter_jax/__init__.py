@@ -50,8 +50,8 @@ from arbiter_jax.training import (
     WindowRecord,
     fit,
     init_state,
+    next_window,
     run_window,
-    window_sizes,
 )
 
 # fmt: off
@@ -86,6 +86,7 @@ __all__ = [
     "mlp_agent",
     "models",
     "next_bucket",
+    "next_window",
     "noise_response",
     "noisy_quadratic",
     "objectives",
@@ -104,6 +105,5 @@ __all__ = [
     "to_batch_size",
     "to_logit",
     "warm_up",
-    "window_sizes",
 ]
 # fmt: on

@@ -1,13 +1,14 @@
-"""The contracts that the rest of the library is written against.
+"""The contract that rules and training loops are written against.
 
 A batch-size rule is an ``optax.GradientTransformationExtraArgs`` that returns the updates unchanged
-and keeps its decision in its state, as ``batch_size: int32[]``. What a rule needs to see arrives
-through the extra arguments of ``update``, and only if its state says so: see
-:func:`required_signals`.
+and keeps its decision in its state. The state also says what the rule wants to see: see
+:class:`RuleState`. A loop reads all of that with :func:`requests`; no rule knows the loop, and the
+loop knows no rule.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -16,23 +17,39 @@ import jax.numpy as jnp
 
 PyTree = Any
 
+SIGNALS = {
+    "value": "It is the mean loss of the batch, a scalar.",
+    "grad_stats": "It is an aj.GradStats of the batch; aj.gradient_stats computes it.",
+    "gradient_noise": (
+        "It is half the difference of the gradients of the two halves of the batch, a pytree like "
+        "the parameters."
+    ),
+    "update_noise": (
+        "It is the derivative of the updates along `gradient_noise`, a pytree like the parameters; "
+        "jax.jvp of tx.update computes it."
+    ),
+    "agent_inputs": "It is a batch of validation inputs.",
+    "meta_batch": "It is a batch of validation examples.",
+    "step_seconds": "It is the measured time of one step in the last window, nan if unknown.",
+    "persistence": (
+        "It is how long the optimizer goes on applying a gradient; "
+        "aj.objectives.measure_persistence(tx, params) measures it once, before training."
+    ),
+    "batch_size": "It is the number of examples of this step; aj.get_batch_size(opt_state) has it.",
+    "num_steps": "It is the number of steps before this one.",
+    "num_examples": "It is the number of training examples before this step.",
+    "progress": "It is the sum of AdaScale's gains (1 per step without it) before this step.",
+    "params": "They are the parameters before this step, the third argument of update.",
+}
+"""Every extra argument that a rule may ask for -> how a loop of one's own supplies it.
 
-SIGNALS = (
-    "value",
-    "grad_stats",
-    "gradient_noise",
-    "update_noise",
-    "agent_inputs",
-    "meta_batch",
-    "step_seconds",
-)
-"""Every extra argument that the engine can supply to ``update``.
-
-``value`` is the mean loss of the batch, ``grad_stats`` a :class:`GradStats`, ``gradient_noise`` half
-the difference of the gradients of the two halves of the batch, ``update_noise`` the response of the
-updates to it, ``agent_inputs`` a batch of validation inputs, ``meta_batch`` a batch of validation
-examples, and ``step_seconds`` the measured time of one step in the last window (nan where unknown).
+``aj.fit`` and ``aj.run_window`` supply all of them; see :mod:`arbiter_jax.training`.
 """
+
+MEASURED_SIGNALS = frozenset({"grad_stats", "gradient_noise", "update_noise"})
+VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
+COSTLY_SIGNALS = MEASURED_SIGNALS | VALIDATION_SIGNALS
+"""The signals that a loop makes only at the steps at which some rule wants them."""
 
 
 class LossFn(Protocol):
@@ -52,8 +69,8 @@ class LossFn(Protocol):
 class WeightedLoss(NamedTuple):
     """Losses with weights: the value is ``sum(weights * losses) / sum(weights)``.
 
-    The sums run over the real examples and, where the arrays have more axes than one, over those
-    axes too: ``losses`` and ``weights`` of shape ``[M, length]`` are a per-token loss whose padding
+    The sums run over the real examples and, if the arrays have more than one axis, over those axes
+    too: ``losses`` and ``weights`` of shape ``[M, length]`` are a per-token loss whose padding
     tokens have weight 0.
     """
 
@@ -69,7 +86,7 @@ class GradStats(NamedTuple):
 
     mean_sq_norm: jax.Array  # float, unbiased estimate of |G|^2; a single one may be negative
     variance_trace: jax.Array  # float, unbiased estimate of tr S
-    num_examples: jax.Array  # float, B
+    batch_size: jax.Array  # float, B
     batch_sq_norm: jax.Array  # float, |gbar|^2 of the mean gradient of the batch
     half_cosine: jax.Array  # float, cosine between the gradients of the two halves of the batch
     inner_product_variance: jax.Array  # float, estimate of Var_i(g_i . gbar)
@@ -80,66 +97,139 @@ class StepInfo(NamedTuple):
 
     loss: jax.Array  # shape=(), dtype=float, mean loss of the real examples before the step
     batch_size: jax.Array  # shape=(), dtype=int32, number of real examples, 0 for a skipped step
-    logged: dict[str, jax.Array]  # the fields that the states of the chain list in `logged`
+    metrics: dict[str, jax.Array]  # what the states of the chain and the gradient report
 
 
-def nodes(tree: PyTree) -> Iterator[PyTree]:
-    """Every node of a pytree, parents before children, leaves included."""
-    yield tree
-    children = jax.tree_util.default_registry.flatten_one_level(tree)
-    if children is not None:
-        for child in children[0]:
-            yield from nodes(child)
+class RuleState(Protocol):
+    """What the state of a batch-size rule tells a training loop; all but `batch_size` optional.
 
-
-def required_signals(opt_state: PyTree) -> frozenset[str]:
-    """The signals that the states inside an optimizer state ask for.
-
-    A state class asks with a class attribute, ``requires = ("value", "grad_stats")``. It is read
-    from the state and not from the transformation because states survive ``optax.chain``,
+    Other transformations may have any of these but `batch_size` too: what a state asks for is read
+    from it and not from the transformation, because states survive ``optax.chain``,
     ``optax.MultiSteps`` and ``optax.apply_if_finite``, all of which return new transformations.
+    """
+
+    # The decision.
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32, lower end of the rule's range
+    max_batch_size: jax.Array  # shape=(), dtype=int32, upper end of the rule's range
+    meta_batch_size: jax.Array  # shape=(), dtype=int32, validation examples that the rule uses
+    window_steps: jax.Array  # shape=(), dtype=int32, steps until the next decision, at most
+    budget: jax.Array  # shape=(), dtype=int32, examples of the run it was built for; 0 if unknown
+    decides: bool  # False for a rule that only watches, and for all states inside it
+
+    # What it wants to see, and when.
+    requires: tuple[str, ...]  # names of SIGNALS
+    signals_due: jax.Array | None  # shape=(), dtype=bool, whether the next step; None: every step
+
+    # What it reports.
+    metrics: tuple[str, ...] | dict[str, jax.Array]  # names of fields; a dict speaks for all inside
+    progress_per_step: (
+        jax.Array
+    )  # shape=(), dtype=float, what the last step was worth, see adascale
+
+
+class Requests(NamedTuple):
+    """What all states inside an optimizer state ask for and report; from :func:`requests`."""
+
+    rules: tuple[Any, ...]  # states that decide a batch size; a wrapper hides the rule inside it
+    bucket_sizes: tuple[jax.Array, ...]  # of those rules: batches that have to fit into one bucket
+    window_steps: tuple[jax.Array, ...]  # of those rules: steps until the next decision, at most
+    budgets: tuple[jax.Array, ...]  # int32[] each, examples that a rule was built for, 0 if unknown
+    signals: frozenset[str]  # names of SIGNALS
+    meta_batch_size: jax.Array | None  # int32[], validation examples that count as used
+    flags: tuple[jax.Array | None, ...]  # one per state that wants costly signals; None: always
+    metrics: dict[str, jax.Array]  # of two with the same name, the later one in the chain
+    progress_per_step: jax.Array | float  # 1 if no state says otherwise
+
+    @property
+    def due(self) -> jax.Array | None:
+        """Whether any state wants its costly signals at the next step; None: always, or never."""
+        if not self.flags or any(flag is None for flag in self.flags):
+            return None
+        return functools.reduce(jnp.logical_or, self.flags)
+
+
+def children(node: PyTree) -> Iterator[PyTree]:
+    """The children of a node of a pytree; none if it is a leaf or None."""
+    flat = jax.tree_util.default_registry.flatten_one_level(node)
+    return iter(()) if flat is None else iter(flat[0])
+
+
+def requests(opt_state: PyTree) -> Requests:
+    """Reads everything that the states inside an optimizer state ask of a training loop.
 
     Args:
       opt_state: State of any optax transformation.
 
     Returns:
-      A subset of :data:`SIGNALS`.
+      A :class:`Requests`, with values of this state: read it again after an update.
 
-    >>> import optax
-    >>> required_signals(optax.sgd(0.1).init({"w": 0.0}))
-    frozenset()
+    >>> import arbiter_jax as aj, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale())
+    >>> sorted(requests(tx.init({"w": 0.0})).signals)
+    ['grad_stats']
     """
-    return frozenset(name for node in nodes(opt_state) for name in getattr(node, "requires", ()))
+    rules: list[Any] = []
+    bucket_sizes: list[jax.Array] = []
+    window_steps: list[jax.Array] = []
+    budgets: list[jax.Array] = []
+    signals: set[str] = set()
+    meta_batch_sizes: list[jax.Array] = []
+    flags: list[jax.Array | None] = []
+    metrics: dict[str, jax.Array] = {}
+    progress: list[jax.Array] = []
+
+    def visit(node: PyTree, decides: bool, in_rule: bool, flagged: bool, reported: bool) -> None:
+        decides = decides and getattr(node, "decides", True)
+        if decides and not in_rule and "batch_size" in getattr(node, "_fields", ()):
+            rules.append(node)
+            bucket_sizes.append(node.batch_size)
+            in_rule = True
+        if hasattr(node, "meta_batch_size"):
+            meta_batch_sizes.append(node.meta_batch_size)
+            bucket_sizes.extend([node.meta_batch_size] if in_rule else [])
+        if in_rule and hasattr(node, "window_steps"):
+            window_steps.append(node.window_steps)
+        if in_rule and hasattr(node, "budget"):
+            budgets.append(node.budget)
+        if hasattr(node, "progress_per_step"):
+            progress.append(node.progress_per_step)
+        asked = set(getattr(node, "requires", ()))
+        signals.update(asked)
+        # The flag of a state speaks for everything inside it.
+        if not flagged:
+            flag = getattr(node, "signals_due", None)
+            if flag is not None and _wants_costly_signals(node):
+                flags.append(flag)
+                flagged = True
+            elif flag is None and asked & COSTLY_SIGNALS:
+                flags.append(None)
+                flagged = True
+        if not reported:
+            named = getattr(node, "metrics", ())
+            reported = isinstance(named, dict)
+            metrics.update(named if reported else {name: getattr(node, name) for name in named})
+        for child in children(node):
+            visit(child, decides, in_rule, flagged, reported)
+
+    visit(opt_state, True, False, False, False)
+    return Requests(
+        rules=tuple(rules),
+        bucket_sizes=tuple(bucket_sizes),
+        window_steps=tuple(window_steps),
+        budgets=tuple(budgets),
+        signals=frozenset(signals),
+        meta_batch_size=meta_batch_sizes[0] if meta_batch_sizes else None,
+        flags=tuple(flags),
+        metrics=metrics,
+        progress_per_step=progress[-1] if progress else 1.0,
+    )
 
 
-def logged_fields(opt_state: PyTree) -> dict[str, jax.Array]:
-    """The fields that the states inside an optimizer state want reported at every step.
-
-    A state class lists them in a class attribute, ``logged = ("mixture",)``, or has a method
-    ``logged_values() -> {name: array}`` that speaks for everything inside of it. Where two states
-    log the same name, the later one in the chain is reported.
-    """
-    if hasattr(opt_state, "logged_values"):
-        return opt_state.logged_values()
-    values = {name: getattr(opt_state, name) for name in getattr(opt_state, "logged", ())}
-    children = jax.tree_util.default_registry.flatten_one_level(opt_state)
-    for child in () if children is None else children[0]:
-        values |= logged_fields(child)
-    return values
-
-
-def _is_rule(node: PyTree) -> bool:
-    return isinstance(node, tuple) and "batch_size" in getattr(node, "_fields", ())
-
-
-def find_rules(opt_state: PyTree) -> list[Any]:
-    """The states that decide a batch size; of a wrapper and the rule inside it, the wrapper."""
-    if _is_rule(opt_state):
-        return [opt_state]
-    if getattr(opt_state, "acts", True) is False:  # a rule that only watches: schedulers.shadow
-        return []
-    children = jax.tree_util.default_registry.flatten_one_level(opt_state)
-    return [] if children is None else [rule for c in children[0] for rule in find_rules(c)]
+def _wants_costly_signals(node: PyTree) -> bool:
+    if COSTLY_SIGNALS & set(getattr(node, "requires", ())):
+        return True
+    return any(_wants_costly_signals(child) for child in children(node))
 
 
 def get_batch_size(opt_state: PyTree) -> jax.Array:
@@ -159,34 +249,52 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
     >>> int(aj.get_batch_size(tx.init({"w": 0.0})))
     32
     """
-    rules = find_rules(opt_state)
-    if len(rules) != 1:
-        found = ", ".join(type(rule).__name__ for rule in rules) or "none"
+    return the_rule(requests(opt_state)).batch_size
+
+
+def the_rule(requested: Requests) -> Any:
+    """The state of the one rule that decides, or a ValueError that says what was found."""
+    if len(requested.rules) != 1:
+        found = ", ".join(type(rule).__name__ for rule in requested.rules) or "none"
         raise ValueError(
             "opt_state must hold exactly one batch-size rule (a state with a field `batch_size`), "
-            f"found {found}. aj.schedulers.constant(64), say, is one for a size that does not change."
+            f"found {found}. aj.schedulers.constant(64), for example, is one whose size is fixed."
         )
-    return rules[0].batch_size
-
-
-def meta_batch_sizes(opt_state: PyTree) -> list[jax.Array]:
-    """How many validation examples the rules in a state look at, also inside of a wrapper."""
-    return [node.meta_batch_size for node in nodes(opt_state) if hasattr(node, "meta_batch_size")]
+    return requested.rules[0]
 
 
 def applied_batch_size(batch_size: Any, state: Any) -> jax.Array:
-    """The size of the batch that this step saw.
+    """The batch size that this step actually used, as int32[].
 
-    A decision may be applied late (at the next window) or never (under `shadow`), so the size comes
-    from the caller; only a loop that does not say is taken to apply every decision at once.
+    ``run_window`` applies a decision at the next window and ``shadow`` never does, so the caller
+    passes `batch_size`. Without it we assume that the latest decision was applied.
     """
     return state.batch_size if batch_size is None else jnp.asarray(batch_size).astype(jnp.int32)
 
 
-def require(rule: str, how: str, **signals: Any) -> None:
-    """Raises a TypeError that names the first signal that `update` was not given."""
+def measures_now(signals_due: jax.Array | None, signals_made: Any) -> jax.Array | bool:
+    """Whether a rule measures at this step: if its signals were made and its own interval says so.
+
+    Args:
+      signals_due: The flag in the rule's state; None for a rule that measures at every step.
+      signals_made: The extra argument of that name. A Python bool is known while tracing: False
+        means that the costly signals are zeros, True that every rule that asks for them is due. An
+        array tells only whether they were made. None means that the caller makes what it passes.
+
+    Returns:
+      A Python bool if it is known while tracing, else bool[].
+    """
+    if isinstance(signals_made, bool):
+        return signals_made
+    own = True if signals_due is None else signals_due
+    return own if signals_made is None else jnp.asarray(signals_made) & own
+
+
+def require(rule: str, **signals: Any) -> None:
+    """Raises a TypeError for the first signal that `update` was not given, with how to supply it."""
     for name, value in signals.items():
         if value is None:
             raise TypeError(
-                f"{rule} needs the signal `{name}`: call update(..., {name}=...). {how}"
+                f"{rule} needs the signal `{name}`: call update(..., {name}=...). {SIGNALS[name]} "
+                "aj.fit and aj.run_window do this for you."
             )

@@ -216,7 +216,7 @@ def shadows(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
     """
     fig, ax = figure()
     seen = np.cumsum(fit.per_step("batch_size"))
-    names = [name for name in fit.history[0].info.logged if name.startswith("shadow/")]
+    names = [name for name in fit.history[0].info.metrics if name.startswith("shadow/")]
     last = {name: float(np.median(fit.per_step(name)[-50:])) for name in names}
     for color, name in zip(
         _cycle(), sorted(names, key=lambda name: last[name], reverse=True), strict=False

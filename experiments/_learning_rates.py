@@ -21,7 +21,7 @@ class RatesState(NamedTuple):
     rates: jax.Array  # shape=(num_steps,), dtype=float32
     step: jax.Array  # shape=(), dtype=int32
 
-    logged = ("learning_rate",)
+    metrics = ("learning_rate",)
 
 
 def scale_by_rates(kind: str, rate: float, num_steps: int) -> optax.GradientTransformation:

@@ -162,7 +162,7 @@ def _compare(config, task, columns: dict[str, Any], results, display) -> None:
             task.dataset.validation,
             fit.state.model_state,
         )
-        rates, phase = fit.per_step("learning_rate"), fit.history[-1].info.logged.get("phase")
+        rates, phase = fit.per_step("learning_rate"), fit.history[-1].info.metrics.get("phase")
         row |= {"validation_accuracy": validation.accuracy, "selected": kind == "autowu"}
         row |= {"steps_per_epoch": steps_per_epoch, "peak_learning_rate": float(rates.max())}
         if phase is not None:  # both are logged as the step leaves them

@@ -96,7 +96,7 @@ CASES = {
     "noise_floor": Case(make_noise_floor, ("value", *NOISE)),
     "norm_test": Case(aj.schedulers.norm_test, ("grad_stats",)),
     "shadow": Case(make_shadow, ("grad_stats",), takes_limits=False),
-    "simigrad": Case(lambda **k: aj.schedulers.simigrad(every=2, **k), ("grad_stats",)),
+    "simigrad": Case(lambda **k: aj.schedulers.simigrad(decide_every=2, **k), ("grad_stats",)),
     "smith": Case(lambda **k: aj.schedulers.smith((64, 128), 10_000, factor=2, **k)),
     "arbiter": Case(make_arbiter, ("agent_inputs", "meta_batch")),
     "arbiter_noise_response": Case(make_arbiter_with_noise, ("agent_inputs", "value", *NOISE)),
@@ -137,7 +137,7 @@ def signals_at(seed: int) -> dict[str, Any]:
     stats = aj.GradStats(
         mean_sq_norm=rng.normal(0.5, 0.2),
         variance_trace=rng.gamma(4.0, 10.0),
-        num_examples=float(START),
+        batch_size=float(START),
         batch_sq_norm=rng.gamma(4.0, 0.5),
         half_cosine=rng.uniform(-0.5, 1.0),
         inner_product_variance=rng.gamma(4.0, 10.0),
@@ -212,8 +212,14 @@ def test_every_member_has_a_case():
     assert public_functions() | set(ARBITERS) == set(CASES) | set(NOT_RULES)
 
 
+def nodes_of(tree):
+    yield tree
+    for child in base.children(tree):
+        yield from nodes_of(child)
+
+
 def test_every_member_is_a_function_or_the_state_of_a_case():
-    nodes = [node for name in CASES for node in base.nodes(start_of(name))]
+    nodes = [node for name in CASES for node in nodes_of(start_of(name))]
     types = {type(node).__name__ for node in nodes}
     assert set(aj.schedulers.__all__) - public_functions() <= types
 
@@ -321,7 +327,7 @@ def test_survives_chain_multi_steps_and_apply_if_finite(name):
     tx = wrap(optax.chain(optax.sgd(0.1), make(name)))
     update = jit(lambda g, s, signals: tx.update(g, s, params_like(), **signals))
     state, expected = jit(tx.init)(params_like()), wrap(optax.sgd(0.1)).init(params_like())
-    assert base.required_signals(state) == set(CASES[name].signals)
+    assert base.requests(state).signals == set(CASES[name].signals)
     assert set(CASES[name].signals) <= set(base.SIGNALS)
     states = [state]
     for t, (grads, signals) in enumerate(steps()):
@@ -331,7 +337,7 @@ def test_survives_chain_multi_steps_and_apply_if_finite(name):
         chex.assert_trees_all_close(updates, expected_updates, rtol=1e-6)
         states.append(state)
         assert LOW <= int(aj.get_batch_size(state)) <= HIGH
-    rules = [base.find_rules(state) for state in states]
+    rules = [base.requests(state).rules for state in states]
     chex.assert_trees_all_equal(rules[2], rules[4])  # between two updates, and the bad step
     if name not in ("constant", "shadow"):
         for before, after in [(rules[0], rules[2]), (rules[4], rules[5])]:

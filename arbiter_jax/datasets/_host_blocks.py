@@ -275,7 +275,7 @@ def host_blocks(
     :func:`arbiter_jax.fit` takes the blocks in the place of the training arrays. Validation data
     stay on the device. One's own loop asks for each window's block:
 
-        size, bucket_size = aj.window_sizes(state.opt_state)
+        size, bucket_size, _ = aj.next_window(state.opt_state)
         data = aj.Data(blocks.next_block(size, bucket_size), validation)
         state, info = aj.run_window(state, data, bucket_size=bucket_size, window=T, ...)
 

@@ -90,7 +90,7 @@ def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> Gra
     return GradStats(
         mean_sq_norm=batch_sq_norm - variance_trace / total,
         variance_trace=variance_trace,
-        num_examples=total,
+        batch_size=total,
         batch_sq_norm=batch_sq_norm,
         half_cosine=known(across / jnp.sqrt(first * second)),
         # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.

@@ -295,7 +295,6 @@ def arbiter(
     def update_fn(updates, state, params=None, *, agent_inputs=None, **extra_args):
         require(
             "arbiter",
-            "In a chain, every extra argument reaches it; aj.run_window and aj.fit supply them.",
             params=params,
             agent_inputs=agent_inputs,
             **{name: extra_args.get(name) for name in signals},

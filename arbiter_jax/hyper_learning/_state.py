@@ -37,7 +37,7 @@ class ArbiterState(NamedTuple):
     statistics: PyTree = None  # what the objective has measured, where one is given
 
     requires = ("agent_inputs", "meta_batch")
-    logged = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
+    metrics = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
 
 
 class NoiseArbiterState(ArbiterState):

@@ -29,7 +29,7 @@ class AdamPState(NamedTuple):
     adam: Any  # optax.ScaleByAdamState: count, mu, nu
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose gradients were not finite
 
-    logged = ("learning_rate",)
+    metrics = ("learning_rate",)
 
 
 def _project(
@@ -154,7 +154,7 @@ def adamp(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        require("adamp", "The projection is relative to the parameters.", params=params)
+        require("adamp", params=params)
         directions, adam_state = adam.update(updates, state.adam, params)
 
         def step(param, grad, direction):

@@ -11,9 +11,7 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import tree_where
 from arbiter_jax.base import require
-from arbiter_jax.learning_rate._scale_by_batch_size import _BATCH_SIZE, _relative_size, _scale
-
-_GRAD_STATS = "It is an aj.GradStats of the batch; aj.gradient_stats computes it."
+from arbiter_jax.learning_rate._scale_by_batch_size import _relative_size, _scale
 
 
 class AdaScaleState(NamedTuple):
@@ -27,7 +25,7 @@ class AdaScaleState(NamedTuple):
     num_skipped: jax.Array  # shape=(), dtype=int32, statistics that were not finite
 
     requires = ("grad_stats",)
-    logged = ("gain", "progress")
+    metrics = ("gain", "progress")
 
 
 def adascale(
@@ -110,8 +108,7 @@ def adascale(
         **extra_args,
     ):
         del params, extra_args
-        require("adascale", _GRAD_STATS, grad_stats=grad_stats)
-        require("adascale", _BATCH_SIZE, batch_size=batch_size)
+        require("adascale", grad_stats=grad_stats, batch_size=batch_size)
         scale = _relative_size(batch_size, reference)
         weight = jnp.maximum(1 - scale / 1000, 0.0) if decay is None else decay
 

@@ -46,7 +46,7 @@ class AutoWUState(NamedTuple):
     num_skipped: jax.Array  # shape=(), dtype=int32, losses that were not finite
 
     requires = ("value",)
-    logged = ("learning_rate", "phase")
+    metrics = ("learning_rate", "phase")
 
 
 class _Test(NamedTuple):
@@ -286,7 +286,7 @@ def autowu(
 
     def update_fn(updates, state, params=None, *, value=None, **extra_args):
         del params, extra_args
-        require("autowu", "It is the loss of the batch, a scalar.", value=value)
+        require("autowu", value=value)
         value = jax.lax.stop_gradient(jnp.asarray(value, state.losses.dtype))
         updates = jax.tree.map(
             lambda u: (state.learning_rate * u).astype(jnp.result_type(u)), updates

@@ -30,7 +30,7 @@ class HypergradientState(NamedTuple):
     inner_state: Any  # of the transformation that makes u out of the gradients
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose gradients were not finite
 
-    logged = ("learning_rate", "hypergradient")
+    metrics = ("learning_rate", "hypergradient")
 
 
 def _inner_product(a: Any, b: Any) -> jax.Array:

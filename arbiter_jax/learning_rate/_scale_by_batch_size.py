@@ -11,8 +11,6 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax.base import require
 
-_BATCH_SIZE = "It is the number of examples of this step; aj.get_batch_size(opt_state) has it."
-
 
 class ScaleByBatchSizeState(NamedTuple):
     """State of :func:`scale_by_batch_size`."""
@@ -67,7 +65,7 @@ def scale_by_batch_size(
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
         del state, params, extra_args
-        require("scale_by_batch_size", _BATCH_SIZE, batch_size=batch_size)
+        require("scale_by_batch_size", batch_size=batch_size)
         factor = _relative_size(batch_size, reference) ** exponent
         return _scale(updates, factor), ScaleByBatchSizeState(factor)
 

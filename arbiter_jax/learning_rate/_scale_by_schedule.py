@@ -16,15 +16,13 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax.base import require
 
-_HOW = "aj.run_window and aj.fit supply it: the count before this step."
-
 
 class ScaleByScheduleState(NamedTuple):
     """State of :func:`scale_by_schedule`."""
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate of the last step
 
-    logged = ("learning_rate",)
+    metrics = ("learning_rate",)
 
 
 def scale_by_schedule(
@@ -64,7 +62,7 @@ def scale_by_schedule(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
-        require("scale_by_schedule", _HOW, **{count: extra_args.get(count)})
+        require("scale_by_schedule", **{count: extra_args.get(count)})
         rate = jnp.asarray(schedule(extra_args[count]), jnp.float32)
         rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate)
         updates = jax.tree.map(lambda u: (rate * u).astype(jnp.result_type(u)), updates)

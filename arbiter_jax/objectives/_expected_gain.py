@@ -24,7 +24,7 @@ class GainState(NamedTuple):
     num_examples: jax.Array  # shape=(), dtype=float, in the batches that were looked at
 
     requires = ("update_noise", "meta_batch")
-    logged = ("progress", "noise_cost")
+    metrics = ("progress", "noise_cost")
 
 
 def gain_objective(

@@ -40,7 +40,7 @@ class FloorState(NamedTuple):
     validation: ValidationPace | None  # where the objective was given a loss function
 
     requires = ("value", "gradient_noise", "update_noise", "grad_stats")
-    logged = ("noise", "recent_loss", "older_loss", "held_batch_size")
+    metrics = ("noise", "recent_loss", "older_loss", "held_batch_size")
 
 
 def floor_objective(

@@ -35,7 +35,7 @@ def adabatch(
       factor: a, what the size is multiplied by, > 0.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
-      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest where it is None.
+      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
       A transformation that returns the updates unchanged.
@@ -48,7 +48,7 @@ def adabatch(
       Networks", arXiv:1712.02029.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
 
     >>> import arbiter_jax as aj, optax
@@ -82,12 +82,12 @@ def adabatch_learning_rate(
       learning_rate: lr_0, the rate at the start, >= 0.
       dataset_size: N, number of training examples, an integer >= 1.
       epochs: k, epochs between two changes, > 0.
-      factor: What the rate is multiplied by, > 0. It goes on where the size has reached its
+      factor: What the rate is multiplied by, > 0. It goes on when the size has reached its
         largest.
 
     Returns:
-      A function of the examples seen, not of steps, of which an epoch has fewer and fewer:
-      `optax.chain(optax.sgd(1.0), aj.scale_by_schedule(rate), aj.schedulers.adabatch(...))`.
+      A function of the examples seen, not of steps, of which an epoch has fewer and fewer: use it as
+      `aj.learning_rate.scale_by_schedule(rate)` behind an optimizer with a rate of 1.
 
     Raises:
       ValueError: If an argument is out of its range.

@@ -19,11 +19,13 @@ from arbiter_jax.schedulers import _rule
 class AdadampState(NamedTuple):
     """State of :func:`adadamp`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     initial_loss: jax.Array  # shape=(), dtype=float, F_0, 0 until it is known
     loss: jax.Array  # shape=(), dtype=float, average of the loss
     weight: jax.Array  # shape=(), dtype=float, of that average, 0 at the start
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("value",)
 
 
@@ -49,7 +51,7 @@ def adadamp(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size. It is also the decision
         where the average reaches F*.
-      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest where it is None.
+      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`, the
@@ -64,7 +66,7 @@ def adadamp(
       arXiv:1910.08222.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a loss that is not finite changes nothing but `num_skipped`;
         neither does a first loss that is not above F*.
@@ -85,16 +87,16 @@ def adadamp(
     def init_fn(params):
         del params
         return AdadampState(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             initial_loss=_rule.zero(),
             loss=_rule.zero(),
             weight=_rule.zero(),
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(updates, state, params=None, *, value: Any = None, **extra_args):
-        del params, extra_args
-        base.require("adadamp", _rule.VALUE, value=value)
+    def update_state(state, *, value: Any = None, **extra_args):
+        del extra_args
+        base.require("adadamp", value=value)
         sample = jnp.asarray(value)
         first = jnp.where(state.weight > 0, state.initial_loss, sample)
         loss, weight = _numerics.running_mean(state.loss, state.weight, sample, decay)
@@ -106,6 +108,6 @@ def adadamp(
             weight=weight,
         )
         usable = jnp.isfinite(sample) & (first > optimal_loss)
-        return updates, _rule.update_or_skip(usable, new, state)
+        return _rule.update_or_skip(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

@@ -1,4 +1,6 @@
-"""Two tests of whether a batch is large enough; one that fails names the size that would pass.
+"""Grow the batch until it passes a test of the gradient's accuracy.
+
+A test that fails names the size that would pass.
 
 The norm test bounds the error of the gradient (Byrd et al. 2012; Lau et al. 2024), the inner
 product test only the part of it that turns descent into ascent (Bollapragada et al. 2018).
@@ -20,22 +22,26 @@ from arbiter_jax.schedulers import _rule
 class NormTestState(NamedTuple):
     """State of :func:`norm_test`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     numerator: jax.Array  # shape=(), dtype=float, average of tr S
     denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
 
 class InnerProductTestState(NamedTuple):
     """State of :func:`inner_product_test`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     numerator: jax.Array  # shape=(), dtype=float, average of Var_i(g_i . gbar)
     denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^4
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
 
@@ -53,7 +59,7 @@ def norm_test(
       \text{if}\quad \frac{\widehat{tr S}}{B} > \eta^2 |\bar g|^2: \qquad
       B \leftarrow \left\lceil \frac{\widehat{tr S}}{\eta^2 |\bar g|^2} \right\rceil
 
-    with B the size in force, gbar the mean gradient of the batch and S the covariance of the
+    with B the applied batch size, gbar the mean gradient of the batch and S the covariance of the
     per-example gradients.
 
     Args:
@@ -64,11 +70,11 @@ def norm_test(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None.
+        if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `grad_stats` and,
-      if given, `batch_size`, the size in force.
+      if given, `batch_size`, the applied size.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -80,10 +86,10 @@ def norm_test(
       Adaptive Gradient Methods", arXiv:2402.11215.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * Grows only: no decision lies below the size in force.
+      * Grows only: no decision is below the applied size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.norm_test(eta=0.5))
@@ -117,7 +123,7 @@ def inner_product_test(
       \text{if}\quad \frac{Var_i(g_i \cdot \bar g)}{B} > \theta^2 |\bar g|^4: \qquad
       B \leftarrow \left\lceil \frac{Var_i(g_i \cdot \bar g)}{\theta^2 |\bar g|^4} \right\rceil
 
-    with B the size in force, g_i the gradient of example i and gbar their mean, both over all
+    with B the applied batch size, g_i the gradient of example i and gbar their mean, both over all
     parameters at once. It asks for smaller batches than :func:`norm_test`.
 
     Args:
@@ -127,11 +133,11 @@ def inner_product_test(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None.
+        if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `grad_stats` and,
-      if given, `batch_size`, the size in force.
+      if given, `batch_size`, the applied size.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -142,10 +148,10 @@ def inner_product_test(
       SIAM Journal on Optimization 28(4), 2018, arXiv:1710.11258.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * Grows only: no decision lies below the size in force.
+      * Grows only: no decision is below the applied size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.inner_product_test(theta=0.5))
@@ -175,40 +181,37 @@ def _growing_test(
 ) -> optax.GradientTransformationExtraArgs:
     """The rule of both tests: B >= numerator / (tolerance^2 denominator), or grow until it is."""
     _validate.in_range(0, 1, closed="left", decay=decay)
-    _, high, start = limits
-    low = limits[0]
+    low, high, start = limits
 
     def init_fn(params):
         del params
         return state_type(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             numerator=_rule.zero(),
             denominator=_rule.zero(),
             weight=_rule.zero(),
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(
-        updates, state, params=None, *, grad_stats: Any = None, batch_size=None, **extra_args
-    ):
-        del params, extra_args
-        base.require(name, _rule.GRAD_STATS, grad_stats=grad_stats)
+    def update_state(state, *, grad_stats: Any = None, batch_size=None, **extra_args):
+        del extra_args
+        base.require(name, grad_stats=grad_stats)
         sample = read(grad_stats)
         (numerator, denominator), weight = _numerics.running_mean(
             (state.numerator, state.denominator), state.weight, sample, decay
         )
         needed = _rule.safe_ratio(numerator, denominator) / tolerance**2
-        # Where the test passes, what it needs is no more than the size in force, which then stays.
-        # Compared with that size and not with the last decision: a decision that was never applied
-        # would otherwise ratchet up on noise.
-        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        # If the test passes it needs no more than the applied size, which then stays. The
+        # comparison is with that size and not with the last decision: noise would otherwise push up
+        # decisions that are never applied.
+        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         new = state._replace(
-            batch_size=_rule.to_size(needed, in_force, high, jnp.ceil),
+            batch_size=_rule.to_size(needed, applied, high, jnp.ceil),
             numerator=numerator,
             denominator=denominator,
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
-        return updates, _rule.update_or_skip(usable, new, state)
+        return _rule.update_or_skip(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

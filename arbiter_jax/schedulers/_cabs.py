@@ -20,12 +20,14 @@ from arbiter_jax.schedulers import _rule
 class CABSState(NamedTuple):
     """State of :func:`cabs`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     gradient_variance: jax.Array  # shape=(), dtype=float, average of xi
     loss: jax.Array  # shape=(), dtype=float, average of the loss
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
-    count: jax.Array  # shape=(), dtype=int32, steps taken
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_steps: jax.Array  # shape=(), dtype=int32
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("value", "grad_stats")
 
 
@@ -54,7 +56,7 @@ def cabs(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None.
+        if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`, the
@@ -69,10 +71,10 @@ def cabs(
       arXiv:1612.05086.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`
-        and `count`.
+        and `num_steps`.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.cabs(learning_rate=0.1))
@@ -91,28 +93,25 @@ def cabs(
     def init_fn(params):
         del params
         return CABSState(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             gradient_variance=_rule.zero(),
             loss=_rule.zero(),
             weight=_rule.zero(),
-            count=_rule.int32(),
+            num_steps=_rule.int32(),
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(
-        updates, state, params=None, *, value: Any = None, grad_stats: Any = None, **extra_args
-    ):
-        del params, extra_args
-        base.require("cabs", _rule.VALUE, value=value)
-        base.require("cabs", _rule.GRAD_STATS, grad_stats=grad_stats)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        num_examples = grad_stats.num_examples
-        xi = grad_stats.variance_trace * (num_examples - 1) / num_examples
+    def update_state(state, *, value: Any = None, grad_stats: Any = None, **extra_args):
+        del extra_args
+        base.require("cabs", value=value, grad_stats=grad_stats)
+        rate = learning_rate(state.num_steps) if callable(learning_rate) else learning_rate
+        size = grad_stats.batch_size
+        xi = grad_stats.variance_trace * (size - 1) / size
         (variance, loss), weight = _numerics.running_mean(
             (state.gradient_variance, state.loss), state.weight, (xi, jnp.asarray(value)), decay
         )
         size = rate * _rule.safe_ratio(variance, loss)
-        counted = state._replace(count=optax.safe_increment(state.count))
+        counted = state._replace(num_steps=optax.safe_increment(state.num_steps))
         new = counted._replace(
             batch_size=_rule.to_size(size, low, high),
             gradient_variance=variance,
@@ -120,6 +119,6 @@ def cabs(
             weight=weight,
         )
         usable = _rule.is_informative(xi, jnp.asarray(value)) & ~jnp.isnan(size)
-        return updates, _rule.update_or_skip(usable, new, counted)
+        return _rule.update_or_skip(usable, new, counted)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

@@ -9,20 +9,21 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax.schedulers import _rule
-from arbiter_jax.schedulers._from_schedule import _UNLIMITED
 
 
 class ConstantState(NamedTuple):
     """State of :func:`constant`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
 
 
 def constant(
     batch_size: int | None = None,
     *,
     min_batch_size: int = 1,
-    max_batch_size: int = _UNLIMITED,
+    max_batch_size: int = _rule.UNLIMITED,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The same batch size at every step, :math:`B_t = B`.
@@ -41,7 +42,7 @@ def constant(
       ValueError: If B is out of range, or given twice, or not at all.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
 
     >>> import arbiter_jax as aj, optax
@@ -60,10 +61,6 @@ def constant(
 
     def init_fn(params):
         del params
-        return ConstantState(batch_size=_rule.int32(size))
+        return ConstantState(**_rule.sizes(low, high, size))
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, lambda state, **signals: state)

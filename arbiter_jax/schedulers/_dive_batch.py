@@ -19,11 +19,13 @@ from arbiter_jax.schedulers import _rule
 class DiveBatchState(NamedTuple):
     """State of :func:`dive_batch`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     gradient_sum: base.PyTree  # like the parameters, sum of the g_i of this epoch
     sq_norm_sum: jax.Array  # shape=(), dtype=float, sum of the |g_i|^2 of this epoch
     num_examples: jax.Array  # shape=(), dtype=float, examples in both sums
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
 
@@ -51,18 +53,18 @@ def dive_batch(
     anywhere. It keeps one sum of gradients, as large as the parameters.
 
     Args:
-      dataset_size: N, number of training examples, an integer >= 1. An epoch ends where as many
+      dataset_size: N, number of training examples, an integer >= 1. An epoch ends when this many
         examples have been seen.
       delta: Share of the diversity to use, > 0. N D is of the order of (\|G\|^2 + tr S) / \|G\|^2,
         so that the published 1e-4 moves the size only on gradients that nearly cancel.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None.
+        if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `grad_stats` and,
-      if given, `grad`, the gradients, and `batch_size`, the size in force.
+      if given, `grad`, the gradients, and `batch_size`, the applied size.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -74,10 +76,10 @@ def dive_batch(
       Learning", AISTATS 2018, arXiv:1706.05699.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * Grows only: no decision lies below the size in force.
+      * Grows only: no decision is below the applied size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(aj.schedulers.dive_batch(dataset_size=32, delta=0.5), optax.sgd(0.1))
@@ -94,7 +96,7 @@ def dive_batch(
 
     def init_fn(params):
         return DiveBatchState(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             # At least float32: an epoch of bfloat16 gradients would add up to rounding errors.
             gradient_sum=jax.tree.map(
                 lambda p: jnp.zeros(
@@ -107,19 +109,12 @@ def dive_batch(
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        grad_stats: Any = None,
-        grad=None,
-        batch_size=None,
-        **extra_args,
+    def update_state(
+        state, *, updates, grad_stats: Any = None, grad=None, batch_size=None, **extra_args
     ):
-        del params, extra_args
-        base.require("dive_batch", _rule.GRAD_STATS, grad_stats=grad_stats)
-        size = grad_stats.num_examples
+        del extra_args
+        base.require("dive_batch", grad_stats=grad_stats)
+        size = grad_stats.batch_size
         gradient_sum = jax.tree.map(
             lambda total, g: total + size.astype(total.dtype) * jnp.asarray(g).astype(total.dtype),
             state.gradient_sum,
@@ -129,10 +124,10 @@ def dive_batch(
         sq_norm_sum = state.sq_norm_sum + sq_norm
         num_examples = state.num_examples + size
         diversity = _rule.safe_ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
-        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         # An epoch of zero gradients has no diversity, and leaves the size as it is.
-        wanted = jnp.where(jnp.isnan(diversity), in_force, delta * size_of_epoch * diversity)
-        decision = _rule.to_size(wanted, in_force, high, jnp.floor)
+        wanted = jnp.where(jnp.isnan(diversity), applied, delta * size_of_epoch * diversity)
+        decision = _rule.to_size(wanted, applied, high, jnp.floor)
         ended = num_examples >= size_of_epoch
 
         def restart(tree):
@@ -146,6 +141,6 @@ def dive_batch(
         )
         # Judged before the restart, which would hide what is not finite.
         usable = _numerics.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
-        return updates, _rule.update_or_skip(usable, new, state)
+        return _rule.update_or_skip(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

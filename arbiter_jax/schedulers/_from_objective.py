@@ -21,13 +21,6 @@ ALWAYS = 20  # steps at which the statistics are computed, whatever `every` says
 FIRST_SHARE = 40  # and which see this part of the budget, for harm done early may last,
 FIRST_TIMES = 2  # or batches so many times what is asked for, if that is less
 
-_HOW = {
-    "value": _rule.VALUE,
-    "grad_stats": _rule.GRAD_STATS,
-    "meta_batch": "It is a batch of validation examples.",
-    "step_seconds": "It is the time of a step, nan if unknown.",
-}
-
 
 class MeasuredCost(NamedTuple):
     """The running fit of the time of a step against its size, inside of a rule's state."""
@@ -101,8 +94,7 @@ def noise_rule(
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
         for name in (*objective.signals, *(() if fixed_cost is not None else ("step_seconds",))):
-            how = _HOW.get(name, "The engine supplies it.")
-            base.require(rule, how, **{name: extra_args.get(name)})
+            base.require(rule, **{name: extra_args.get(name)})
         in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         timed, cost = state.step_cost, fixed_cost
         if timed is not None:

@@ -10,11 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate, base
-from arbiter_jax.base import require
 from arbiter_jax.schedulers import _rule
-
-_UNLIMITED = 2**30
-
 
 LARGEST_COUNT = 2**31 - 1
 
@@ -22,7 +18,9 @@ LARGEST_COUNT = 2**31 - 1
 class ScheduleState(NamedTuple):
     """State of :func:`from_schedule`, `adabatch` and `smith`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     count: jax.Array  # shape=(), dtype=int32, what a run has seen; stops at its largest value
     num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
 
@@ -32,7 +30,7 @@ def from_schedule(
     *,
     count: str = "num_steps",
     min_batch_size: int = 1,
-    max_batch_size: int = _UNLIMITED,
+    max_batch_size: int = _rule.UNLIMITED,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A batch size that is a function of the steps, the examples or the progress of a run.
@@ -43,26 +41,26 @@ def from_schedule(
     `optax.exponential_decay` with a rate above 1 geometrically, `optax.join_schedules` joins them.
 
     Args:
-      schedule: Maps a count, int32[], to a batch size in examples. Not a number keeps the last
-        size.
-      count: What is counted, as in :func:`arbiter_jax.scale_by_schedule`: "num_steps"; "num_examples"
-        (the sum of the batch sizes in force, up to 2^31 - 1), which makes a schedule in epochs
-        independent of the sizes it passes through; or "progress" (scale-invariant steps, rounded
-        down), the extra argument of that name, which the engine supplies.
+      schedule: Maps a count, int32[], to a batch size in examples. A value that is not a
+        number keeps the last size.
+      count: What is counted: "num_steps"; "num_examples" (the sum of the applied batch sizes, up to
+        2^31 - 1), which makes a schedule in epochs independent of the sizes it passes through; or
+        "progress" (scale-invariant steps, rounded down), the extra argument of that name, which
+        `aj.fit` and `aj.run_window` supply.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size before the first step, in [min_batch_size, max_batch_size];
-        schedule(0), clipped, where it is None.
+        schedule(0), clipped, if None.
 
     Returns:
       A transformation that returns the updates unchanged.
 
     Raises:
-      ValueError: If an argument is out of its range, or the schedule is no function.
+      ValueError: If an argument is out of its range, or the schedule is not a function.
       TypeError: If `update` is not given the `progress` that a schedule of it needs.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step at which the schedule is not a number changes no size.
 
@@ -92,21 +90,23 @@ def from_schedule(
             size, _ = size_at(_rule.int32(), _rule.int32(low))
         else:
             size = _rule.int32(initial_batch_size)
-        return ScheduleState(batch_size=size, count=_rule.int32(), num_skipped=_rule.int32())
+        return ScheduleState(
+            **_rule.sizes(low, high, size), count=_rule.int32(), num_skipped=_rule.int32()
+        )
 
     def count_after(state, batch_size, progress):
         if count == "progress":
-            require("from_schedule", "aj.run_window and aj.fit supply it.", progress=progress)
+            base.require("from_schedule", progress=progress)
             return jnp.floor(progress).astype(jnp.int32)
         step = (
             _rule.int32(1) if count == "num_steps" else base.applied_batch_size(batch_size, state)
         )
         return jnp.minimum(state.count, LARGEST_COUNT - step) + step
 
-    def update_fn(updates, state, params=None, *, batch_size=None, progress=None, **extra_args):
-        del params, extra_args
+    def update_state(state, *, batch_size=None, progress=None, **extra_args):
+        del extra_args
         counted = state._replace(count=count_after(state, batch_size, progress))
         size, usable = size_at(counted.count, state.batch_size)
-        return updates, _rule.update_or_skip(usable, counted._replace(batch_size=size), counted)
+        return _rule.update_or_skip(usable, counted._replace(batch_size=size), counted)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

@@ -21,18 +21,20 @@ from arbiter_jax.schedulers._step_times import StepTimes
 class GoodputState(NamedTuple):
     """State of :func:`goodput`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     variance_trace: jax.Array  # shape=(), dtype=float, average of the estimates of tr S
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     times: StepTimes  # what the fit of the step time has seen
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats", "step_seconds")
 
 
 def goodput(
     *,
-    gain: float = 1.05,
+    min_improvement: float = 1.05,
     max_growth: float = 2.0,
     decay: float = 0.99,
     candidates: Sequence[int] | None = None,
@@ -51,21 +53,21 @@ def goodput(
     the same at any size, as in Pollux: that optimism is what makes it explore.
 
     Args:
-      gain: Switch only where the goodput is more than this many times that of the size in force,
-        >= 1.
+      min_improvement: Switch only if the goodput is more than this many times that of the applied
+        size, >= 1.
       max_growth: Candidates beyond this many times the largest size measured so far wait, > 1.
       decay: Weight of the past in the averages of the statistics, in [0, 1).
       candidates: Sizes to choose from, increasing integers of [min_batch_size, max_batch_size]. By
         default the powers of two of that range, which fill their bucket, and its ends.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
-      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest where it is None.
+      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `grad_stats`,
-      `step_seconds` and, if given, `batch_size`, the size in force. `step_seconds` is the measured
-      time of one step of the last window, nan where unknown; it counts for the size that was in
-      force before it changed. Leave out times that contain a compilation.
+      `step_seconds` and, if given, `batch_size`, the applied size. `step_seconds` is the measured
+      time of one step of the last window, nan if unknown; it counts for the size that was applied
+      in that window. Leave out times that contain a compilation.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -76,7 +78,7 @@ def goodput(
       OSDI 2021, arXiv:2008.12260.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: statistics that are not finite change nothing but `num_skipped` and the
         fit of the times; a time that is not finite and positive does not enter that fit.
@@ -92,11 +94,8 @@ def goodput(
     64
     64
     """
-    least = _validate.positive(gain=gain)
-    if least < 1:
-        raise ValueError(f"gain must be >= 1, got {gain!r}.")
-    if _validate.positive(max_growth=max_growth) <= 1:
-        raise ValueError(f"max_growth must be > 1, got {max_growth!r}.")
+    _validate.greater(1, closed=True, min_improvement=min_improvement)
+    _validate.greater(1, max_growth=max_growth)
     _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
@@ -106,7 +105,7 @@ def goodput(
     def init_fn(params):
         del params
         return GoodputState(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             variance_trace=_rule.zero(),
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
@@ -114,23 +113,13 @@ def goodput(
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        grad_stats: Any = None,
-        step_seconds: Any = None,
-        batch_size=None,
-        **extra_args,
+    def update_state(
+        state, *, grad_stats: Any = None, step_seconds: Any = None, batch_size=None, **extra_args
     ):
-        del params, extra_args
-        base.require("goodput", _rule.GRAD_STATS, grad_stats=grad_stats)
-        base.require(
-            "goodput", "It is the time of a step, nan if unknown.", step_seconds=step_seconds
-        )
-        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
-        timed = state._replace(times=_step_times.measure(state.times, step_seconds, in_force))
+        del extra_args
+        base.require("goodput", grad_stats=grad_stats, step_seconds=step_seconds)
+        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        timed = state._replace(times=_step_times.measure(state.times, step_seconds, applied))
 
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
         (variance, signal), weight = _numerics.running_mean(
@@ -148,17 +137,17 @@ def goodput(
         within_reach = sizes <= max_growth * timed.times.largest
         values = jnp.where(within_reach & known, goodput_of(sizes), -jnp.inf)
         best = jnp.argmax(values)
-        switch = values[best] > gain * goodput_of(in_force.astype(variance.dtype))
+        switch = values[best] > min_improvement * goodput_of(applied.astype(variance.dtype))
         new = timed._replace(
-            batch_size=jnp.where(switch, jnp.asarray(options, jnp.int32)[best], in_force),
+            batch_size=jnp.where(switch, jnp.asarray(options, jnp.int32)[best], applied),
             variance_trace=variance,
             mean_sq_norm=signal,
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & (variance + signal_left > 0)
-        return updates, _rule.update_or_skip(usable, new, timed)
+        return _rule.update_or_skip(usable, new, timed)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)
 
 
 def _candidates(candidates: Sequence[int] | None, low: int, high: int) -> tuple[int, ...]:

@@ -19,13 +19,15 @@ from arbiter_jax.schedulers import _rule
 class GradientNoiseScaleState(NamedTuple):
     """State of :func:`gradient_noise_scale`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     variance_trace: jax.Array  # shape=(), dtype=float, average of the estimates of tr S
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
-    logged = ("variance_trace", "mean_sq_norm")
+    metrics = ("variance_trace", "mean_sq_norm")
 
 
 def gradient_noise_scale(
@@ -51,7 +53,7 @@ def gradient_noise_scale(
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None.
+        if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `grad_stats`.
@@ -65,7 +67,7 @@ def gradient_noise_scale(
       appendix A.1.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
 
@@ -85,16 +87,16 @@ def gradient_noise_scale(
     def init_fn(params):
         del params
         return GradientNoiseScaleState(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             variance_trace=_rule.zero(),
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(updates, state, params=None, *, grad_stats: Any = None, **extra_args):
-        del params, extra_args
-        base.require("gradient_noise_scale", _rule.GRAD_STATS, grad_stats=grad_stats)
+    def update_state(state, *, grad_stats: Any = None, **extra_args):
+        del extra_args
+        base.require("gradient_noise_scale", grad_stats=grad_stats)
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
         (variance, signal), weight = _numerics.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
@@ -107,6 +109,6 @@ def gradient_noise_scale(
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(size)
-        return updates, _rule.update_or_skip(usable, new, state)
+        return _rule.update_or_skip(usable, new, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

@@ -1,4 +1,4 @@
-"""What every rule shares: beyond measure or not, rounding into the range, skipping."""
+"""Helpers that the rules share: ratios of noisy estimates, rounding into the range, skipping."""
 
 from __future__ import annotations
 
@@ -13,8 +13,35 @@ from arbiter_jax import _numerics
 
 State = TypeVar("State", bound=tuple)
 
-GRAD_STATS = "The engine supplies it; in a loop of your own, use arbiter_jax.gradient_stats."
-VALUE = "It is the mean loss of the batch, a scalar."
+UNLIMITED = 2**30  # the largest batch size of a rule that is given none
+
+
+def transformation(
+    init_fn: Callable[[Any], Any], update_state: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """A batch-size rule as an optax transformation, which returns the updates unchanged.
+
+    Args:
+      init_fn: ``init_fn(params) -> state``.
+      update_state: ``update_state(state, *, updates, params, **signals) -> state``. It is not
+        called for a probe, an update that only measures how the chain responds to gradients.
+    """
+
+    def update_fn(updates, state, params=None, *, probe=None, **signals):
+        if probe is not None:
+            return updates, state
+        return updates, update_state(state, updates=updates, params=params, **signals)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def sizes(low: int, high: int, start: int | jax.Array) -> dict[str, jax.Array]:
+    """The fields of a rule's state that say its decision and its range."""
+    return {
+        "batch_size": int32(start),
+        "min_batch_size": int32(low),
+        "max_batch_size": int32(high),
+    }
 
 
 def zero() -> jax.Array:
@@ -22,7 +49,7 @@ def zero() -> jax.Array:
     return jnp.zeros((), float)
 
 
-def int32(value: int = 0) -> jax.Array:
+def int32(value: int | jax.Array = 0) -> jax.Array:
     """An int32 scalar: a size or a count."""
     return jnp.asarray(value, jnp.int32)
 
@@ -31,10 +58,10 @@ def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The quotient; infinite for a denominator <= 0, nan if the numerator is not > 0 either.
 
     Unbiased estimates of a square can be negative. One that is still negative after averaging means
-    that the noise hides the signal, and the ratio of the two is beyond measure.
+    that the noise hides the signal, and their ratio cannot be measured.
     """
-    beyond = jnp.where(numerator > 0, jnp.inf, jnp.nan)
-    return jnp.where(denominator > 0, numerator / denominator, beyond)
+    unmeasurable = jnp.where(numerator > 0, jnp.inf, jnp.nan)
+    return jnp.where(denominator > 0, numerator / denominator, unmeasurable)
 
 
 def is_informative(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -61,9 +88,16 @@ def update_or_skip(usable: jax.Array, new: State, state: Any) -> State:
     """The new state, or the old one with one more skipped step.
 
     Args:
-      usable: bool[], whether this step's signals say anything.
+      usable: bool[], whether this step's signals carry information.
       new: State after this step; taken only if every number in it is finite.
       state: State before it, with a field `num_skipped`.
     """
     skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
     return _numerics.tree_where(usable & _numerics.all_finite(new), new, skipped)
+
+
+def checked_rule(rule: Any) -> optax.GradientTransformationExtraArgs:
+    """The rule inside a wrapper, or a ValueError if it is not a transformation."""
+    if not isinstance(rule, optax.GradientTransformation):
+        raise ValueError(f"rule must be an optax gradient transformation, got {rule!r}.")
+    return optax.with_extra_args_support(rule)

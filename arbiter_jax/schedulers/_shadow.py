@@ -10,44 +10,45 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import base
-from arbiter_jax.schedulers._hysteresis import _checked
+from arbiter_jax.schedulers import _rule
 
 
 class ShadowState(NamedTuple):
     """State of :func:`shadow`. It decides nothing: it has no field `batch_size`."""
 
-    rules: dict[str, Any]  # the name of the rule -> its state
-    acts = False
+    watched: dict[str, Any]  # the name of the rule -> its state
+    decides = False
 
-    def logged_values(self) -> dict[str, jax.Array]:
-        """What is logged at every step, for this state and all states inside it."""
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """What is reported at every step, for this state and all states inside it."""
         return {f"shadow/{name}": size for name, size in _sizes(self).items()}
 
 
 def shadow(
     rule: optax.GradientTransformation, *, name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets a rule watch a run: it logs what it would choose and decides nothing.
+    """Lets a rule watch a run: it reports what it would choose and decides nothing.
 
-    Any number of shadows may stand in one chain beside the one rule that acts, so that one run
-    ranks many rules. `get_batch_size` does not see them; :func:`shadow_batch_sizes` does.
+    A chain may have any number of shadows beside the one rule that decides, so that one run ranks
+    many rules. `get_batch_size` does not see them; :func:`shadow_batch_sizes` does.
 
     Args:
-      rule: Any batch-size rule, or a chain that holds one. It is told the size in force, which is
-        not its own decision: the extra argument `batch_size`, or the number of examples in
-        `grad_stats` where that is not given.
-      name: What to call it in logs; by default after the state of the rule, `cabs` for a CABSState.
+      rule: Any batch-size rule, or a chain that holds one. It gets the applied size, which is not
+        its own decision: the extra argument `batch_size`, or the number of examples in
+        `grad_stats` if that is not given.
+      name: What to call it in the metrics; by default the name of its state, `cabs` for a CABSState.
         Names must differ within one chain.
 
     Returns:
       A transformation that returns the updates unchanged and takes the signals of the rule.
 
     Raises:
-      ValueError: If the rule is no transformation, the name is empty, or `init` finds no rule
+      ValueError: If the rule is not a transformation, the name is empty, or `init` finds no rule
         inside, or several.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Never acts: `get_batch_size` of a chain is the same with and without it.
 
     >>> import arbiter_jax as aj, optax
@@ -63,24 +64,24 @@ def shadow(
     >>> {k: int(v) for k, v in aj.schedulers.shadow_batch_sizes(state).items()}
     {'adadamp': 64}
     """
-    inner = _checked(rule)
+    inner = _rule.checked_rule(rule)
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"name must be a string that is not empty, got {name!r}.")
 
     def init_fn(params):
         state = inner.init(params)
         base.get_batch_size(state)  # raises unless there is one
-        return ShadowState(rules={name or _default_name(state): state})
+        return ShadowState(watched={name or _default_name(state): state})
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
         if batch_size is None and extra_args.get("grad_stats") is not None:
-            seen = jnp.nan_to_num(extra_args["grad_stats"].num_examples)
-            batch_size = jnp.clip(jnp.round(seen), 0, 2**30)
+            size = jnp.nan_to_num(extra_args["grad_stats"].batch_size)
+            batch_size = jnp.clip(jnp.round(size), 0, _rule.UNLIMITED)
         if batch_size is not None:
             extra_args["batch_size"] = batch_size
-        ((label, watched),) = state.rules.items()
+        ((label, watched),) = state.watched.items()
         _, watched = inner.update(updates, watched, params, **extra_args)
-        return updates, ShadowState(rules={label: watched})
+        return updates, ShadowState(watched={label: watched})
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -118,11 +119,10 @@ def shadow_batch_sizes(opt_state: base.PyTree) -> dict[str, jax.Array]:
 
 
 def _sizes(state: ShadowState) -> dict[str, jax.Array]:
-    return {name: base.get_batch_size(watched) for name, watched in state.rules.items()}
+    return {name: base.get_batch_size(watched) for name, watched in state.watched.items()}
 
 
 def _default_name(opt_state: Any) -> str:
     """The name of the state in snake case, without the word State."""
-    (state,) = base.find_rules(opt_state)
-    name = type(state).__name__.removesuffix("State")
+    name = type(base.the_rule(base.requests(opt_state))).__name__.removesuffix("State")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -19,10 +19,12 @@ from arbiter_jax.schedulers import _rule
 class SimigradState(NamedTuple):
     """State of :func:`simigrad`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     similarity: jax.Array  # shape=(), dtype=float, mean cosine since the last decision
-    count: jax.Array  # shape=(), dtype=int32, cosines in that mean, less than `every`
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
+    count: jax.Array  # shape=(), dtype=int32, cosines in that mean, less than `decide_every`
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
 
@@ -30,7 +32,7 @@ def simigrad(
     *,
     target: float = 0.7,
     factor: float = 1.5,
-    every: int = 10,
+    decide_every: int = 10,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -43,23 +45,23 @@ def simigrad(
         \lfloor B / a \rfloor & \text{else}
       \end{cases}
 
-    with B the size in force and g_1, g_2 the gradients of the halves of one batch. The published
+    with B the applied batch size and g_1, g_2 the gradients of the halves of one batch. The published
     account leaves the factor open; ours of 1.5 and the averaging over ten steps are choices.
 
     Args:
       target: gamma, the cosine to hold, in (-1, 1).
       factor: a, what the size is multiplied or divided by, > 1.
-      every: Steps from one decision to the next, over which the cosine is averaged, an integer
-        >= 1. A decision starts from the size in force, so that decisions that are not applied do
-        not compound.
+      decide_every: Steps from one decision to the next, over which the cosine is averaged, an
+        integer >= 1. A decision starts from the applied size, so that decisions that are not applied
+        do not compound.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None.
+        if None.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `grad_stats` and,
-      if given, `batch_size`, the size in force.
+      if given, `batch_size`, the applied size.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -70,23 +72,22 @@ def simigrad(
       Similarity Measurement", NeurIPS 2021.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
       * One factor per decision: however many steps pass, the size is at most a factor (or one
-        example) away from the size in force.
+        example) away from the applied size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
-    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.simigrad(every=1, initial_batch_size=64))
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.simigrad(decide_every=1, initial_batch_size=64))
     >>> stats = aj.GradStats(*jnp.array([0.5, 40.0, 64.0, 1.75, 0.2, 3.0]))
     >>> _, state = tx.update({"w": 1.0}, tx.init({"w": 0.0}), grad_stats=stats, batch_size=64)
     >>> int(aj.get_batch_size(state))  # a cosine of 0.2 is below the target
     96
     """
     _validate.in_range(-1, 1, closed="neither", target=target)
-    if _validate.positive(factor=factor) <= 1:
-        raise ValueError(f"factor must be > 1, got {factor!r}.")
-    interval = _validate.integer(every=every, minimum=1)
+    _validate.greater(1, factor=factor)
+    interval = _validate.integer(decide_every=decide_every, minimum=1)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -94,24 +95,22 @@ def simigrad(
     def init_fn(params):
         del params
         return SimigradState(
-            batch_size=_rule.int32(start),
+            **_rule.sizes(low, high, start),
             similarity=_rule.zero(),
             count=_rule.int32(),
             num_skipped=_rule.int32(),
         )
 
-    def update_fn(
-        updates, state, params=None, *, grad_stats: Any = None, batch_size=None, **extra_args
-    ):
-        del params, extra_args
-        base.require("simigrad", _rule.GRAD_STATS, grad_stats=grad_stats)
+    def update_state(state, *, grad_stats: Any = None, batch_size=None, **extra_args):
+        del extra_args
+        base.require("simigrad", grad_stats=grad_stats)
         cosine = grad_stats.half_cosine
         count = state.count + 1
         similarity = state.similarity + (cosine - state.similarity) / count
-        in_force = base.applied_batch_size(batch_size, state)
-        # Rounded away from the size in force, or small sizes could never move.
-        grown = _rule.to_size(in_force * factor, low, high, jnp.ceil)
-        shrunk = _rule.to_size(in_force / factor, low, high, jnp.floor)
+        applied = base.applied_batch_size(batch_size, state)
+        # Rounded away from the applied size, or small sizes could never move.
+        grown = _rule.to_size(applied * factor, low, high, jnp.ceil)
+        shrunk = _rule.to_size(applied / factor, low, high, jnp.floor)
         due = count >= interval
         decision = jnp.where(similarity < target, grown, shrunk)
         new = state._replace(
@@ -119,6 +118,6 @@ def simigrad(
             similarity=jnp.where(due, 0, similarity),
             count=jnp.where(due, 0, count),
         )
-        return updates, _rule.update_or_skip(jnp.isfinite(cosine), new, state)
+        return _rule.update_or_skip(jnp.isfinite(cosine), new, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)

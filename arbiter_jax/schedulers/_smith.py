@@ -43,7 +43,7 @@ def smith(
       count: What the boundaries count: "num_steps", "num_examples" or "progress".
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
-      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest where it is None.
+      initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
       A transformation that returns the updates unchanged.
@@ -56,7 +56,7 @@ def smith(
       ICLR 2018, arXiv:1711.00489.
 
     *Guarantees*:
-      * Updates unchanged: they are returned as they came.
+      * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Noise scale falls alike: size over rate is multiplied by a at every boundary.
 
@@ -92,7 +92,7 @@ def smith_learning_rate(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.Schedule:
-    r"""The learning rate that goes with :func:`smith`: it falls where the size can grow no more.
+    r"""The learning rate that goes with :func:`smith`: it falls once the size can grow no further.
 
     .. math:: lr = lr_0 a^{-\max(m - g, 0)}
 
@@ -106,8 +106,9 @@ def smith_learning_rate(
       initial_batch_size: B_0.
 
     Returns:
-      A function of what the boundaries count. Of steps it is an optax schedule like any other; of
-      examples, `optax.chain(optax.sgd(1.0), aj.scale_by_schedule(rate), aj.schedulers.smith(...))`.
+      A function of what the boundaries count. If that is steps it is an optax schedule like any
+      other; if examples, use it as `aj.learning_rate.scale_by_schedule(rate)` behind an optimizer
+      with a rate of 1.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -136,9 +137,7 @@ def _smith_plan(
     if list(milestones) != sorted(set(milestones)):
         raise ValueError(f"boundaries must increase, got {tuple(boundaries)!r}.")
     size = _validate.integer(dataset_size=dataset_size, minimum=1)
-    ratio = _validate.positive(factor=factor)
-    if ratio <= 1:
-        raise ValueError(f"factor must be > 1, got {factor!r}.")
+    ratio = _validate.greater(1, factor=factor)
     _, high, start = limits
     growths = 0
     while growths < len(milestones) and start * ratio ** (growths + 1) <= min(high, size / 10):

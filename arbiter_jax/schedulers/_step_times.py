@@ -28,7 +28,7 @@ class StepTimes(NamedTuple):
     weight: jax.Array  # shape=(), dtype=float, 0 before the first measurement
     largest: jax.Array  # shape=(), dtype=int32, largest size measured
     last_seconds: jax.Array  # shape=(), dtype=float, last finite time given, 0 before
-    last_batch_size: jax.Array  # shape=(), dtype=int32, size in force at the last step
+    last_batch_size: jax.Array  # shape=(), dtype=int32, applied at the last step
     num_steps: jax.Array  # shape=(), dtype=int32, steps since the last measurement
     interval: jax.Array  # shape=(), dtype=int32, steps between two measurements, 0 if unknown
 
@@ -49,15 +49,15 @@ def init(start: int) -> StepTimes:
     )
 
 
-def measure(times: StepTimes, step_seconds: jax.Array, in_force: jax.Array) -> StepTimes:
-    """Takes in a measured time, once, for the size that was in force while it was measured.
+def measure(times: StepTimes, step_seconds: jax.Array, applied: jax.Array) -> StepTimes:
+    """Takes in a measured time, once, for the size that was applied while it was measured.
 
-    The same time is given at every step of a window, of the window before. A new window shows in a
-    new time or a new size; or, where both happen to be as before, in the number of steps.
+    Every step of a window is given the same time, that of the window before. A new window shows in a
+    new time or a new size; or, if both are as before, in the number of steps.
     """
     seconds = jnp.asarray(step_seconds, times.seconds.dtype)
     valid = jnp.isfinite(seconds) & (seconds > 0)
-    changed = (seconds != times.last_seconds) | (in_force != times.last_batch_size)
+    changed = (seconds != times.last_seconds) | (applied != times.last_batch_size)
     repeated = (times.interval > 0) & (times.num_steps >= times.interval)
     weight = _TIME_DECAY * times.weight + 1 / seconds**2  # relative errors count alike
     rate = 1 / (seconds**2 * weight)
@@ -76,7 +76,7 @@ def measure(times: StepTimes, step_seconds: jax.Array, in_force: jax.Array) -> S
     )
     usable = valid & (changed | repeated) & _numerics.all_finite(measured)
     times = _numerics.tree_where(usable, measured, times)
-    return times._replace(last_batch_size=in_force, num_steps=optax.safe_increment(times.num_steps))
+    return times._replace(last_batch_size=applied, num_steps=optax.safe_increment(times.num_steps))
 
 
 def seconds_of(times: StepTimes, size: jax.Array) -> jax.Array:
@@ -93,6 +93,6 @@ def step_cost(times: StepTimes) -> jax.Array:
     size = jnp.where(times.size > 0, times.size, 1)
     each = (times.seconds - fixed) / size
     known = (times.weight > 0) & (times.size_variance > 0)
-    # A slope of nothing: as many examples as one likes for the price of a step.
+    # If the fitted time does not grow with the size the ratio diverges: bound it.
     each = jnp.maximum(each, 1e-6 * times.seconds / size)
     return jnp.where(known, fixed / jnp.where(known, each, 1), 0)

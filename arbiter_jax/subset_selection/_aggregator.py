@@ -20,7 +20,7 @@ class DynamicBatchAdaptationState(NamedTuple):
     num_selected: jax.Array  # shape=(num_groups,), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, rows so far that were not finite
 
-    logged = ("selected_fraction",)
+    metrics = ("selected_fraction",)
 
 
 def dynamic_batch_adaptation(

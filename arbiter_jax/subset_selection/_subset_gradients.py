@@ -33,7 +33,7 @@ class SubsetGradient(NamedTuple):
     num_selected: jax.Array  # shape=(num_groups,), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, real examples that are not finite
 
-    logged = ("selected_fraction",)
+    metrics = ("selected_fraction",)
 
 
 def subset_gradients(

@@ -5,7 +5,7 @@ The loop knows no rule and no rule knows the loop; they meet in :mod:`arbiter_ja
 
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._fit import Callback, FitResult, WindowRecord, fit
-from arbiter_jax.training._next_window import decision_steps, window_sizes
+from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._window import (
     Data,
     TrainState,
@@ -20,9 +20,8 @@ __all__ = [
     "TrainState",
     "WindowRecord",
     "count_compilations",
-    "decision_steps",
     "fit",
     "init_state",
+    "next_window",
     "run_window",
-    "window_sizes",
 ]

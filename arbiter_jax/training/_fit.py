@@ -17,11 +17,11 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
-from arbiter_jax.base import LossFn, PyTree, StepInfo
+from arbiter_jax.base import LossFn, PyTree, StepInfo, requests
 from arbiter_jax.batching import BlockSource, num_rows
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._compilations import count_compilations
-from arbiter_jax.training._next_window import decision_steps, window_sizes
+from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._window import Data, TrainState, copy_state, init_state, run_window
 
 
@@ -49,12 +49,12 @@ class FitResult(NamedTuple):
     seconds: float
 
     def per_step(self, name: str) -> np.ndarray:
-        """One quantity at every step of the run: "loss", "batch_size", or any logged field."""
+        """One quantity at every step of the run: "loss", "batch_size", or any metric."""
         infos = [record.info for record in self.history]
         if not infos:  # a budget of less than one batch
             return np.zeros(0)
         return np.concatenate(
-            [getattr(i, name) if name in StepInfo._fields else i.logged[name] for i in infos]
+            [getattr(i, name) if name in StepInfo._fields else i.metrics[name] for i in infos]
         )
 
 
@@ -83,6 +83,17 @@ def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) 
         return data, num_steps
     block = data.train.next_block(batch_size, bucket_size, num_steps)
     return data._replace(train=block), int(block.num_steps)
+
+
+def _check_budget(opt_state: PyTree, num_examples: int) -> None:
+    """Raises a ValueError if a rule in the chain was built for another budget than this run's."""
+    for budget in jax.device_get(requests(opt_state).budgets):
+        known = int(budget.max())
+        if known not in (0, num_examples):
+            raise ValueError(
+                f"num_examples must be {known}, the budget that the rule in tx was built for, got "
+                f"{num_examples}: pass the same number to both, or none to the rule."
+            )
 
 
 def fit(
@@ -149,6 +160,7 @@ def fit(
         state = init_state(params, tx, raw_key(key), model_state)
     else:
         state = copy_state(state)
+    _check_budget(state.opt_state, num_examples)
     callbacks = tuple(callbacks)
     history: list[WindowRecord] = []
     num_cache_hits = 0
@@ -156,8 +168,8 @@ def fit(
     seen = int(state.num_examples)
     start = time.perf_counter()
     while True:
-        size, bucket_size = window_sizes(state.opt_state)
-        num_steps = min(decision_steps(state.opt_state, window), (num_examples - seen) // size)
+        size, bucket_size, num_steps = next_window(state.opt_state, window)
+        num_steps = min(num_steps, (num_examples - seen) // size)
         if num_steps < 1:
             break
         try:
@@ -171,6 +183,7 @@ def fit(
                 window_data,
                 num_steps,
                 step_seconds,
+                num_examples,
                 loss_fn=loss_fn,
                 tx=tx,
                 bucket_size=bucket_size,

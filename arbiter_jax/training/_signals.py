@@ -1,23 +1,38 @@
-"""The signals that rules ask for beside the loss: validation examples, and what noise does.
+"""Makes the signals that rules ask for: gradient statistics, what noise does, validation examples.
 
-Each is computed only where a state in the chain asks for it, and at the steps at which it is due.
+:data:`arbiter_jax.base.SIGNALS` lists them all. Those that cost something are made only at the steps
+at which some rule is due; at the others they are zeros, and `signals_made` says so.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax.base import PyTree, meta_batch_sizes, required_signals
+from arbiter_jax.base import (
+    VALIDATION_SIGNALS,
+    GradStats,
+    PyTree,
+    Requests,
+)
 from arbiter_jax.batching import SamplerState, advance, examples_ahead, num_rows
-from arbiter_jax.gradients import GradientFn, masked_value_and_grad, value_grad_and_stats
+from arbiter_jax.gradients import Gradient, GradientFn
 
-VALIDATION_SIGNALS = frozenset({"agent_inputs", "meta_batch"})
-NOISE_SIGNALS = frozenset({"grad_stats", "gradient_noise", "update_noise"})
+
+def with_zero_statistics(gradient_fn: GradientFn) -> GradientFn:
+    """A plain gradient function, with zeros for the statistics that a rule would get if due."""
+
+    def with_zeros(params: PyTree, *args: Any) -> Gradient:
+        zero = jnp.zeros((), float)
+        return gradient_fn(params, *args)._replace(
+            grad_stats=GradStats(*(zero for _ in GradStats._fields)),
+            gradient_noise=jax.tree.map(jnp.zeros_like, params),
+        )
+
+    return with_zeros
 
 
 def update_noise(
@@ -43,7 +58,8 @@ def update_noise(
       du, like grads. For plain SGD it is ``-learning_rate * gradient_noise``.
     """
     zeros = jax.tree.map(jnp.zeros_like, grads)
-    signals |= {"gradient_noise": gradient_noise, "update_noise": zeros}
+    # Rules return the updates unchanged: they need not measure anything here.
+    signals |= {"gradient_noise": zeros, "update_noise": zeros, "signals_made": False}
 
     def updates_of(grads):
         return tx.update(grads, opt_state, params, **signals)[0]
@@ -55,103 +71,76 @@ def update_noise(
     )
 
 
-def gradient_fn_for(loss_fn: Any, needed: frozenset[str]) -> GradientFn:
-    """The gradient of a loss, with its statistics where a rule asks for them."""
-    if needed & NOISE_SIGNALS:
-        return value_grad_and_stats(loss_fn, sampled=True)
-    return masked_value_and_grad(loss_fn, sampled=True)
+def gradient_signals(gradient: Gradient, signals: frozenset[str]) -> dict[str, Any]:
+    """The extra arguments of ``tx.update`` that come with a gradient.
 
-
-def without_statistics(full: GradientFn, loss_fn: Any) -> GradientFn:
-    """The plain gradient, with zeros in the place of the statistics that another one returns."""
-    plain = masked_value_and_grad(loss_fn, sampled=True)
-
-    def gradient_fn(*args):
-        shapes = jax.eval_shape(full, *args)
-        stats, noise = jax.tree.map(jnp.zeros_like, (shapes.grad_stats, shapes.gradient_noise))
-        return plain(*args)._replace(grad_stats=stats, gradient_noise=noise)
-
-    return gradient_fn
+    Args:
+      gradient: Of this step.
+      signals: What the rules ask for.
+    """
+    made = {"value": gradient.value, "grad": gradient.grads}  # as the optimizer itself sees it
+    if gradient.grad_stats is not None:
+        made["grad_stats"] = gradient.grad_stats
+    if "gradient_noise" in signals:
+        made["gradient_noise"] = gradient.gradient_noise
+    if gradient.model_state is not None:
+        made["model_state"] = gradient.model_state
+    return made
 
 
 def validation_signals(
     sampler: SamplerState,
-    opt_state: PyTree,
+    requested: Requests,
     validation: PyTree,
-    needed: frozenset[str],
     bucket_size: int,
     num_agent_inputs: int,
     due: bool,
 ) -> tuple[SamplerState, dict[str, Any]]:
-    """Fresh validation examples for the rules that ask, and where the sampler stands after them.
+    """Fresh validation examples for the rules that ask for them.
 
-    Where they are not due, zeros; the sampler stays.
+    Args:
+      sampler: Where the run stands in the validation data.
+      requested: What the rules ask for.
+      validation: Pytree of arrays with one leading axis.
+      bucket_size: Rows of `meta_batch`.
+      num_agent_inputs: Rows of `agent_inputs`.
+      due: If False, the examples are zeros and the sampler stays where it is.
+
+    Returns:
+      (sampler, signals): the sampler behind the examples that count as used.
     """
-    signals: dict[str, Any] = {}
-    wanted = {"agent_inputs": num_agent_inputs, "meta_batch": bucket_size}
-    num_rows_of = {name: n for name, n in wanted.items() if name in needed}
-    if not num_rows_of:
-        return sampler, signals
-    total = sum(num_rows_of.values())
-    # Only the examples that a rule looks at count as used.
-    sizes = meta_batch_sizes(opt_state)
-    used = num_rows_of.get("agent_inputs", 0)
-    if "meta_batch" in needed:
-        used = used + (jnp.minimum(sizes[0], bucket_size) if sizes else bucket_size)
-
-    def draw(sampler):
-        # One draw for both: a step is short enough for the number of its operations to count.
-        batch = examples_ahead(sampler, validation, jnp.arange(total, dtype=jnp.int32))
-        return advance(sampler, used, num_rows(validation)), batch
-
+    rows = {"agent_inputs": num_agent_inputs, "meta_batch": bucket_size}
+    rows = {name: n for name, n in rows.items() if name in requested.signals}
+    if not rows:
+        return sampler, {}
+    total = sum(rows.values())
     if due:
-        sampler, batch = draw(sampler)
+        # One draw for both: a step is short enough for the number of its operations to matter.
+        positions = jnp.arange(total, dtype=jnp.int32)
+        batch = examples_ahead(sampler, validation, positions)
+        used = rows.get("agent_inputs", 0)
+        if "meta_batch" in rows:
+            size = requested.meta_batch_size
+            used = used + (bucket_size if size is None else jnp.minimum(size, bucket_size))
+        sampler = advance(sampler, used, num_rows(validation))
     else:
-        batch = jax.tree.map(jnp.zeros_like, jax.eval_shape(draw, sampler)[1])
-    if "agent_inputs" in needed:
+        batch = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), validation)
+    signals: dict[str, Any] = {}
+    if "agent_inputs" in rows:
         inputs = batch[0] if isinstance(batch, tuple) else batch
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
-    if "meta_batch" in needed:
+    if "meta_batch" in rows:
         signals["meta_batch"] = jax.tree.map(lambda x: x[total - bucket_size :], batch)
     return sampler, signals
 
 
-def _flags(node: PyTree) -> list[jax.Array | None]:
-    """Of each state that looks at signals that cost something, the flag that governs it, if any.
-
-    A state's `signals_due`, bool[], speaks for all that is inside of it.
-    """
-    asking = required_signals(node) & (VALIDATION_SIGNALS | NOISE_SIGNALS)
-    if not asking:
-        return []
-    if getattr(node, "signals_due", None) is not None:
-        return [node.signals_due]
-    if asking & set(getattr(node, "requires", ())):
-        return [None]
-    children = jax.tree_util.default_registry.flatten_one_level(node)
-    return [flag for child in (children[0] if children else ()) for flag in _flags(child)]
-
-
-def signals_due(opt_state: PyTree) -> jax.Array | None:
-    """Whether any rule looks at its signals at the next step; None where always, or never."""
-    flags = _flags(opt_state)
-    known = [flag for flag in flags if flag is not None]
-    if not flags or len(known) < len(flags):
-        return None
-    return functools.reduce(jnp.logical_or, known)
-
-
-def with_signals_due(opt_state: PyTree, due: bool) -> PyTree:
-    """What is known of `signals_due` in one branch of a condition, as a constant.
-
-    So that the compiler sees which conditions of the rules do not arise there. Of several rules, it
-    is not known which one it was.
-    """
-    flagged = lambda node: getattr(node, "signals_due", None) is not None
-    if due and len(_flags(opt_state)) > 1:
-        return opt_state
-    return jax.tree.map(
-        lambda node: node._replace(signals_due=jnp.full((), due)) if flagged(node) else node,
-        opt_state,
-        is_leaf=flagged,
-    )
+def check_validation(requested: Requests, validation: PyTree) -> None:
+    """Raises a ValueError if a rule needs validation examples and there are none."""
+    if not requested.signals & VALIDATION_SIGNALS:
+        return
+    if validation is None:
+        raise ValueError(
+            "data.validation must be given, got None: a rule in the chain measures on validation "
+            "examples. Use aj.Data(train, validation)."
+        )
+    num_rows(validation)

@@ -20,13 +20,12 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import cond_in_place, raw_key
 from arbiter_jax.base import (
+    MEASURED_SIGNALS,
     LossFn,
     PyTree,
     StepInfo,
-    find_rules,
     get_batch_size,
-    logged_fields,
-    required_signals,
+    requests,
 )
 from arbiter_jax.batching import (
     Block,
@@ -37,15 +36,18 @@ from arbiter_jax.batching import (
     num_rows,
     sample_batch,
 )
-from arbiter_jax.gradients import Gradient, GradientFn
+from arbiter_jax.gradients import (
+    Gradient,
+    GradientFn,
+    masked_value_and_grad,
+    value_grad_and_stats,
+)
 from arbiter_jax.training._signals import (
-    VALIDATION_SIGNALS,
-    gradient_fn_for,
-    signals_due,
+    check_validation,
+    gradient_signals,
     update_noise,
     validation_signals,
-    with_signals_due,
-    without_statistics,
+    with_zero_statistics,
 )
 
 
@@ -130,41 +132,34 @@ def inner_step(
     tx: optax.GradientTransformationExtraArgs,
     signals: dict[str, Any] | None = None,
 ) -> tuple[TrainState, Gradient]:
-    """One descent step on one masked batch: gradient, `tx.update`, new parameters, ledger.
+    """One descent step on one masked batch: gradient, `tx.update`, new parameters, counters.
 
     Args:
       state: Where to start from.
       batch: Pytree of arrays [M, ...].
       mask: bool[M], True for a real example.
       gradient_fn: See :mod:`arbiter_jax.gradients`.
-      tx: The transformation; it is given `value`, `grad`, `batch_size`, the ledger before the step
+      tx: The transformation; it gets `value`, `grad`, `batch_size`, the counters before the step
         (`num_steps`, `num_examples`, `progress`), and `signals`.
-      signals: More extra arguments of ``tx.update``; `update_noise` is computed where it is asked for
-        and not among them.
+      signals: More extra arguments of ``tx.update``. `update_noise` is computed if a rule asks for it
+        and it is not among them.
 
     Returns:
       (state, gradient).
     """
+    requested = requests(state.opt_state)
     batch_size = jnp.sum(mask, dtype=jnp.int32)
     key = jax.random.fold_in(state.key, state.num_steps)
     gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
-    signals = dict(
-        signals or {},
-        value=gradient.value,
-        grad=gradient.grads,  # as the optimizer before a rule saw it
-        batch_size=batch_size,
-        num_steps=state.num_steps,
-        num_examples=state.num_examples,
-        progress=state.progress,
-    )
-    needed = required_signals(state.opt_state)
-    if gradient.grad_stats is not None:
-        signals["grad_stats"] = gradient.grad_stats
-    if "gradient_noise" in needed:
-        signals["gradient_noise"] = gradient.gradient_noise
-    if gradient.model_state is not None:
-        signals["model_state"] = gradient.model_state
-    if "update_noise" in needed and "update_noise" not in signals:
+    signals = {
+        **(signals or {}),
+        **gradient_signals(gradient, requested.signals),
+        "batch_size": batch_size,
+        "num_steps": state.num_steps,
+        "num_examples": state.num_examples,
+        "progress": state.progress,
+    }
+    if "update_noise" in requested.signals and "update_noise" not in signals:
         signals["update_noise"] = update_noise(
             tx,
             gradient.grads,
@@ -179,7 +174,7 @@ def inner_step(
         opt_state=opt_state,
         num_steps=state.num_steps + 1,
         num_examples=state.num_examples + batch_size,
-        progress=state.progress + logged_fields(opt_state).get("gain", 1.0),
+        progress=state.progress + requests(opt_state).progress_per_step,
         num_nonfinite=state.num_nonfinite + ~jnp.isfinite(gradient.value),
     )
     return state, gradient
@@ -212,6 +207,7 @@ def run_window(
     data: Data,
     num_steps: jax.typing.ArrayLike | None = None,
     step_seconds: jax.typing.ArrayLike = jnp.nan,
+    budget: jax.typing.ArrayLike | None = None,
     *,
     loss_fn: LossFn | None = None,
     tx: optax.GradientTransformation,
@@ -235,10 +231,11 @@ def run_window(
       num_steps: int32[], how many of the T steps to take; all where None. A traced number, so that
         the last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
+      budget: int32[], training examples of the whole run, for rules that plan ahead; None if unknown.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without any, whose batches
         then fill the bucket.
-      bucket_size: Static number of rows of a batch, a power of two: see :func:`window_sizes`.
+      bucket_size: Static number of rows of a batch, a power of two: see :func:`next_window`.
       window: T, static, >= 1.
       num_agent_inputs: Validation inputs that an agent sees at each step.
       gradient_fn: Replaces the gradient of loss_fn, e.g. by one over a chosen subset of examples.
@@ -278,20 +275,17 @@ def run_window(
     if (loss_fn is None) == (gradient_fn is None):
         raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
     tx = _with_extra_args(tx)
-    needed = required_signals(state.opt_state)
-    if needed & VALIDATION_SIGNALS:
-        if data.validation is None:
-            raise ValueError(
-                "data.validation must be given: a rule in the chain looks at validation examples, "
-                "got None."
-            )
-        num_rows(data.validation)
-    given, full = gradient_fn, gradient_fn or gradient_fn_for(loss_fn, needed)
-    rules = find_rules(state.opt_state)
-    batch_size = get_batch_size(state.opt_state) if rules else bucket_size
+    requested = requests(state.opt_state)
+    check_validation(requested, data.validation)
+    batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
+    constants = {} if budget is None else {"budget": jnp.asarray(budget, jnp.int32)}
+    if "step_seconds" in requested.signals:
+        constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
+    gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals)
 
-    def step(state: TrainState, t: jax.Array, due: bool = True) -> tuple[TrainState, StepInfo]:
+    def step(state: TrainState, t: jax.Array, made: Any = True) -> tuple[TrainState, StepInfo]:
+        due = made is not False
         if isinstance(data.train, Block):
             batch, mask = block_batch(data.train, t, bucket_size)
         else:
@@ -300,49 +294,64 @@ def run_window(
             )
             state = state._replace(train_sampler=sampler)
         if transform_batch is not None:
-            # Far from the keys 0, 1, ... that the pieces of a batch get from the same key.
+            # `gradients` folds the piece index 0, 1, ... into this key; 2**32 - 1 cannot collide.
             step_key = jax.random.fold_in(state.key, state.num_steps)
-            batch_key = jax.random.fold_in(step_key, 2**32 - 1)
-            batch = transform_batch(batch_key, batch)
+            batch = transform_batch(jax.random.fold_in(step_key, 2**32 - 1), batch)
         sampler, signals = validation_signals(
             state.validation_sampler,
-            state.opt_state,
+            requests(state.opt_state),
             data.validation,
-            needed,
             bucket_size,
             num_agent_inputs,
             due,
         )
-        state = state._replace(
-            validation_sampler=sampler, opt_state=with_signals_due(state.opt_state, due)
-        )
-        if "step_seconds" in needed:
-            signals["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
-        if not due and "update_noise" in needed:
+        state = state._replace(validation_sampler=sampler)
+        signals |= {**constants, "signals_made": made}
+        if not due and "update_noise" in requested.signals:
             signals["update_noise"] = jax.tree.map(jnp.zeros_like, state.params)
         state, gradient = inner_step(
-            state,
-            batch,
-            mask,
-            gradient_fn=full if due or given else without_statistics(full, loss_fn),
-            tx=tx,
-            signals=signals,
+            state, batch, mask, gradient_fn=gradient_fns[due], tx=tx, signals=signals
         )
+        metrics = {name: getattr(gradient, name) for name in getattr(gradient, "metrics", ())}
+        metrics |= requests(state.opt_state).metrics
         size = jnp.sum(mask, dtype=jnp.int32)
-        return state, StepInfo(gradient.value, size, logged_fields(state.opt_state))
+        return state, StepInfo(gradient.value.astype(float), size, metrics)
+
+    def no_step(state: TrainState, t: jax.Array) -> StepInfo:
+        if gradient_fn is not None:  # what it reports is not known before it is traced
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t)[1])
+        metrics = jax.tree.map(jnp.zeros_like, requests(state.opt_state).metrics)
+        return StepInfo(jnp.zeros((), float), jnp.zeros((), jnp.int32), metrics)
 
     def maybe_step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
-        due = signals_due(state.opt_state)
+        flags, due = requests(state.opt_state).flags, requests(state.opt_state).due
+        # A rule whose flag is the only one need not read it: the branch taken says what it holds.
+        made = True if len(flags) < 2 else jnp.array(True)
         if due is None and num_steps is None:
-            return step(state, t)
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t)[1])
+            return step(state, t, made)
         wanted = jnp.array(True) if num_steps is None else t < num_steps
-        take = lambda due: lambda carry: step(carry[0], t, due)
+        take = lambda made: lambda carry: step(carry[0], t, made)
+        carry = state, no_step(state, t)
         if due is None:
-            return cond_in_place(wanted, take(True), (state, nothing))
+            return cond_in_place(wanted, take(made), carry)
         # One choice for the whole step: a step at which no signal is due is a plain one, and costs
         # what that costs. Conditions further in would have to pass on signals as large as the model.
-        carry = cond_in_place(wanted & due, take(True), (state, nothing))
+        carry = cond_in_place(wanted & due, take(made), carry)
         return cond_in_place(wanted & ~due, take(False), carry)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
+
+
+def _gradient_fns(
+    loss_fn: LossFn | None, given: GradientFn | None, signals: frozenset[str]
+) -> dict[bool, GradientFn]:
+    """Whether a rule is due -> the gradient function of such a step."""
+    if loss_fn is None:
+        # Traced once, for its shapes as well as for the steps.
+        traced_once = jax.jit(given)
+        return {True: traced_once, False: traced_once}
+    plain = masked_value_and_grad(loss_fn, sampled=True)
+    if not signals & MEASURED_SIGNALS:
+        return {True: plain, False: plain}
+    full = value_grad_and_stats(loss_fn, sampled=True)
+    return {True: full, False: with_zero_statistics(plain)}

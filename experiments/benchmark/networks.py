@@ -121,7 +121,7 @@ def training(num_examples: int, batch_sizes: tuple[int, ...], window: int, *, ho
     def run() -> float:
         start = time.perf_counter()
         for _ in batch_sizes:
-            size, bucket_size = aj.window_sizes(state[0].opt_state)
+            size, bucket_size, _ = aj.next_window(state[0].opt_state)
             data = aj.Data(blocks.next_block(size, bucket_size)) if blocks else resident
             state[0], info = aj.run_window(
                 state[0],

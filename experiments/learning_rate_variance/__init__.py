@@ -149,9 +149,9 @@ def run(config: Config) -> _runner.Results:
                 rate = fit.per_step("learning_rate")
                 row |= {"largest_rate": rate.max(), "final_rate": rate[-1]}
                 for window, record in zip(windows, fit.history, strict=True):
-                    h = record.info.logged["hypergradient"]
+                    h = record.info.metrics["hypergradient"]
                     window |= {"mean_h": float(h.mean()), "variance_h": float(h.var())}
-                    window["learning_rate"] = float(record.info.logged["learning_rate"][-1])
+                    window["learning_rate"] = float(record.info.metrics["learning_rate"][-1])
                 late = [w for w in windows if w["num_examples"] > row["num_examples"] / 2]
                 for field in ("mean_h", "variance_h"):
                     row[field] = float(np.median([w[field] for w in late]))

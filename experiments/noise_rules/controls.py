@@ -37,7 +37,7 @@ class Replay(NamedTuple):
     statistics: Any
     table: jax.Array  # shape=(BINS, k), dtype=float
 
-    logged = ()
+    metrics = ()
 
 
 def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> NoiseObjective:

@@ -74,7 +74,7 @@ def sample_statistics(grads):
     return aj.GradStats(
         mean_sq_norm=mean @ mean - trace / n,
         variance_trace=trace,
-        num_examples=float(n),
+        batch_size=float(n),
         batch_sq_norm=mean @ mean,
         half_cosine=first @ second / np.linalg.norm(first) / np.linalg.norm(second),
         inner_product_variance=np.sum((inner - inner.mean()) ** 2) / (n - 1),
@@ -161,7 +161,7 @@ def test_counting_is_exact_for_a_loss_in_bfloat16():
     out = jax.jit(value_grad_and_stats(losses))(np.float32(1), x, mask)
     assert out.value.dtype == jnp.float32
     assert float(out.value) == 1.0
-    assert float(out.grad_stats.num_examples) == 301.0
+    assert float(out.grad_stats.batch_size) == 301.0
 
 
 @pytest.mark.parametrize("name", GRADIENT_FNS)
@@ -229,7 +229,7 @@ def test_stats_from_pieces_by_hand():
     spread = 3 * (3 / 4) ** 2 + 1 - 4 * square**2
     np.testing.assert_allclose(stats.inner_product_variance, spread, rtol=1e-5)
     assert float(stats.half_cosine) == 0.0
-    assert float(stats.num_examples) == 4.0
+    assert float(stats.batch_size) == 4.0
 
 
 def test_a_preconditioner_multiplies_every_gradient():
@@ -254,7 +254,7 @@ def test_one_example_has_no_spread_and_its_statistics_are_nan(name):
         assert np.isnan(stats.variance_trace)
         assert np.isnan(stats.half_cosine)
         assert np.isnan(stats.inner_product_variance)
-        assert float(stats.num_examples) == 1.0
+        assert float(stats.batch_size) == 1.0
         assert float(stats.batch_sq_norm) > 0
         if name == "2 pieces":
             assert all(np.isnan(x).all() for x in jax.tree.leaves(out.gradient_noise))
@@ -326,7 +326,7 @@ def test_weighted_examples_are_pieces_of_their_weight():
         if batch_size < 8:
             pieces = pieces._replace(half_cosine=exact.half_cosine)
         chex.assert_trees_all_close(exact, pieces, rtol=1e-4)
-        np.testing.assert_allclose(exact.num_examples, batch_size, rtol=1e-6)
+        np.testing.assert_allclose(exact.batch_size, batch_size, rtol=1e-6)
 
 
 # Unbiased on a Gaussian problem, whose |G|^2 and tr S are known

@@ -109,7 +109,7 @@ def test_the_first_state():
     assert state.meta_loss.dtype == jnp.float32
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert state.requires == ("agent_inputs", "meta_batch")
-    assert set(state.logged) <= set(state._fields)
+    assert set(state.metrics) <= set(state._fields)
 
 
 def test_response_weights_are_drawn_uniformly_between_minus_one_and_one():
@@ -870,12 +870,12 @@ def test_an_agent_with_an_objective_asks_for_what_it_reads():
     init = lambda **options: aj.arbiter(TRACKER, **options).init(None)
     floor = init(objective=aj.noise_response("noise_floor"))
     floor_signals = {"agent_inputs", "value", "gradient_noise", "update_noise", "grad_stats"}
-    assert aj.base.required_signals(floor) == floor_signals
+    assert aj.base.requests(floor).signals == floor_signals
     loss_fn = lambda params, batch: batch
     guarded = init(objective=aj.noise_response("noise_floor", loss_fn=loss_fn))
-    assert aj.base.required_signals(guarded) == floor_signals | {"meta_batch"}
+    assert aj.base.requests(guarded).signals == floor_signals | {"meta_batch"}
     gain = init(objective=aj.noise_response("expected_gain", loss_fn=loss_fn))
-    assert aj.base.required_signals(gain) == {"agent_inputs", "meta_batch", "update_noise"}
+    assert aj.base.requests(gain).signals == {"agent_inputs", "meta_batch", "update_noise"}
     assert isinstance(floor, aj.ArbiterState)
     assert isinstance(gain, aj.ArbiterState)
     assert int(aj.get_batch_size(aj.re_anchor(gain, 128))) == 128

@@ -13,11 +13,11 @@ UPDATES = {"w": jnp.array([1.0, -2.0]), "b": jnp.ones(1, jnp.bfloat16)}
 STATS = {"batch_sq_norm": 1.0, "half_cosine": 0.0, "inner_product_variance": 1.0}
 
 
-def make_stats(mean_sq_norm, variance_trace, num_examples=256.0):
+def make_stats(mean_sq_norm, variance_trace, batch_size=256.0):
     values = STATS | {
         "mean_sq_norm": mean_sq_norm,
         "variance_trace": variance_trace,
-        "num_examples": num_examples,
+        "batch_size": batch_size,
     }
     return aj.GradStats(**{name: jnp.asarray(value, float) for name, value in values.items()})
 

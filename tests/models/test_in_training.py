@@ -155,7 +155,7 @@ def test_weighted_and_auxiliary_losses_under_a_mask(key, per_example_loss, stati
         updates = jax.tree.map(lambda g: -0.5 * g, jax.grad(value)(params))
         params = optax.apply_updates(params, updates)
     chex.assert_trees_all_close(state.params, params, atol=1e-5)
-    assert np.isfinite(info.logged["meta_loss"]).all()
+    assert np.isfinite(info.metrics["meta_loss"]).all()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from arbiter_jax import schedulers
 from arbiter_jax.objectives import _expected_gain, _noise_floor
 from arbiter_jax.objectives import _objective as statistics
 from arbiter_jax.schedulers._step_times import step_cost
-from arbiter_jax.training import decision_steps
+from arbiter_jax.training import next_window
 
 LIMITS = {"min_batch_size": 2, "max_batch_size": 4096}
 PACE, CURVE = 0.12, 30.0  # F = 3 - .12 log t, and xi . du = -30 / B
@@ -51,7 +51,7 @@ def follow(num_steps=math.inf, *, window=20, shift=0.0, noise=lambda t: CURVE, *
     while t < num_steps if num_steps < math.inf else seen < options["num_examples"]:
         size = int(aj.get_batch_size(state))
         path.append((seen, size))
-        for _ in range(decision_steps(state, window)):
+        for _ in range(next_window(state, window)[2]):
             t += 1
             signals = signals_at(t, size, shift, noise(t))
             state = update(state, signals | {"batch_size": size, "num_examples": seen})
@@ -329,7 +329,7 @@ def test_the_cost_of_a_step_is_measured(make):
     options = {"step_cost": "measured", "initial_batch_size": 32, "min_batch_size": 8}
     extra = (quadratic_loss,) if make == "expected_gain" else ()
     rule = getattr(schedulers, make)(*extra, **options)
-    assert "step_seconds" in aj.base.required_signals(rule.init(None))
+    assert "step_seconds" in aj.base.requests(rule.init(None)).signals
     update = jax.jit(lambda state, signals: rule.update(jnp.ones(2), state, jnp.ones(2), **signals))
     state, seconds = rule.init(jnp.ones(2)), jnp.float32(jnp.nan)
     for size in (32, 64, 128, 64):
@@ -715,7 +715,7 @@ def test_the_noise_floor_looks_at_validation_examples_in_the_engine():
     rule = schedulers.noise_floor(quadratic_loss, num_examples=3200, max_batch_size=64)
     tx = optax.chain(optax.sgd(0.1), rule)
     state = tx.init(jnp.ones(2))
-    assert "meta_batch" in aj.base.required_signals(state)
+    assert "meta_batch" in aj.base.requests(state).signals
     data = aj.Data(inputs, inputs + 1)
     result = aj.fit(quadratic_loss, jnp.ones(2), tx, data, num_examples=3200, window=20)
     seen = result.state.opt_state[1].statistics.validation

@@ -96,7 +96,7 @@ def test_a_schedule_that_is_no_number_keeps_the_size():
         ({"schedule": 64}, "schedule must be a function"),
         (
             {"schedule": abs, "count": "epochs"},
-            "of must be one of 'num_steps', 'num_examples', 'progress', got",
+            "count must be one of 'num_steps', 'num_examples', 'progress', got",
         ),
     ],
 )
@@ -165,7 +165,7 @@ def test_noise_scale_falls_alike(max_batch_size):
     [
         ({"boundaries": (3, 2)}, r"boundaries must increase, got \(3, 2\)"),
         ({"boundaries": (0, 2)}, "boundaries must be an integer >= 1"),
-        ({"factor": 1.0}, "factor must be > 1, got 1.0"),
+        ({"factor": 1.0}, "factor must be a finite number > 1, got 1.0"),
         ({"dataset_size": 0}, "dataset_size must be an integer >= 1"),
     ],
 )

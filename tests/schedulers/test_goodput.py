@@ -73,14 +73,14 @@ def test_no_decision_without_a_time():
     assert int(state.num_skipped) == 0
 
 
-def test_needs_a_gain():
+def test_needs_a_least_improvement():
     """64 instead of 32 brings 2 * 112 / 144 = 1.556."""
     settings = {"initial_batch_size": 32, "candidates": (32, 64)}
-    assert simulate(lambda b: 0.01, 4, gain=1.55, **settings)[0][-1] == 64
-    assert simulate(lambda b: 0.01, 4, gain=1.56, **settings)[0][-1] == 32
+    assert simulate(lambda b: 0.01, 4, min_improvement=1.55, **settings)[0][-1] == 64
+    assert simulate(lambda b: 0.01, 4, min_improvement=1.56, **settings)[0][-1] == 32
 
 
-def test_a_time_counts_for_the_size_that_was_in_force():
+def test_a_time_counts_for_the_size_it_was_measured_at():
     """At the first step of a window the time is that of the window before, with its size."""
     rule = schedulers.goodput(initial_batch_size=32)
     state = rule.init(None)
@@ -99,7 +99,7 @@ def test_a_time_counts_for_the_size_that_was_in_force():
 
 def test_equal_times_of_consecutive_windows_count_each():
     """Windows of 3 steps with one size and one time: told apart by their length alone."""
-    rule = schedulers.goodput(gain=1e6, initial_batch_size=32)
+    rule = schedulers.goodput(min_improvement=1e6, initial_batch_size=32)
     state, weights = rule.init(None), []
     for seconds in [np.nan] * 3 + [0.1] * 9:
         _, state = rule.update(
@@ -168,8 +168,8 @@ def test_candidates_fill_their_bucket():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gain": 0.9}, "gain must be >= 1, got 0.9"),
-        ({"max_growth": 1.0}, "max_growth must be > 1, got 1.0"),
+        ({"min_improvement": 0.9}, "min_improvement must be a finite number >= 1, got 0.9"),
+        ({"max_growth": 1.0}, "max_growth must be a finite number > 1, got 1.0"),
         ({"candidates": ()}, "candidates must increase and not be empty"),
         ({"candidates": (16, 8)}, r"candidates must increase and not be empty, got \(16, 8\)"),
         ({"candidates": (4, 8)}, "candidates must be an integer >= 8 and <= 512, got 4"),

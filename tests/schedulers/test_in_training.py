@@ -38,7 +38,7 @@ def run(rule, num_windows, window=100):
     state = aj.init_state(jnp.full(DIMENSION, LEVEL), tx, jax.random.PRNGKey(1))
     source, sizes = data(), []
     for _ in range(num_windows):
-        _, bucket = aj.window_sizes(state.opt_state)
+        _, bucket, _ = aj.next_window(state.opt_state)
         state, info = aj.run_window(
             state, source, loss_fn=loss_fn, tx=tx, bucket_size=bucket, window=window
         )

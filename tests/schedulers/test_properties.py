@@ -44,15 +44,15 @@ RULES = {
     "shadow": lambda: optax.chain(
         schedulers.constant(**LIMITS), schedulers.shadow(schedulers.norm_test(**LIMITS))
     ),
-    "simigrad": lambda: schedulers.simigrad(every=1, **LIMITS),
+    "simigrad": lambda: schedulers.simigrad(decide_every=1, **LIMITS),
     "smith": lambda: schedulers.smith((30, 60), 1000, factor=3.0, **LIMITS),
 }
 
 # The fields of a signal that a rule reads; one of them not finite spoils the step.
 READS = {
     "adadamp": ("value",),
-    "cabs": ("value", "variance_trace", "num_examples"),
-    "dive_batch": ("grad", "variance_trace", "num_examples", "batch_sq_norm"),
+    "cabs": ("value", "variance_trace", "batch_size"),
+    "dive_batch": ("grad", "variance_trace", "batch_size", "batch_sq_norm"),
     "expected_gain": ("grad", "update_noise", "meta"),
     "goodput": ("variance_trace", "mean_sq_norm"),
     "gradient_noise_scale": ("variance_trace", "mean_sq_norm"),
@@ -111,7 +111,7 @@ def trajectory(name: str):
 
 
 def good_rows() -> np.ndarray:
-    row = dict.fromkeys(COLUMNS, 1.0) | {"variance_trace": 40.0, "num_examples": 20.0}
+    row = dict.fromkeys(COLUMNS, 1.0) | {"variance_trace": 40.0, "batch_size": 20.0}
     row |= {"half_cosine": 0.5, "inner_product_variance": 40.0, "step_seconds": 0.01}
     row |= {"update_noise": -0.1}
     return np.asarray([[row[column] for column in COLUMNS]] * NUM_STEPS, np.float32)
@@ -148,7 +148,7 @@ def test_skips_and_counts(name, data, at, bad):
     expected = jax.tree.map(lambda x: x[at], before)
     found = jax.tree.map(lambda x: x[at], after)
     free = {"num_skipped": 0}
-    free |= {"count": 0} if name == "cabs" else {}  # of steps, for the learning rate
+    free |= {"num_steps": 0} if name == "cabs" else {}  # for the learning rate
     free |= {"times": 0} if name == "goodput" else {}  # the clock runs whatever the gradient
     free |= {"num_steps": 0} if name in ("noise_floor", "expected_gain") else {}  # likewise
     chex.assert_trees_all_equal(found._replace(**free), expected._replace(**free))
@@ -161,7 +161,7 @@ def test_one_example_batches_are_skipped(name):
     nothing = ("variance_trace", "half_cosine", "inner_product_variance", "mean_sq_norm")
     for column in (*nothing, "gradient_noise", "update_noise"):
         rows[2:4, COLUMNS.index(column)] = np.nan
-    rows[2:4, COLUMNS.index("num_examples")] = 1.0
+    rows[2:4, COLUMNS.index("batch_size")] = 1.0
     _, _, after = trajectory(name)(rows)
     assert int(after.num_skipped[-1]) == (0 if name == "adadamp" else 2)
 
@@ -171,7 +171,7 @@ def test_zero_gradients_say_nothing(name):
     """Everything 0 (the cosine 0 / 0): the size stays, and averages do not remember it."""
     rows = good_rows()
     rows[3:] = 0.0
-    rows[3:, COLUMNS.index("num_examples")] = 20.0
+    rows[3:, COLUMNS.index("batch_size")] = 20.0
     rows[3:, COLUMNS.index("half_cosine")] = np.nan
     rows[3:, COLUMNS.index("value")] = 1.0
     _, _, after = trajectory(name)(rows)

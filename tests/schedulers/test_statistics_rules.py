@@ -11,11 +11,12 @@ from arbiter_jax import schedulers
 
 LIMITS = {"min_batch_size": 2, "max_batch_size": 1000, "initial_batch_size": 10}
 FIELDS = aj.GradStats._fields
+SUMS = ("gradient_sum", "sq_norm_sum", "num_examples")
 
 
-def stats(num_examples=10.0, **fields):
+def stats(batch_size=10.0, **fields):
     """Statistics of ten examples; what a test does not name is NaN, so that nothing reads it."""
-    fields = {"num_examples": num_examples, **fields}
+    fields = {"batch_size": batch_size, **fields}
     return aj.GradStats(*(jnp.float32(fields.get(name, jnp.nan)) for name in FIELDS))
 
 
@@ -173,17 +174,17 @@ def cosines(*values, **more):
 
 def test_simigrad_equation():
     """Means of two cosines against .7: .65 grows to ceil(1.5 B), .75 shrinks to floor(B / 1.5)."""
-    rule = schedulers.simigrad(every=2, **LIMITS)
+    rule = schedulers.simigrad(decide_every=2, **LIMITS)
     assert run(rule, cosines(0.4, 0.9, 0.6, 0.9))[0] == [10, 15, 15, 10]
 
 
 def test_simigrad_moves_the_smallest_sizes():
-    rule = schedulers.simigrad(every=1, factor=1.1, min_batch_size=1, max_batch_size=9)
+    rule = schedulers.simigrad(decide_every=1, factor=1.1, min_batch_size=1, max_batch_size=9)
     assert run(rule, cosines(0.1, 0.1, 0.9, 0.9, 0.9))[0] == [2, 3, 2, 1, 1]
 
 
 def test_one_factor_per_decision():
-    rule = schedulers.simigrad(every=1, **LIMITS)
+    rule = schedulers.simigrad(decide_every=1, **LIMITS)
     assert run(rule, cosines(*[0.1] * 20, batch_size=100))[0] == [150] * 20
     assert run(rule, cosines(*[0.9] * 20, batch_size=100))[0] == [66] * 20
 
@@ -207,7 +208,7 @@ def test_dive_batch_equation():
     second = stats(variance_trace=3.0, batch_sq_norm=4.0)
     _, after = rule.update(jnp.array([0.0, 2.0]), state, grad_stats=second)
     assert int(after.batch_size) == 14
-    assert [float(jnp.sum(x)) for x in after[1:4]] == [0.0, 0.0, 0.0]  # a new epoch
+    assert [float(jnp.sum(getattr(after, name))) for name in SUMS] == [0.0, 0.0, 0.0]  # a new epoch
     # Behind an optimizer the updates are no gradients: `grad` says what they were.
     _, told = rule.update(jnp.full(2, -0.1), state, grad_stats=second, grad=jnp.array([0.0, 2.0]))
     assert int(told.batch_size) == 14
@@ -278,8 +279,11 @@ def test_adadamp_waits_for_a_first_loss_above_the_optimum():
         (lambda: schedulers.norm_test(eta=0), "eta must be a finite number > 0"),
         (lambda: schedulers.inner_product_test(theta=-0.9), "theta must be a finite number > 0"),
         (lambda: schedulers.simigrad(target=1.0), r"target must be in \(-1, 1\), got 1.0"),
-        (lambda: schedulers.simigrad(factor=1.0), "factor must be > 1, got 1.0"),
-        (lambda: schedulers.simigrad(every=0), "every must be an integer >= 1, got 0"),
+        (lambda: schedulers.simigrad(factor=1.0), "factor must be a finite number > 1, got 1.0"),
+        (
+            lambda: schedulers.simigrad(decide_every=0),
+            "decide_every must be an integer >= 1, got 0",
+        ),
         (lambda: schedulers.dive_batch(0), "dataset_size must be an integer >= 1, got 0"),
         (lambda: schedulers.dive_batch(10, delta=0), "delta must be a finite number > 0"),
         (lambda: schedulers.adadamp(optimal_loss=float("nan")), r"optimal_loss must be in \(-inf"),

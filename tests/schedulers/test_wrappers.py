@@ -69,7 +69,7 @@ def test_hysteresis_tells_the_rule_inside_the_size_in_force():
     """SimiGrad multiplies the size in force: told its own proposals instead, it would run away."""
     given = aj.GradStats(*jnp.array([0.5, 40.0, 32.0, 1.75, 0.2, 3.0]))
     rule = schedulers.hysteresis(
-        schedulers.simigrad(every=1, factor=3.0, initial_batch_size=32), dwell=100
+        schedulers.simigrad(decide_every=1, factor=3.0, initial_batch_size=32), dwell=100
     )
     state = rule.init(None)
     for _ in range(10):
@@ -89,7 +89,7 @@ def test_hysteresis_takes_a_chain():
 def test_wrappers_pass_the_needs_of_the_rule_on():
     for wrap in (schedulers.hysteresis, schedulers.shadow):
         state = wrap(schedulers.cabs(0.1)).init(None)
-        assert base.required_signals(state) == {"value", "grad_stats"}
+        assert base.requests(state).signals == {"value", "grad_stats"}
 
 
 @pytest.mark.parametrize("acting", [lambda: schedulers.constant(64), lambda: optax.identity()])
@@ -97,7 +97,7 @@ def test_never_acts(acting):
     tx = optax.chain(acting(), schedulers.shadow(proposing(10, 1000)))
     state = tx.init(None)
     for _ in range(3):
-        assert len(base.find_rules(state)) == len(base.find_rules(acting().init(None)))
+        assert len(base.requests(state).rules) == len(base.requests(acting().init(None)).rules)
         _, state = tx.update(None, state)
     assert int(schedulers.shadow_batch_sizes(state)["schedule"]) == 1000
 
@@ -122,7 +122,7 @@ def test_many_shadows_in_one_chain():
 def test_a_shadow_sees_the_size_in_force_not_its_own():
     """Its decisions are never applied: a rule that multiplies must not compound them."""
     given = aj.GradStats(*jnp.array([0.5, 40.0, 32.0, 1.75, 0.2, 3.0]))
-    rule = schedulers.shadow(schedulers.simigrad(every=1, initial_batch_size=8))
+    rule = schedulers.shadow(schedulers.simigrad(decide_every=1, initial_batch_size=8))
     for told in ({"batch_size": 32}, {}):  # without it, the 32 examples of the statistics count
         state = rule.init(None)
         for _ in range(5):
@@ -133,8 +133,8 @@ def test_a_shadow_sees_the_size_in_force_not_its_own():
 def test_shadow_values_for_the_log():
     """One entry a shadow, whatever the rule inside would log by itself."""
     state = schedulers.shadow(schedulers.gradient_noise_scale(), name="noise").init(None)
-    assert list(state.logged_values()) == ["shadow/noise"]
-    assert int(state.logged_values()["shadow/noise"]) == 8
+    assert list(state.metrics) == ["shadow/noise"]
+    assert int(state.metrics["shadow/noise"]) == 8
 
 
 @pytest.mark.parametrize(

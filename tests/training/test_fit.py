@@ -111,7 +111,7 @@ def test_the_history_says_what_happened_in_each_window():
         assert record.seconds > 0
         assert record.num_compilations in (0, 1)
         assert isinstance(record.info.loss, np.ndarray)
-        assert record.info.logged["proposals"].shape == (record.num_steps, 4)
+        assert record.info.metrics["proposals"].shape == (record.num_steps, 4)
     assert total == int(result.state.num_examples) <= 300
     assert sum(record.num_compilations for record in result.history) == result.num_compilations
     assert sum(record.seconds for record in result.history) <= result.seconds
@@ -135,8 +135,8 @@ def test_the_batch_size_follows_the_rule_from_window_to_window():
     result = fit(with_arbiter(), num_examples=300)
     decided = []
     for record in result.history[:-1]:
-        chosen = np.argmax(record.info.logged["mixture_weights"][-1])
-        logit = record.info.logged["proposals"][-1, chosen]
+        chosen = np.argmax(record.info.metrics["mixture_weights"][-1])
+        logit = record.info.metrics["proposals"][-1, chosen]
         decided.append(int(aj.to_batch_size(logit, 4, 32)))
     # Up to where alpha is reset the weights are logged, so argmax can be taken by hand.
     assert [record.batch_size for record in result.history[1:]] == decided
@@ -360,7 +360,7 @@ def test_step_seconds_are_known_once_a_window_compiled_nothing():
 
     rule = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     result = fit(optax.chain(optax.sgd(0.05), rule))
-    seconds = [record.info.logged["seconds"][0] for record in result.history]
+    seconds = [record.info.metrics["seconds"][0] for record in result.history]
     # Unknown in the first window, and after it, because it held the compilation.
     assert np.isnan(seconds[:2]).all()
     expected = [record.seconds / record.num_steps for record in result.history[1:-1]]

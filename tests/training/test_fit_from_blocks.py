@@ -103,7 +103,7 @@ def test_an_own_loop_takes_a_block_a_window():
     state, validation = start(tx), jax.tree.map(jnp.asarray, draw(1, 30))
     with datasets.host_blocks(same_order(tx, 400), window=WINDOW) as blocks:
         for _ in expected.history:
-            size, bucket_size = aj.window_sizes(state.opt_state)
+            size, bucket_size, _ = aj.next_window(state.opt_state)
             num_steps = min(WINDOW, (80 - int(state.num_examples)) // size)
             block = blocks.next_block(size, bucket_size, num_steps)
             state, info = aj.run_window(

@@ -126,28 +126,6 @@ def test_the_first_state_is_a_function_of_the_key(key):
     assert [c.dtype for c in counters] == [jnp.int32, jnp.int32, jnp.int32, jnp.float32]
 
 
-def test_window_sizes_of_a_rule_and_of_arbiter():
-    constant = optax.chain(optax.sgd(0.1), aj.schedulers.constant(20))
-    assert aj.window_sizes(constant.init(params())) == (20, 32)
-    assert aj.window_sizes(constant.init(params()), max_batch_size=7) == (7, 8)
-    state = arbiter().init(params())
-    assert aj.window_sizes(state) == (13, 16)
-    # One bucket serves both batches: that of the larger one.
-    assert aj.window_sizes(state._replace(meta_batch_size=np.int32(17))) == (13, 32)
-    assert aj.window_sizes(state._replace(batch_size=np.int32(31))) == (31, 32)
-    # Seeds that were vmapped share a program: the largest decides.
-    sizes = np.array([3, 40, 8], np.int32)
-    assert aj.window_sizes(state._replace(batch_size=sizes, meta_batch_size=sizes)) == (40, 64)
-
-
-def test_window_sizes_needs_exactly_one_rule():
-    with pytest.raises(ValueError, match=r"exactly one batch-size rule .* found none"):
-        aj.window_sizes(optax.sgd(0.1).init(params()))
-    two = optax.chain(aj.schedulers.constant(4), arbiter()).init(params())
-    with pytest.raises(ValueError, match=r"found ConstantState, ArbiterState"):
-        aj.window_sizes(two)
-
-
 # What a window computes
 
 
@@ -318,6 +296,7 @@ def test_inner_step_is_a_step_on_a_batch_of_ones_own():
 
 def test_signals_are_computed_only_where_a_rule_asks():
     always = {"value", "grad", "batch_size", "num_steps", "num_examples", "progress"}
+    always |= {"signals_made"}
     asked = ("grad_stats", "gradient_noise", "agent_inputs", "meta_batch", "step_seconds")
     for needed in ((), *((name,) for name in asked)):
         seen = set()
@@ -370,7 +349,7 @@ def test_the_validation_sampler_moves_by_what_was_looked_at(hyper_every):
     state, info = aj.run_window(
         start(tx), data(), loss_fn=loss_fn, tx=tx, bucket_size=16, window=4, num_agent_inputs=6
     )
-    looked_at = [13, *info.logged["meta_batch_size"].tolist()[:-1]]
+    looked_at = [13, *info.metrics["meta_batch_size"].tolist()[:-1]]
     used = sum(6 + min(size, 16) for size in looked_at[::hyper_every])
     sampler = state.validation_sampler
     assert int(sampler.epoch) * NUM_EXAMPLES + int(sampler.cursor) == used
@@ -379,9 +358,9 @@ def test_the_validation_sampler_moves_by_what_was_looked_at(hyper_every):
 def test_the_logged_fields_of_every_step_are_reported():
     tx = optax.chain(optax.sgd(0.1), arbiter(window=2))
     state, info = aj.run_window(start(tx), data(), loss_fn=loss_fn, tx=tx, bucket_size=16, window=5)
-    assert info.logged["proposals"].shape == (5, 4)
-    assert info.logged["meta_batch_size"].shape == (5,)
-    assert float(info.logged["mixture"][-1]) == float(state.opt_state[1].mixture)
+    assert info.metrics["proposals"].shape == (5, 4)
+    assert info.metrics["meta_batch_size"].shape == (5,)
+    assert float(info.metrics["mixture"][-1]) == float(state.opt_state[1].mixture)
 
 
 # The guarantees
@@ -415,7 +394,7 @@ def test_guarantee_1_padding_contributes_exactly_zero(needed):
     rows = functools.partial(permuted_index, num_examples=NUM_EXAMPLES)
     position = jnp.arange(window * batch_size)
     trained_on = rows(first.train_sampler.key, jnp.zeros_like(position), position)
-    sizes = [batch_size, *expected[1].logged["meta_batch_size"].tolist()]
+    sizes = [batch_size, *expected[1].metrics["meta_batch_size"].tolist()]
     cursor, seen = 0, []
     for before, now in itertools.pairwise(sizes):
         seen.extend(range(cursor, cursor + num_agent_inputs + min(now, bucket_size)))
