@@ -41,7 +41,7 @@ def all_finite(*trees: PyTree) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     if not leaves:
         return jnp.array(True)
-    # Adding up zeros: x * 0 is nan where x is not finite. One fused pass, no boolean reductions.
+    # x * 0 is nan if x is not finite, so the sum is too. One fused pass, no boolean reductions.
     return jnp.isfinite(sum(jnp.sum(jnp.asarray(x) * 0) for x in leaves))
 
 
@@ -55,8 +55,9 @@ def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:
 def cond_in_place(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
     """``lax.cond(condition, fn, identity, carry)`` that changes the carry in place.
 
-    XLA copies what passes through the idle branch of a condition, but not the carry of a loop of no
-    or one turn. On a GPU the host waits for the condition of a loop twice, and a copy is cheap.
+    XLA copies what passes through the idle branch of a condition, but not the carry of a loop
+    with zero or one iterations. On a GPU the host waits twice for the condition of a loop, and a
+    copy is cheap.
     """
     if jax.default_backend() == "gpu":
         return jax.lax.cond(condition, fn, lambda carry: carry, carry)

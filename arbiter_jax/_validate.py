@@ -31,7 +31,7 @@ def _is_real(value: Any) -> bool:
 
 
 def integer(*, minimum: int | None = None, maximum: int | None = None, **argument: Any) -> int:
-    """Returns the argument as an int, or raises if it is no integer of [minimum, maximum]."""
+    """Returns the argument as an int, or raises if it is not an integer in [minimum, maximum]."""
     name, value = _single(argument)
     low = "" if minimum is None else f" >= {minimum}"
     high = "" if maximum is None else f"{' and' if low else ''} <= {maximum}"
@@ -77,7 +77,7 @@ def greater(than: float, *, closed: bool = False, **argument: Any) -> float:
 
 
 def in_range(minimum: float, maximum: float, *, closed: str = "both", **argument: Any) -> float:
-    """Returns the argument as a float, or raises if it lies outside of the interval.
+    """Returns the argument as a float, or raises if it is outside the interval.
 
     Args:
       minimum: Lower end of the interval.
@@ -98,7 +98,7 @@ def in_range(minimum: float, maximum: float, *, closed: str = "both", **argument
 
 
 def one_of(options: Collection[Any], **argument: Any) -> Any:
-    """Returns the argument, or raises if it is none of the options."""
+    """Returns the argument, or raises if it is not one of the options."""
     name, value = _single(argument)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
@@ -106,7 +106,7 @@ def one_of(options: Collection[Any], **argument: Any) -> Any:
 
 
 def power_of_two(**argument: Any) -> int:
-    """Returns the argument as an int, or raises if it is no positive power of two."""
+    """Returns the argument as an int, or raises if it is not a positive power of two."""
     name, value = _single(argument)
     if not _is_integer(value) or value < 1 or int(value) & (int(value) - 1):
         raise ValueError(f"{name} must be a power of two >= 1, got {value!r}.")
@@ -121,7 +121,7 @@ def batch_size_range(
     Args:
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
-      initial_batch_size: Size to start from; the smallest one where it is None.
+      initial_batch_size: Size to start from; the smallest one if None.
     """
     low = integer(min_batch_size=min_batch_size, minimum=1)
     high = integer(max_batch_size=max_batch_size, minimum=1)

@@ -101,7 +101,7 @@ class StepInfo(NamedTuple):
 
 
 class RuleState(Protocol):
-    """What the state of a batch-size rule tells a training loop; all but `batch_size` optional.
+    """What a training loop reads from the state of a batch-size rule; only `batch_size` is required.
 
     Other transformations may have any of these but `batch_size` too: what a state asks for is read
     from it and not from the transformation, because states survive ``optax.chain``,
@@ -279,7 +279,7 @@ def measures_now(signals_due: jax.Array | None, signals_made: Any) -> jax.Array 
       signals_due: The flag in the rule's state; None for a rule that measures at every step.
       signals_made: The extra argument of that name. A Python bool is known while tracing: False
         means that the costly signals are zeros, True that every rule that asks for them is due. An
-        array tells only whether they were made. None means that the caller makes what it passes.
+        array says only whether they were made. None means that what the caller passes was made.
 
     Returns:
       A Python bool if it is known while tracing, else bool[].

@@ -45,13 +45,13 @@ def stats_from_pieces(
     of McCandlish et al. (2018), and for pieces of one example the usual sample covariance.
 
     Args:
-      pieces: Mean gradients, one pytree a piece, at least two.
+      pieces: Mean gradients, one pytree per piece, at least two.
       sizes: float[k], number of examples of each piece; 0 for an empty one.
       preconditioner: Optional pytree like the parameters that multiplies every gradient first:
         1 / (sqrt(v) + eps) for the statistics that Adam sees.
 
     Returns:
-      A GradStats; NaN where fewer than two pieces hold an example.
+      A GradStats; NaN if fewer than two pieces hold an example.
     """
     if preconditioner is not None:
         pieces = [jax.tree.map(jnp.multiply, piece, preconditioner) for piece in pieces]

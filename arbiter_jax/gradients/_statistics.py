@@ -57,7 +57,7 @@ def value_grad_and_stats(
       loss_fn: As in :func:`masked_value_and_grad`.
       method: "pieces": the batch is dealt out to `num_pieces` pieces whose gradients are computed
         one after the other and averaged; two halves cost about as much as the whole batch.
-        "per_example": one gradient an example, `micro_batch_size` of them in memory at once.
+        "per_example": one gradient per example, `micro_batch_size` of them in memory at once.
         "per_device": within `shard_map` (or `pmap`), the part of the batch that a device holds is a
         piece; the result is that of the whole batch, the same on all devices.
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
@@ -253,7 +253,7 @@ def gradient_stats(
       loss_fn: ``loss_fn(params, batch) -> float[M]``.
       params: Parameters of the model.
       batch: Pytree of arrays [M, ...], M a multiple of num_pieces (or of micro_batch_size).
-      mask: bool[M], True for a real example; all where None.
+      mask: bool[M], True for a real example; all of them if None.
       method: "pieces" (no per-example gradients), "per_example" (exact, and slower), or
         "per_device" (within `shard_map`, where each device holds a piece of the batch already).
       num_pieces: Number of pieces, a power of two >= 2. More of them make a better estimate.

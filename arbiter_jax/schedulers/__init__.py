@@ -6,12 +6,12 @@ Rules swap in one line, and read what they need from the extra arguments of `upd
 * from the loss: :func:`adadamp`; from loss and gradient noise: :func:`cabs`;
 * from gradient noise: :func:`gradient_noise_scale`, :func:`norm_test`, :func:`inner_product_test`,
   :func:`simigrad`, :func:`dive_batch`; with the measured speed as well: :func:`goodput`;
-* from what noise costs: :func:`noise_floor`; on validation examples: :func:`expected_gain`;
-* around any of them: :func:`hysteresis`, :func:`shadow`.
+* from what gradient noise costs: :func:`noise_floor`, :func:`expected_gain`;
+* wrapped around any of them: :func:`hysteresis`, :func:`shadow`.
 
-A decision may change at every step and is applied when the caller likes: once per window by the
-engine, which passes the size in force as `batch_size`. Without it a rule takes its decisions as
-applied.
+Rules may decide at every step; the training loop applies the latest decision once per window and
+passes the batch size that was used as `batch_size`. Without it a rule assumes that its latest
+decision was applied.
 """
 
 from arbiter_jax.objectives import FloorState, GainState

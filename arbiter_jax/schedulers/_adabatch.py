@@ -1,4 +1,4 @@
-"""AdaBatch: multiply the batch size every few epochs, and lower the learning rate beside it.
+"""AdaBatch: multiply the batch size every few epochs, and lower the learning rate with it.
 
 Devarakonda, Naumov and Garland (2017), "AdaBatch: Adaptive Batch Sizes for Training Deep Neural
 Networks", arXiv:1712.02029.

@@ -1,4 +1,4 @@
-"""CABS: a batch size coupled to the learning rate, so that the noise keeps pace with the loss.
+"""CABS: a batch size coupled to the learning rate, so that gradient noise falls with the loss.
 
 Balles, Romero and Hennig (2017), "Coupling Adaptive Batch Sizes with Learning Rates", UAI,
 arXiv:1612.05086.
@@ -51,7 +51,7 @@ def cabs(
     here both averages are corrected for their start.
 
     Args:
-      learning_rate: lr, the rate of the SGD beside it, > 0, or a schedule of the step.
+      learning_rate: lr, the rate of the SGD in the same chain, > 0, or a schedule of the step.
       decay: Weight of the past in the averages, in [0, 1).
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.

@@ -1,4 +1,4 @@
-"""Increase the batch size where a step schedule would divide the learning rate.
+"""Increase the batch size when a step schedule would divide the learning rate.
 
 Smith, Kindermans, Ying and Le (2018), "Don't Decay the Learning Rate, Increase the Batch Size",
 arXiv:1711.00489.

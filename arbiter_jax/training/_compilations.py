@@ -1,4 +1,4 @@
-"""Counting compilations, so that the compile budget of a run is a number and not a promise."""
+"""Counts compilations, so that the compile budget of a run can be measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.monitoring
 
 @dataclass
 class Compilations:
-    """What was compiled inside of one :func:`count_compilations` block."""
+    """What was compiled inside one :func:`count_compilations` block."""
 
     num_programs: int = 0  # programs asked of the compiler
     num_cache_hits: int = 0  # those that the persistent compilation cache had
@@ -47,7 +47,7 @@ jax.monitoring.register_event_listener(_on_event)
 
 @contextlib.contextmanager
 def count_compilations() -> Iterator[Compilations]:
-    """Counts the programs that this thread compiles inside of the block.
+    """Counts the programs that this thread compiles inside the block.
 
     >>> import jax
     >>> import jax.numpy as jnp

@@ -1,7 +1,6 @@
-"""A whole run: batch size, bucket, compiled window, callbacks, and round again.
+"""`fit`: trains window by window.
 
-The host reads one number a window, the batch size that the rule in the optimizer state has decided
-on, and picks the compiled program of its bucket.
+Before each window the host reads the rule's decision and picks the program compiled for its bucket.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class WindowRecord(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What a run leaves."""
+    """What :func:`fit` returns."""
 
     state: TrainState
     history: list[WindowRecord]
-    num_compilations: int  # window programs really compiled
+    num_compilations: int  # window programs that were compiled
     num_cache_hits: int  # window programs that the persistent compilation cache had
     seconds: float
 
@@ -60,11 +59,11 @@ class FitResult(NamedTuple):
 
 Callback = Callable[[WindowRecord, TrainState], Any]
 """Called after every window; a true result ends the run. The state is donated to the next window:
-copy what is to be kept."""
+copy what you want to keep."""
 
 
 def _on_device(data: Any, window: int) -> Data:
-    """The data as arrays on the device, as far as they do not come in blocks."""
+    """The data as arrays on the device, except for what comes in blocks."""
     data = Data(data.train, getattr(data, "validation", None))
     if not isinstance(data.train, BlockSource):
         num_rows(data.train)
@@ -114,19 +113,19 @@ def fit(
 ) -> FitResult:
     """Trains for a number of examples, with the batch size that the rule in `tx` decides.
 
-    The run ends where a whole batch no longer fits into what is left of `num_examples`, so two runs
-    of the same budget differ by less than one batch.
+    The run ends when a whole batch no longer fits into what is left of `num_examples`, so two runs
+    with the same budget differ by less than one batch.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
-        :class:`arbiter_jax.base.LossFn`. None where `gradient_fn` is given.
+        :class:`arbiter_jax.base.LossFn`. None if `gradient_fn` is given.
       params: Parameters, any pytree of arrays.
       tx: An optax chain with one batch-size rule; ``aj.schedulers.constant(64)`` is one.
       data: :class:`Data`, or anything with attributes `train` and `validation` that are pytrees of
         arrays with one leading axis. `train` may also be a :class:`BlockSource` of the same window,
-        for data larger than memory; the run then ends where it does, too.
-      num_examples: Budget, in training examples, an integer >= 1. Counts those that `state` has
-        already seen.
+        for data larger than memory; the run then also ends when the source does.
+      num_examples: Budget in training examples, an integer >= 1. It includes those that `state` has
+        already seen. Rules that plan ahead are given it.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
         same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it.
@@ -142,8 +141,8 @@ def fit(
       A :class:`FitResult`.
 
     Raises:
-      ValueError: If an argument is out of its range, the data is empty, or `tx` holds no rule or
-        more than one.
+      ValueError: If an argument is out of its range, the data is empty, `tx` holds no rule or more
+        than one, or its rule was built for another budget.
 
     >>> import arbiter_jax as aj
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
@@ -194,7 +193,7 @@ def fit(
             )
         info = jax.tree.map(lambda x, n=num_steps: x[:n], jax.device_get(info))
         seconds = time.perf_counter() - before
-        # A time that holds a compilation says nothing about a step.
+        # A time that includes a compilation is not the time of a step.
         step_seconds = float("nan") if compilations.num_programs else seconds / num_steps
         num_cache_hits += compilations.num_cache_hits
         seen += num_steps * size
@@ -210,7 +209,7 @@ def fit(
             info=info,
         )
         history.append(record)
-        stops = [callback(record, state) for callback in callbacks]  # all of them are called
+        stops = [callback(record, state) for callback in callbacks]  # call all of them
         if any(stops):
             break
     return FitResult(

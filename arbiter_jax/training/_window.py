@@ -1,8 +1,8 @@
 """One window of training as one compiled program: a `lax.scan` over T inner steps.
 
-The batch size is decided before a window and is constant within it; the optimizer state alone
-carries the decision into the next one. Shapes depend on the bucket only, so a run compiles at most
-one program a bucket.
+The batch size is decided before a window and is constant within it; only the optimizer state
+carries the decision into the next one. Shapes depend only on the bucket, so a run compiles at most
+one program per bucket.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Data(NamedTuple):
     # Leaves [num_examples, ...], usually (inputs, labels); or one window's Block from the host, and
     # for `fit` what it comes from.
     train: PyTree
-    validation: PyTree = None  # the same, for rules that look at validation examples
+    validation: PyTree = None  # the same, for rules that measure on validation examples
 
 
 class TrainState(NamedTuple):
-    """Everything that a run carries from one step to the next: arrays only, one checkpoint."""
+    """Everything that a run carries from one step to the next, all of it arrays."""
 
     params: PyTree  # what the optimizer updates
     model_state: PyTree  # BatchNorm statistics and the like; None for a model without any
@@ -81,7 +81,7 @@ def init_state(
     key: jax.Array,
     model_state: PyTree = None,
 ) -> TrainState:
-    """The state at the start of a run, a pure function of the parameters and a key.
+    """The state at the start of a run: a pure function of the parameters and a key.
 
     The arrays are copied, because :func:`run_window` donates the state that it is given and the
     caller may want to use `params` again.
@@ -183,7 +183,7 @@ def inner_step(
 def _with_extra_args(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """As `optax.with_extra_args_support`, also for `optax.MultiSteps`, whose type does not tell."""
+    """As `optax.with_extra_args_support`, also for `optax.MultiSteps`, whose type does not show it."""
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
@@ -217,23 +217,23 @@ def run_window(
     gradient_fn: GradientFn | None = None,
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
 ) -> tuple[TrainState, StepInfo]:
-    """Runs T inner steps in one compiled program and returns the state after them.
+    """Runs T training steps in one compiled program.
 
-    Each step samples a batch, computes the masked gradient and only those signals that the rules in
-    the chain ask for, and applies the updates. The batch size is that of ``get_batch_size`` at the
+    Each step samples a batch, computes the masked gradient and the signals that the rules in the
+    chain ask for, and applies the updates. The batch size is ``get_batch_size`` of the state at the
     start, at most `bucket_size`. The state is donated: use the returned one.
 
     Args:
       state: From :func:`init_state` or a window before.
       data: ``Data(train, validation)``, pytrees of arrays on the device. `train` may also be a
-        :class:`arbiter_jax.batching.Block`, whose batches are taken as they are: the sampler stays
-        where it is, and steps that the block has no batch for are not taken.
-      num_steps: int32[], how many of the T steps to take; all where None. A traced number, so that
-        the last window of a run needs no program of its own.
+        :class:`arbiter_jax.batching.Block`, whose batches are used as they are: the sampler stays
+        where it is, and steps for which the block has no batch are not taken.
+      num_steps: int32[], how many of the T steps to take; all if None. It is traced, so that the
+        last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
       budget: int32[], training examples of the whole run, for rules that plan ahead; None if unknown.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
-      tx: A chain with one batch-size rule, or an optax transformation without any, whose batches
+      tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
       bucket_size: Static number of rows of a batch, a power of two: see :func:`next_window`.
       window: T, static, >= 1.
@@ -243,15 +243,15 @@ def run_window(
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
-      batch size 0.
+      batch size 0 and zeros everywhere else.
 
     Raises:
-      ValueError: If window < 1, the bucket is no power of two, the data is empty or ragged, a block
+      ValueError: If window < 1, the bucket is not a power of two, the data is empty, ragged or a block
         of another window or bucket, or a rule needs validation data that was not given.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.
-      2. One program a bucket, however the batch size moves within it.
+      2. One program per bucket, however the batch size moves within it.
       3. The updates are those of the optimizer: rules leave them unchanged.
 
     >>> import arbiter_jax as aj, optax
