@@ -218,7 +218,7 @@ def nodes_of(tree):
         yield from nodes_of(child)
 
 
-def test_every_member_is_a_function_or_the_state_of_a_case():
+def test_every_member_is_a_function_or_a_state():
     nodes = [node for name in CASES for node in nodes_of(start_of(name))]
     types = {type(node).__name__ for node in nodes}
     assert set(aj.schedulers.__all__) - public_functions() <= types
@@ -311,7 +311,7 @@ def test_ignores_unknown_extra_arguments(name):
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
-def test_works_without_the_size_in_force(name):
+def test_works_without_batch_size(name):
     """In a loop of one's own, nobody passes `batch_size`: every decision counts as applied."""
     tx, (grads, signals) = make(name), steps()[0]
     signals = {k: v for k, v in signals.items() if k != "batch_size"}
@@ -321,7 +321,7 @@ def test_works_without_the_size_in_force(name):
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
-def test_survives_chain_multi_steps_and_apply_if_finite(name):
+def test_survives_chain_multi_steps_apply_if_finite(name):
     """All three around one another: two steps to an update, and one step that is not finite."""
 
     tx = wrap(optax.chain(optax.sgd(0.1), make(name)))

@@ -37,7 +37,7 @@ def rows(elements):
 
 
 @given(st.integers(1, 2**60))
-def test_a_bucket_holds_its_size_and_less_than_twice_as_much(n):
+def test_a_bucket_is_less_than_twice_its_size(n):
     bucket = aj.next_bucket(n)
     assert n <= bucket < 2 * n
     assert bucket.bit_count() == 1
@@ -50,7 +50,7 @@ def test_buckets_are_monotone(a, b):
 
 
 @given(ranges(), st.data())
-def test_all_buckets_hold_every_size_between_and_no_more(limits, data):
+def test_all_buckets_hold_every_size_between(limits, data):
     low, high = limits
     buckets = aj.all_buckets(low, high)
     assert aj.next_bucket(data.draw(st.integers(low, high))) in buckets
@@ -110,7 +110,7 @@ sample_batch = jax.jit(aj.sample_batch, static_argnums=3)
     st.lists(st.integers(1, 16), min_size=1, max_size=10),
     st.integers(0, 2**32 - 1),
 )
-def test_no_example_comes_twice_before_every_other_one_came(num_examples, sizes, seed):
+def test_no_example_comes_twice_in_an_epoch(num_examples, sizes, seed):
     sampler = aj.init_sampler(np.array([0, seed], np.uint32))
     counts = np.zeros(num_examples, int)
     for size in sizes:
@@ -178,7 +178,7 @@ def arbiter():
 
 
 @given(rows(MODERATE), rows(FLOATS), rows(FLOATS), st.integers(1, NUM_ROWS - 1))
-def test_the_content_of_a_meta_batch_beyond_its_size_changes_no_bit(inputs, garbage, other, size):
+def test_the_meta_batch_counts_up_to_its_size(inputs, garbage, other, size):
     update, start = arbiter()
     # Proposals that are all alike and say what we want, whatever the agent sees.
     logit = aj.to_logit(size, 1, NUM_ROWS)
@@ -197,7 +197,7 @@ def test_the_content_of_a_meta_batch_beyond_its_size_changes_no_bit(inputs, garb
 
 
 @given(rows(FLOATS), rows(FLOATS), hnp.arrays(np.float32, 4, elements=FLOATS))
-def test_arbiter_stays_within_its_range_whatever_it_is_fed(inputs, labels, alpha):
+def test_arbiter_stays_in_range_on_any_input(inputs, labels, alpha):
     update, start = arbiter()
     state = start._replace(mixture_logits=jnp.asarray(alpha))
     zeros = jax.tree.map(np.zeros_like, PARAMS)
@@ -222,7 +222,7 @@ stats_of = jax.jit(lambda pieces, sizes: stats_from_pieces(list(pieces), sizes))
 
 
 @given(pieces_strategy(), hnp.arrays(np.int8, 4, elements=st.integers(1, 64)))
-def test_statistics_of_pieces_are_those_of_their_definition(pieces, sizes):
+def test_statistics_of_pieces_fit_their_definition(pieces, sizes):
     stats = stats_of(pieces, sizes.astype(np.float32))
     weights = sizes.astype(np.float64)
     mean = weights @ pieces / weights.sum()
@@ -236,7 +236,7 @@ def test_statistics_of_pieces_are_those_of_their_definition(pieces, sizes):
 
 
 @given(pieces_strategy(), st.permutations([0, 1]), st.permutations([2, 3]))
-def test_statistics_do_not_depend_on_the_order_of_the_pieces(pieces, first, second):
+def test_statistics_ignore_the_order_of_pieces(pieces, first, second):
     sizes = np.full(4, 8, np.float32)
     stats, shuffled_stats = stats_of(pieces, sizes), stats_of(pieces[[*first, *second]], sizes)
     chex.assert_trees_all_close(stats, shuffled_stats, rtol=1e-3, atol=1e-3)

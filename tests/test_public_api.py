@@ -158,7 +158,7 @@ def sections(doc):
 
 
 @pytest.mark.parametrize("pair", public_names(), ids=ids(public_names()))
-def test_everything_public_has_a_docstring_with_a_summary(pair):
+def test_everything_public_has_a_summary(pair):
     doc = lookup(*pair).__doc__
     assert doc
     summary = inspect.cleandoc(doc).split("\n\n")[0]

@@ -10,7 +10,7 @@ from arbiter_jax import _validate
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(7), np.uint8(7), jnp.int32(7), np.array(7)])
-def test_integer_takes_every_kind_of_integer_and_returns_an_int(value):
+def test_integer_takes_any_integer_returns_int(value):
     result = _validate.integer(size=value, minimum=1, maximum=7)
     assert type(result) is int
     assert result == int(value)
@@ -62,7 +62,7 @@ def test_non_negative_differs_from_positive_by_zero():
         ("neither", (0.5,), (0, 1), r"\(0, 1\)"),
     ],
 )
-def test_in_range_knows_which_ends_belong_to_the_interval(closed, inside, outside, interval):
+def test_in_range_knows_its_ends(closed, inside, outside, interval):
     for value in inside:
         assert _validate.in_range(0, 1, closed=closed, share=value) == value
     for value in (*outside, math.nan, "0.5", True):
@@ -83,7 +83,7 @@ def test_power_of_two():
             _validate.power_of_two(n=n)
 
 
-def test_batch_size_range_starts_at_the_smallest_size_by_default():
+def test_batch_size_range_starts_at_the_smallest():
     assert _validate.batch_size_range(np.int64(8), 512) == (8, 512, 8)
     assert _validate.batch_size_range(8, 512, 512) == (8, 512, 512)
     assert _validate.batch_size_range(8, 8, 8) == (8, 8, 8)

@@ -86,7 +86,7 @@ def sample_statistics(grads):
 
 @pytest.mark.parametrize("name", GRADIENT_FNS)
 @pytest.mark.parametrize("batch_size", [1, 5, 8])
-def test_value_and_gradient_are_those_of_the_mean_over_the_real_examples(name, batch_size):
+def test_value_and_gradient_of_the_real_examples(name, batch_size):
     params, batch = problem()
     out = gradient_fn_of(name, loss_fn)(params, batch, batch_mask(batch_size, 8))
     real = jax.tree.map(lambda x: x[:batch_size], batch)
@@ -120,7 +120,7 @@ def batch_norm_loss(params, batch, model_state, mask, key):
 
 
 @pytest.mark.parametrize("name", ["plain", "2 pieces", "4 pieces"])
-def test_guarantee_1_padding_contributes_exactly_zero_to_the_state_of_a_model(name):
+def test_guarantee_1_holds_for_model_state(name):
     batch = np.arange(8, dtype=np.float32)
     gradient_fn = jax.jit(GRADIENT_FNS[name](batch_norm_loss))
     state = {"mean": np.float32(5.0)}
@@ -136,7 +136,7 @@ def test_guarantee_1_padding_contributes_exactly_zero_to_the_state_of_a_model(na
             chex.assert_trees_all_equal(out, expected)
 
 
-def test_the_state_of_the_model_goes_through_every_piece():
+def test_model_state_goes_through_every_piece():
     state = {"mean": np.float32(0.0)}
     batch = np.array([10.0, 20.0, 10.0, 20.0], np.float32)
     out = gradient_fn_of("2 pieces", batch_norm_loss)(np.float32(1), batch, np.ones(4, bool), state)
@@ -184,7 +184,7 @@ def test_a_mean_instead_of_losses_is_refused():
 
 @pytest.mark.parametrize("num_examples", [2, 5, 8])
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 32])
-def test_per_example_statistics_are_those_of_the_sample(num_examples, micro_batch_size):
+def test_per_example_statistics_are_the_samples(num_examples, micro_batch_size):
     x = np.random.default_rng(1).normal(1.0, 2.0, size=(8, 3)).astype(np.float32)
     fn = value_grad_and_stats(
         gaussian_loss, method="per_example", micro_batch_size=micro_batch_size
@@ -193,7 +193,7 @@ def test_per_example_statistics_are_those_of_the_sample(num_examples, micro_batc
     chex.assert_trees_all_close(stats, sample_statistics(-x[:num_examples]), rtol=1e-4, atol=1e-5)
 
 
-def test_pieces_of_one_example_give_the_statistics_of_the_sample():
+def test_pieces_of_one_example_are_the_sample():
     x = np.random.default_rng(2).normal(1.0, 2.0, size=(8, 3)).astype(np.float32)
     fn = jax.jit(value_grad_and_stats(gaussian_loss, num_pieces=8))
     for num_examples in (2, 5, 8):
@@ -204,7 +204,7 @@ def test_pieces_of_one_example_give_the_statistics_of_the_sample():
         chex.assert_trees_all_close(stats, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_two_pieces_give_the_two_batch_size_formulas_of_mccandlish():
+def test_two_pieces_give_mccandlishs_formulas():
     # Eq. A.2 of arXiv:1812.06162, with B_big the whole batch and B_small one half.
     x = np.random.default_rng(3).normal(1.0, 2.0, size=(8, 3))
     with jax.enable_x64(True):
@@ -242,7 +242,7 @@ def test_a_preconditioner_multiplies_every_gradient():
 
 
 @pytest.mark.parametrize("name", ["2 pieces", "4 pieces", "per_example"])
-def test_one_example_has_no_spread_and_its_statistics_are_nan(name):
+def test_statistics_of_one_example_are_nan(name):
     assert "NaN for a batch of one example" in aj.gradient_stats.__doc__
     params, batch = problem()
     for num_rows in (1, 8):  # a bucket of one, and one real row of eight
@@ -260,7 +260,7 @@ def test_one_example_has_no_spread_and_its_statistics_are_nan(name):
             assert all(np.isnan(x).all() for x in jax.tree.leaves(out.gradient_noise))
 
 
-def test_identical_examples_have_no_noise_and_never_a_negative_variance():
+def test_identical_examples_have_no_noise():
     x = np.full((8, 3), 0.1, np.float32)
     for options in ({"method": "per_example"}, {"num_pieces": 4}):
         stats = gradient_stats(gaussian_loss, np.zeros(3, np.float32), x, **options)
@@ -269,7 +269,7 @@ def test_identical_examples_have_no_noise_and_never_a_negative_variance():
         np.testing.assert_allclose(stats.half_cosine, 1.0, rtol=1e-5)
 
 
-def test_per_example_grads_are_the_gradients_of_single_examples():
+def test_per_example_grads_are_single_gradients():
     params, batch = problem()
     grads = jax.jit(per_example_grads(loss_fn))(params, batch)
     single = jax.jit(jax.grad(lambda p, row: loss_fn(p, row)[0]))
@@ -297,7 +297,7 @@ def tokens():
 
 @pytest.mark.parametrize("name", GRADIENT_FNS)
 @pytest.mark.parametrize("batch_size", [1, 5, 8])
-def test_weighted_loss_is_averaged_over_all_real_tokens(name, batch_size):
+def test_weighted_loss_averages_over_real_tokens(name, batch_size):
     params, (x, weights) = np.array([0.5, 0.1], np.float32), tokens()
 
     def mean_loss(params):
@@ -363,7 +363,7 @@ def test_the_estimators_are_unbiased(name, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [16, 11, 3])
-def test_gradient_noise_has_the_covariance_of_the_batch_gradient(batch_size):
+def test_gradient_noise_has_the_gradients_covariance(batch_size):
     # Cov = S / B, also for unequal halves.
     noise = repeated("2 pieces")(batch_size).gradient_noise
     # The relative error of a sample variance is sqrt(2 / n) = 2.2%.
@@ -394,7 +394,7 @@ def test_bad_arguments_are_named(options, message):
         aj.gradient_stats(gaussian_loss, jnp.zeros(3), jnp.zeros((4, 3)), **options)
 
 
-def test_per_example_gradients_of_a_model_with_state_are_refused():
+def test_per_example_refuses_a_model_with_state():
     fn = value_grad_and_stats(batch_norm_loss, method="per_example")
     with pytest.raises(ValueError, match=r"method must be 'pieces' for a model with state"):
         fn(1.0, np.ones(4), np.ones(4, bool), {"mean": 0.0})

@@ -78,13 +78,13 @@ def test_a_rule_that_acts_settles_where_theory_says():
     assert sizes[-1] == pytest.approx(TRACE / SIGNAL, rel=0.2)
 
 
-def test_hysteresis_in_windows_moves_by_at_most_its_factor():
+def test_hysteresis_in_windows_moves_by_its_factor():
     rule = schedulers.gradient_noise_scale(**(LIMITS | {"initial_batch_size": 4}))
     sizes, _ = run(schedulers.hysteresis(rule, dwell=10, max_factor=2.0), 3, window=20)
     assert sizes == [4, 8, 16]
 
 
-def test_dive_batch_sees_gradients_before_the_optimizer():
+def test_dive_batch_sees_the_gradients():
     """N D = (|G|^2 + tr S) / (|G|^2 + tr S / N) for an epoch of N examples at one place."""
     rule = schedulers.dive_batch(1600, **(LIMITS | {"delta": 3.0}))
     tx = optax.chain(rule, optax.sgd(0.0))

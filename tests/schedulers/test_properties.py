@@ -220,7 +220,7 @@ def follow(sizes, factor, tolerance):
 @hypothesis.given(
     proposals=st.lists(st.integers(1, 10_000), min_size=NUM_STEPS + 1, max_size=NUM_STEPS + 1)
 )
-def test_hysteresis_stays_between_old_size_and_proposal(factor, tolerance, proposals):
+def test_hysteresis_stays_between_size_and_proposal(factor, tolerance, proposals):
     moves = follow(np.asarray(proposals, np.int32), factor, tolerance)
     for before, proposal, after in zip(*(m.tolist() for m in moves), strict=True):
         assert min(before, proposal) <= after <= max(before, proposal)

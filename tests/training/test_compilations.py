@@ -70,7 +70,7 @@ def run_arbiter():
     return aj.fit(loss_fn, jnp.zeros(3), tx, data(), num_examples=64 * 3, window=3)
 
 
-def test_guarantee_2_a_run_compiles_one_program_a_bucket():
+def test_guarantee_2_one_program_per_bucket():
     result = run_through_all_buckets()
     assert [record.batch_size for record in result.history] == list(SIZES)
     buckets = [record.bucket_size for record in result.history]
@@ -91,7 +91,7 @@ print(json.dumps([[r.num_compilations, r.num_cache_hits] for r in results]))
 """
 
 
-def test_guarantee_2_a_second_process_compiles_nothing_anew(tmp_path):
+def test_guarantee_2_second_process_compiles_nothing(tmp_path):
     environment = dict(
         os.environ,
         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),

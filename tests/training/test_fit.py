@@ -70,7 +70,7 @@ def test_a_run_ends_where_a_whole_batch_no_longer_fits(batch_size, budget, steps
     assert int(result.state.num_steps) == sum(steps)
 
 
-def test_a_budget_of_less_than_one_batch_is_no_step_at_all():
+def test_a_budget_below_one_batch_takes_no_step():
     result = fit(constant(10), num_examples=9)
     assert result.history == []
     assert (int(result.state.num_steps), result.num_compilations) == (0, 0)
@@ -78,7 +78,7 @@ def test_a_budget_of_less_than_one_batch_is_no_step_at_all():
     np.testing.assert_array_equal(result.state.params, np.zeros(NUM_INPUTS))
 
 
-def test_runs_of_one_budget_differ_by_less_than_a_batch():
+def test_equal_budgets_differ_by_less_than_a_batch():
     seen = [int(fit(tx).state.num_examples) for tx in (constant(7), with_arbiter(), constant(10))]
     assert all(200 - 32 < n <= 200 for n in seen)
 
@@ -131,7 +131,7 @@ def test_steps_joins_the_windows():
         result.per_step("mixture_of_what")
 
 
-def test_the_batch_size_follows_the_rule_from_window_to_window():
+def test_the_batch_size_follows_the_rule():
     result = fit(with_arbiter(), num_examples=300)
     decided = []
     for record in result.history[:-1]:
@@ -193,7 +193,7 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("stop_after", [0, 2])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop_after):
+def test_a_resumed_run_is_bit_identical(stop_after):
     tx = with_arbiter()
     whole = fit(tx, num_examples=300)
     stop = lambda record, state: record.window_index == stop_after
@@ -208,7 +208,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stop_after):
     np.testing.assert_array_equal(losses, whole.per_step("loss"))
 
 
-def test_resuming_counts_the_examples_already_seen_and_keeps_the_state_given():
+def test_resuming_counts_examples_and_keeps_the_state():
     first = fit(constant(10), num_examples=120)
     again = fit(constant(10), num_examples=120, state=first.state)
     assert again.history == []
@@ -293,7 +293,7 @@ def test_losses_that_are_not_finite_are_counted():
     assert int(fit(constant(10)).state.num_nonfinite) == 0
 
 
-def test_labels_out_of_range_show_as_losses_that_are_not_finite():
+def test_labels_out_of_range_show_as_nonfinite():
     def loss(params, batch):
         return optax.softmax_cross_entropy_with_integer_labels(batch[0] * params[None], batch[1])
 
@@ -311,7 +311,7 @@ def test_labels_out_of_range_show_as_losses_that_are_not_finite():
     assert int(result.state.num_nonfinite) >= 1
 
 
-def test_a_nan_in_the_validation_data_is_no_business_of_the_training():
+def test_a_nan_in_validation_data_spares_training():
     clean, (inputs, labels) = data(), draw(1, 30)
     inputs[::2] = np.nan
     result = fit(with_arbiter(), data=aj.Data(clean.train, (inputs, labels)), num_examples=100)
@@ -340,13 +340,13 @@ def test_transform_batch_changes_what_is_trained_on():
     np.testing.assert_array_equal(result.state.params, np.zeros(NUM_INPUTS))
 
 
-def test_num_agent_inputs_may_exceed_the_validation_data():
+def test_num_agent_inputs_may_exceed_validation():
     result = fit(with_arbiter(), num_examples=40, num_agent_inputs=64, data=data(50, 3))
     chex.assert_tree_all_finite(result.state)
     assert int(result.state.num_steps) == 4
 
 
-def test_step_seconds_are_known_once_a_window_compiled_nothing():
+def test_step_seconds_come_without_compilation():
     class State(NamedTuple):
         batch_size: jax.Array  # shape=(), dtype=int32
         seconds: jax.Array  # shape=(), dtype=float32
@@ -396,7 +396,7 @@ def test_a_run_needs_exactly_one_rule():
         fit(two)
 
 
-def test_a_rule_that_looks_at_validation_data_needs_some():
+def test_a_rule_that_needs_validation_data_says_so():
     with pytest.raises(ValueError, match=r"data\.validation must be given"):
         fit(with_arbiter(), data=aj.Data(draw(0, 50)))
     with pytest.raises(ValueError, match="data must hold at least 1 example"):

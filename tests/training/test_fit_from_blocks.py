@@ -119,7 +119,7 @@ def test_an_own_loop_takes_a_block_a_window():
     assert_same_training(state, expected.state)
 
 
-def test_the_end_of_the_source_ends_the_run_with_its_last_whole_batch():
+def test_the_run_ends_with_the_last_whole_batch():
     tx = chain(growing=True)
     with datasets.host_blocks(same_order(tx, 73), window=WINDOW) as blocks:
         result = fit(tx, blocks)
@@ -131,7 +131,7 @@ def test_the_end_of_the_source_ends_the_run_with_its_last_whole_batch():
     assert_same_training(result.state, fit(tx, draw(0), num_examples=73).state)
 
 
-def test_goes_on_after_an_interrupt_with_the_same_blocks_or_with_new_ones():
+def test_goes_on_after_an_interrupt():
     tx = chain()
     expected = fit(tx, draw(0))
 

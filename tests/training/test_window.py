@@ -90,7 +90,7 @@ def recorder(needed: tuple[str, ...] = (), seen: set[str] | None = None):
 # The state
 
 
-def test_init_state_copies_so_that_a_window_never_eats_the_callers_arrays(key):
+def test_init_state_copies_the_callers_arrays(key):
     tx = optax.sgd(0.1, momentum=0.9)
     mine, statistics = jax.tree.map(jnp.asarray, params()), {"mean": jnp.zeros(3)}
     state = aj.init_state(mine, tx, key, statistics)
@@ -201,7 +201,7 @@ def test_do_if_is_a_condition_on_every_backend(backend, monkeypatch):
         chex.assert_trees_all_equal(out, double(carry) if condition else carry)
 
 
-def test_a_window_that_may_end_early_copies_no_parameters():
+def test_a_shorter_window_copies_no_parameters():
     """A third of the time of a small step, when a condition around it passed the state on."""
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), aj.schedulers.constant(8))
 
@@ -216,13 +216,13 @@ def test_a_window_that_may_end_early_copies_no_parameters():
     assert num_copies(5) <= num_copies(None)
 
 
-def test_the_batch_size_is_at_most_the_bucket_and_fills_it_without_a_rule():
+def test_the_bucket_limits_and_without_a_rule_is_full():
     for tx in (optax.chain(optax.sgd(0.1), aj.schedulers.constant(50)), optax.sgd(0.1)):
         _, info = aj.run_window(start(tx), data(), loss_fn=loss_fn, tx=tx, bucket_size=16, window=2)
         assert info.batch_size.tolist() == [16, 16]
 
 
-def test_a_batch_larger_than_the_data_is_filled_as_evenly_as_can_be():
+def test_a_batch_larger_than_the_data_is_even():
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
     state = aj.init_state(jnp.zeros(()), tx, jax.random.PRNGKey(0))
     few = aj.Data(train=jnp.array([1.0, 10.0, 100.0]))
@@ -245,7 +245,7 @@ def test_losses_that_are_not_finite_are_counted():
     assert 5 <= int(state.num_nonfinite) <= 10  # five epochs, each with one or two such batches
 
 
-def test_transform_batch_gets_a_key_of_its_own_at_every_step():
+def test_transform_batch_gets_its_own_key():
     # In two pieces, each of which has a key as well: no randomness may be used twice.
     def transform_batch(key, batch):
         return {"key": jnp.broadcast_to(key, (len(batch), 2))}
@@ -326,7 +326,7 @@ def test_signals_have_the_promised_shapes():
     assert set(shapes["grad_stats"]) == {()}
 
 
-def test_update_noise_is_the_response_of_the_optimizer_to_the_noise_of_the_gradient():
+def test_update_noise_is_the_optimizers_response():
     class State(NamedTuple):
         batch_size: jax.Array
         ratio: jax.Array
@@ -344,7 +344,7 @@ def test_update_noise_is_the_response_of_the_optimizer_to_the_noise_of_the_gradi
 
 
 @pytest.mark.parametrize("hyper_every", [1, 3])
-def test_the_validation_sampler_moves_by_what_was_looked_at(hyper_every):
+def test_the_validation_sampler_moves_by_what_was_used(hyper_every):
     tx = optax.chain(optax.sgd(0.1), arbiter(window=100, hyper_every=hyper_every))
     state, info = aj.run_window(
         start(tx), data(), loss_fn=loss_fn, tx=tx, bucket_size=16, window=4, num_agent_inputs=6
@@ -458,7 +458,7 @@ def test_guarantee_2_one_program_a_bucket():
     assert [programs_of(size) for size in (32, 16, 18)] == [0, 0, 0]
 
 
-def test_guarantee_3_the_updates_are_those_of_the_optimizer():
+def test_guarantee_3_updates_are_the_optimizers():
     results = []
     for rule in (arbiter(window=3), aj.schedulers.constant(13)):
         tx = optax.chain(optax.adam(0.1), rule)
@@ -469,7 +469,7 @@ def test_guarantee_3_the_updates_are_those_of_the_optimizer():
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-7)
 
 
-def test_a_plain_window_has_the_flops_of_a_hand_written_scan():
+def test_a_plain_window_has_the_flops_of_a_scan():
     sizes, window, batch_size = (784, 256, 10), 5, 64
     rng = np.random.default_rng(0)
     network = {
@@ -524,7 +524,7 @@ def test_seeds_vmap_to_what_each_of_them_does_alone():
 
 
 @pytest.mark.parametrize("as_transformation", [False, True])
-def test_multi_steps_around_a_rule_decides_once_per_whole_batch(as_transformation):
+def test_multi_steps_decides_once_per_whole_batch(as_transformation):
     chain = optax.chain(optax.sgd(0.1), arbiter(window=100))
     tx = optax.MultiSteps(chain, every_k_schedule=2)
     tx = tx.gradient_transformation() if as_transformation else tx
@@ -563,7 +563,7 @@ def test_empty_and_ragged_data_is_refused(train):
         aj.run_window(start(tx), aj.Data(train), loss_fn=loss_fn, tx=tx, bucket_size=8)
 
 
-def test_validation_data_is_asked_for_where_a_rule_looks_at_it():
+def test_validation_data_is_asked_for_if_needed():
     tx = optax.chain(optax.sgd(0.1), arbiter())
     run: Any = functools.partial(aj.run_window, loss_fn=loss_fn, tx=tx, bucket_size=16)
     with pytest.raises(ValueError, match=r"data\.validation must be given"):
