@@ -1,4 +1,4 @@
-"""Settings of the whole test run: strict shapes, 8 CPU devices, fixed seeds."""
+"""Settings of the whole test run: strict shapes, 8 CPU devices, fixed seeds, shared programs."""
 
 import os
 
@@ -12,16 +12,35 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import pathlib
+
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 
 # Before any array exists: the number of devices cannot change afterwards.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Programs compiled by an earlier run, or by another worker of this one, are read from here.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def no_cached_programs(tmp_path):
+    """For tests that count compilations: nothing has been compiled before."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+    yield
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
 
 
 @pytest.fixture

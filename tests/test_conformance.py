@@ -312,12 +312,17 @@ def test_ignores_unknown_extra_arguments(name):
 
 @pytest.mark.parametrize("name", ALL_RULES)
 def test_works_without_batch_size(name):
-    """In a loop of one's own, nobody passes `batch_size`: every decision counts as applied."""
-    tx, (grads, signals) = make(name), steps()[0]
-    signals = {k: v for k, v in signals.items() if k != "batch_size"}
-    state = jit(tx.init)(params_like())
-    shapes = jax.eval_shape(lambda s: tx.update(grads, s, params_like(), **signals)[1], state)
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
+    """In a loop of one's own nobody passes it: the latest decision counts as applied."""
+    tx, (grads, signals), state = make(name), steps()[0], start_of(name)
+    without = {k: v for k, v in signals.items() if k != "batch_size"}
+
+    @jit
+    def both(state):
+        given = without | {"batch_size": aj.get_batch_size(state)}
+        return [tx.update(grads, state, params_like(), **s)[1] for s in (without, given)]
+
+    assumed, expected = both(state)
+    chex.assert_trees_all_equal(assumed, expected)
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
@@ -381,9 +386,15 @@ def _guarantees(docstring: str) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(ARBITERS)))
 def test_every_guarantee_has_a_test_of_its_name(name):
-    here = pathlib.Path(__file__).parent
-    sources = [pathlib.Path(__file__), *here.glob("*/test_*.py")]
+    """In the suites about all rules, or in the files of this rule."""
+    rule = getattr(aj.schedulers, name)
+    here, module = pathlib.Path(__file__).parent, inspect.getmodule(rule).__name__
+    own = f"test{module.rpartition('.')[2]}.py"
+    sources = [pathlib.Path(__file__), here / "schedulers" / "test_properties.py"]
+    sources += [
+        path for path in (here / "schedulers" / own, here / "objectives" / own) if path.exists()
+    ]
     tests = set(re.findall(r"^def test_(\w+)\(", "\n".join(s.read_text() for s in sources), re.M))
-    guarantees = _guarantees(inspect.getdoc(getattr(aj.schedulers, name)))
+    guarantees = _guarantees(inspect.getdoc(rule))
     assert guarantees
     assert set(guarantees) <= tests

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ class CyclingState(NamedTuple):
 
 
 def cycling(sizes, every):
-    """A rule that goes through a list of sizes, one every so many updates."""
+    """A rule that goes through a list of sizes, one every few updates."""
     sizes = np.asarray(sizes, np.int32)
 
     def init_fn(params):
@@ -70,6 +71,7 @@ def run_arbiter():
     return aj.fit(loss_fn, jnp.zeros(3), tx, data(), num_examples=64 * 3, window=3)
 
 
+@pytest.mark.usefixtures("no_cached_programs")
 def test_guarantee_2_one_program_per_bucket():
     result = run_through_all_buckets()
     assert [record.batch_size for record in result.history] == list(SIZES)
@@ -77,7 +79,7 @@ def test_guarantee_2_one_program_per_bucket():
     assert buckets == [aj.next_bucket(size) for size in SIZES]
     assert len(set(buckets)) == len(aj.all_buckets(8, 512)) == 7
     assert result.num_compilations == 7
-    # Each where its bucket came for the first time.
+    # One each time a bucket is new.
     first = [buckets.index(bucket) == i for i, bucket in enumerate(buckets)]
     assert [record.num_compilations for record in result.history] == [int(f) for f in first]
 
@@ -85,7 +87,7 @@ def test_guarantee_2_one_program_per_bucket():
 SECOND_PROCESS = """
 import json, sys
 sys.path.insert(0, {path!r})
-from test_compilation import run_arbiter, run_through_all_buckets
+from tests.training.test_compilations import run_arbiter, run_through_all_buckets
 results = [run_through_all_buckets(), run_arbiter()]
 print(json.dumps([[r.num_compilations, r.num_cache_hits] for r in results]))
 """
@@ -98,7 +100,7 @@ def test_guarantee_2_second_process_compiles_nothing(tmp_path):
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     )
-    script = SECOND_PROCESS.format(path=os.path.dirname(__file__))
+    script = SECOND_PROCESS.format(path=str(pathlib.Path(__file__).parents[2]))
     counts = []
     for _ in range(2):
         done = subprocess.run(
@@ -122,6 +124,7 @@ def x():
     return jax.block_until_ready(jnp.arange(5.0))
 
 
+@pytest.mark.usefixtures("no_cached_programs")
 def test_blocks_count_what_is_compiled_inside_of_them(x):
     first, second, third = programs(3)
     first(x)

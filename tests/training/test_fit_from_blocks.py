@@ -79,6 +79,7 @@ def columns(result):
     return [(r.batch_size, r.bucket_size, r.num_steps, r.num_examples) for r in result.history]
 
 
+@pytest.mark.usefixtures("no_cached_programs")
 @pytest.mark.parametrize("growing", [False, True], ids=["arbiter", "growing"])
 def test_equals_training_from_the_device(growing):
     """Masks, signals, ledger, sizes, programs: the source of the rows is all that differs."""
