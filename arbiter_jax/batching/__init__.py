@@ -1,4 +1,4 @@
-"""From a number of examples to a masked batch: buckets, masks, samplers, blocks."""
+"""From a batch size to a masked batch: buckets, masks, samplers and blocks."""
 
 from arbiter_jax.batching._blocks import Block, BlockSource, block_batch, block_rows, check_block
 from arbiter_jax.batching._buckets import all_buckets, next_bucket

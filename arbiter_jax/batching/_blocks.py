@@ -1,4 +1,4 @@
-"""Blocks: all batches of one window, arranged on the host for data that does not fit on the device."""
+"""Blocks: all batches of one window, made on the host for data that does not fit on the device."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from arbiter_jax.batching._sampling import bit_reversed
 
 
 class Block(NamedTuple):
-    """The batches of one window, drawn by the host, in the place of the data they come from."""
+    """The batches of one window; `run_window` takes it instead of the training data."""
 
-    batches: PyTree  # leaves [T, bucket_size, ...], rows as `block_rows` lays them out
-    batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples of each step
-    num_steps: jax.Array | np.integer  # shape=(), dtype=int32, steps that there are batches for
+    batches: PyTree  # leaves [T, bucket_size, ...], rows in the order of `block_rows`
+    batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples per step
+    num_steps: jax.Array | np.integer  # shape=(), dtype=int32, steps that have a batch, <= T
 
 
 def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -> np.ndarray:
-    """Which example of a window each row of its block holds: as :func:`sample_batch` deals them.
+    """The number of the example that goes into each row of a block.
+
+    Rows are assigned as in :func:`sample_batch`. Padding repeats the first example of its step, and
+    steps after `num_steps` repeat the first example of the window.
 
     Args:
-      window: T, steps of a window.
-      batch_size: B, real examples of a step, at most bucket_size.
-      bucket_size: Rows of a step.
-      num_steps: Steps that there are examples for, in [1, T].
+      window: T, number of steps in the block.
+      batch_size: B, number of real examples per step, at most bucket_size.
+      bucket_size: Number of rows per step.
+      num_steps: Number of steps that have examples, in [1, T].
 
     Returns:
       int[T, bucket_size] with entries in [0, num_steps * batch_size).
@@ -44,32 +47,31 @@ def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -
 
 
 def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, jax.Array]:
-    """The batch of step t of a block, and its mask."""
+    """The batch of step t of a block, and its mask, bool[bucket_size]."""
     take = functools.partial(jax.lax.dynamic_index_in_dim, index=t, keepdims=False)
-    return jax.tree.map(take, block.batches), jnp.asarray(
-        bit_reversed(bucket_size)
-    ) < block.batch_size
+    mask = jnp.asarray(bit_reversed(bucket_size)) < block.batch_size
+    return jax.tree.map(take, block.batches), mask
 
 
 def check_block(block: Block, window: int, bucket_size: int) -> None:
-    """Raises a ValueError where a block was not made for a window of this shape."""
+    """Raises a ValueError if the block was not made for a window of this shape."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block.batches)]
     if {shape[:2] for shape in shapes} != {(window, bucket_size)}:
         raise ValueError(
             f"data.train must be a block of shape [window, bucket_size, ...] = [{window}, "
-            f"{bucket_size}, ...], got shapes {shapes}: ask for it with the sizes of this window."
+            f"{bucket_size}, ...], got shapes {shapes}; request it with the sizes of this window."
         )
 
 
 @runtime_checkable
 class BlockSource(Protocol):
-    """Where the batches of one window after the other come from, on the host.
+    """Supplies the block of each window from the host.
 
-    ``arbiter_jax.datasets.host_blocks`` makes one of any iterator over examples.
+    ``arbiter_jax.datasets.host_blocks`` makes one from any iterator over examples.
     """
 
     window: int  # T
 
     def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
-        """The next examples, whole batches; StopIteration where there is not even one batch."""
+        """The next examples in whole batches; raises StopIteration if less than one is left."""
         ...

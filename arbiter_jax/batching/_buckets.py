@@ -1,8 +1,8 @@
-"""Buckets: the few power-of-two shapes that stand for all batch sizes.
+"""Buckets: a few power-of-two shapes that can hold every batch size.
 
-A batch size is an exact number that may change at every window; a compiled program has one fixed
-shape. Rounding the shape (and not the batch size) up to a power of two bounds the number of
-programs by the logarithm of the range.
+The batch size may change in every window, but a compiled program has a fixed shape. So the shape,
+not the batch size, is rounded up to a power of two: the number of programs then grows only with the
+logarithm of the range of batch sizes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ def next_bucket(n: int) -> int:
     """The smallest power of two that is at least n.
 
     Args:
-      n: Number of examples, an integer >= 1. Host side only: the result is a static shape.
+      n: Number of examples, an integer >= 1. It cannot be traced: the result is a static shape.
 
     Returns:
       The bucket size, an int.
 
     Raises:
-      ValueError: If n is no integer >= 1.
+      ValueError: If n is not an integer >= 1.
 
     >>> [next_bucket(n) for n in (1, 2, 3, 64, 65)]
     [1, 2, 4, 64, 128]
@@ -29,10 +29,10 @@ def next_bucket(n: int) -> int:
 
 
 def all_buckets(minimum: int, maximum: int) -> tuple[int, ...]:
-    """Every bucket that a batch size between two bounds can fall into, ascending.
+    """The buckets of all batch sizes in [minimum, maximum], in ascending order.
 
-    There are ``log2(next_bucket(maximum) / next_bucket(minimum)) + 1`` of them: the compile
-    budget of a run whose batch size stays within the bounds.
+    There are ``log2(next_bucket(maximum) / next_bucket(minimum)) + 1`` of them, which bounds the
+    number of window programs of a run whose batch size stays in this range.
 
     Args:
       minimum: Smallest batch size, an integer >= 1.
@@ -42,7 +42,7 @@ def all_buckets(minimum: int, maximum: int) -> tuple[int, ...]:
       Powers of two, from ``next_bucket(minimum)`` to ``next_bucket(maximum)``.
 
     Raises:
-      ValueError: If a bound is no integer >= 1, or the two are reversed.
+      ValueError: If a bound is not an integer >= 1, or maximum < minimum.
 
     >>> all_buckets(8, 100)
     (8, 16, 32, 64, 128)

@@ -1,4 +1,4 @@
-"""Masks for the rows of a bucket that are only padding, and means over the rows that are real."""
+"""Masks that mark the real rows of a bucket, and reductions over these rows only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import jax.typing
 from arbiter_jax.base import PyTree, WeightedLoss
 
 
-def num_rows(data: PyTree) -> int:
-    """The number of examples of a data set: the length of the leading axis of its leaves.
+def num_rows(data: PyTree, name: str = "data") -> int:
+    """The number of examples in a data set: the length of the leading axis of its leaves.
 
     Args:
-      data: Pytree of arrays with one leading axis of equal length, usually ``(inputs, labels)``.
+      data: Pytree of arrays with leading axes of equal length, usually ``(inputs, labels)``.
+      name: What to call the data in an error message.
 
     Raises:
       ValueError: If there is no array, no example, or the lengths differ.
@@ -28,16 +29,18 @@ def num_rows(data: PyTree) -> int:
     (length, *others) = lengths or {None}
     if length is None or others:
         raise ValueError(
-            "data must be a pytree of arrays with one leading axis of equal length, got shapes "
+            f"{name} must be a pytree of arrays with one leading axis of equal length, got shapes "
             f"{shapes}."
         )
     if length < 1:
-        raise ValueError(f"data must hold at least 1 example, got shapes {shapes}.")
+        raise ValueError(f"{name} must hold at least 1 example, got shapes {shapes}.")
     return length
 
 
 def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
-    """Marks the first `batch_size` rows of a bucket, bool[bucket_size].
+    """Marks the first `batch_size` rows of a bucket as real, bool[bucket_size].
+
+    A batch size <= 0 marks no row, one >= bucket_size marks all of them.
 
     >>> batch_mask(3, 4).tolist()
     [True, True, True, False]
@@ -46,10 +49,15 @@ def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
 
 
 def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
-    """Overwrites the masked rows with the first row.
+    """Overwrites the padding with the first row of the batch, which must be real.
 
-    Masking the losses alone does not do: the gradient of ``where`` multiplies by zero, and zero
-    times the NaN or infinity that garbage can produce further back is NaN.
+    Masking the losses is not enough: the gradient of ``where`` multiplies by zero, and zero times a
+    NaN or infinity that the padding causes in an earlier layer is NaN. If no row is real, all rows
+    become copies of the first one.
+
+    Args:
+      batch: Pytree of arrays [M, ...].
+      mask: bool[M], True for a real example.
     """
 
     def replace(x: Any) -> jax.Array:
@@ -60,7 +68,7 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
 
 
 def masked_mean(losses: jax.Array | WeightedLoss, mask: jax.Array) -> jax.Array:
-    r"""The mean over the real examples, weighted where the loss is a :class:`WeightedLoss`.
+    r"""The mean over the real examples, weighted if the loss is a :class:`WeightedLoss`.
 
     .. math:: F = \sum_i m_i w_i l_i \, / \, \sum_i m_i w_i
 
@@ -69,22 +77,32 @@ def masked_mean(losses: jax.Array | WeightedLoss, mask: jax.Array) -> jax.Array:
       mask: bool[M], True for a real example.
 
     Returns:
-      float[]; 0 where there is no real example.
+      float[], at least float32:
 
-    *Guarantees*: a masked loss adds exactly zero, also where it is NaN or infinite.
+      ================================  ===========================================
+      no real example                   0, and the gradient is 0
+      all weights are 0                 0, and the gradient is 0
+      padding is NaN or infinite        ignored, also by the gradient
+      a loss of weight 0 is NaN         ignored, also by the gradient
+      a real loss is NaN or infinite    NaN or infinity
+      losses in float16 or bfloat16     summed in float32
+      ================================  ===========================================
+
+    Raises:
+      ValueError: If there is not one loss (or one row of losses) per example.
 
     >>> float(masked_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])))
     2.0
     """
     values, weights = _values_and_weights(losses, mask)
     total = jnp.sum(weights)
-    # A loss of weight 0 may be anything: 0 * nan would be nan.
+    # A loss of weight 0 may be NaN, and 0 * NaN is NaN.
     values = jnp.where(weights == 0, 0, values)
     return jnp.sum(values * weights) / jnp.where(total == 0, 1, total)
 
 
 def total_weight(losses: jax.Array | WeightedLoss, mask: jax.Array) -> jax.Array:
-    """The weight of all real examples, which :func:`masked_mean` divides by; float[]."""
+    """The sum of the weights of the real examples, by which :func:`masked_mean` divides."""
     return jnp.sum(_values_and_weights(losses, mask)[1])
 
 
@@ -95,10 +113,10 @@ def _values_and_weights(
     if values.ndim < 1 or values.shape[0] != mask.shape[0]:
         raise ValueError(
             f"The loss function must return one loss per example, shape ({mask.shape[0]},) or "
-            f"({mask.shape[0]}, ...), got {values.shape}: leave the mean to the caller."
+            f"({mask.shape[0]}, ...), got {values.shape}; return the losses, not their mean."
         )
     real = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (values.ndim - 1)), values.shape)
     weights = losses.weights if isinstance(losses, WeightedLoss) else jnp.ones_like(values)
-    # A count in bfloat16 is exact up to 256 only, and a sum in float16 overflows at 65504.
+    # bfloat16 counts exactly only up to 256, and float16 overflows at 65504.
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     return values.astype(dtype), jnp.where(real, weights, 0).astype(dtype)

@@ -1,8 +1,8 @@
 """Sampling without replacement on the device.
 
-A sampler walks through one random permutation of the data after another. No permutation is ever
-stored or sorted: a keyed bijection of the indices computes each entry when it is needed (as in the
-`index_shuffle` of TensorFlow and Grain). It costs a few integer operations per example, takes 16
+A sampler goes through one random permutation of the data per epoch. The permutation is never
+stored: a keyed bijection of the indices computes each entry when it is needed (as in
+`index_shuffle` of TensorFlow and Grain). This takes a few integer operations per example and 16
 bytes of state for data of any size, and works under `vmap`.
 """
 
@@ -24,11 +24,11 @@ _FEISTEL_ROUNDS = 6
 
 
 class SamplerState(NamedTuple):
-    """Position of a sampler; a checkpoint that holds it resumes at the very next example."""
+    """Position of a sampler; restored from a checkpoint, it continues with the next example."""
 
-    key: jax.Array  # shape=(2,), dtype=uint32; with `epoch` it determines every permutation
-    cursor: jax.Array  # shape=(), dtype=int32, examples of the current epoch already used
-    epoch: jax.Array  # shape=(), dtype=int32
+    key: jax.Array  # shape=(2,), dtype=uint32; determines the permutation together with `epoch`
+    cursor: jax.Array  # shape=(), dtype=int32, number of examples used in the current epoch
+    epoch: jax.Array  # shape=(), dtype=int32, number of completed epochs
 
 
 def init_sampler(key: jax.Array) -> SamplerState:
@@ -46,32 +46,32 @@ def init_sampler(key: jax.Array) -> SamplerState:
 
 
 def _hash32(x: jax.Array) -> jax.Array:
-    """Scrambles 32 bits: the finaliser of MurmurHash3."""
+    """Hashes uint32 to uint32: the finalizer of MurmurHash3."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def permuted_index(
-    key: jax.Array, epoch: jax.Array, position: jax.Array, num_examples: int
+    key: jax.Array, epoch: jax.Array, position: jax.Array, dataset_size: int
 ) -> jax.Array:
-    """Entry `position` of the random permutation of one epoch, without the permutation.
+    """Entry `position` of the random permutation of one epoch, computed without the permutation.
 
-    A Feistel network on pairs of residues is a bijection of [0, rows * columns), the smallest
-    near-square rectangle that holds the data. What it maps outside of the data is mapped on
-    until it is inside, which makes it a bijection of [0, num_examples).
+    A Feistel network on (row, column) is a bijection of [0, rows * columns), the smallest
+    near-square rectangle that holds the data. An index that lands outside the data is mapped again
+    until it lands inside, which makes this a bijection of [0, dataset_size).
 
     Args:
       key: uint32[2].
-      epoch: int32, of the shape of position.
-      position: int32 in [0, num_examples), of any shape.
-      num_examples: Static size of the data set.
+      epoch: int32, same shape as position.
+      position: int32 in [0, dataset_size), any shape.
+      dataset_size: Static number of examples.
 
     Returns:
-      int32, of the shape of position, in [0, num_examples).
+      int32 in [0, dataset_size), same shape as position.
     """
-    columns = math.isqrt(num_examples - 1) + 1
-    rows = -(-num_examples // columns)
+    columns = math.isqrt(dataset_size - 1) + 1
+    rows = -(-dataset_size // columns)
     salt = _hash32(key[1] ^ (epoch.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
 
     def network(x: jax.Array) -> jax.Array:
@@ -87,9 +87,9 @@ def permuted_index(
     def walk(carry):
         index, outside = carry
         index = jnp.where(outside, network(index), index)
-        return index, index >= num_examples
+        return index, index >= dataset_size
 
-    # At least one turn: the network stands in the program once, not twice.
+    # Start with all indices "outside", so that the program contains the network only once.
     start = (position.astype(jnp.uint32), jnp.ones_like(position, bool))
     index, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), walk, start)
     return index.astype(jnp.int32)
@@ -98,23 +98,32 @@ def permuted_index(
 def sample_batch(
     state: SamplerState, data: PyTree, batch_size: jax.typing.ArrayLike, bucket_size: int
 ) -> tuple[SamplerState, PyTree, jax.Array]:
-    """Draws `batch_size` examples into a bucket, with the mask that marks them.
+    """Draws `batch_size` examples without replacement into a bucket, with a mask.
 
-    Examples come without replacement within an epoch; a batch that crosses the end of an epoch
-    takes the rest from the next permutation. So does a batch larger than the data set, as often as
-    it must: no example is used twice before every other one has been used once. Padding repeats
-    the first row of the batch, so that it is a real example whatever the rest of the data holds.
-    Examples are dealt out to the rows (see :func:`bit_reversed`): half a bucket holds half of them.
+    No example is drawn again before all others of its epoch have been. Padding repeats the first
+    row, which is a real example. The examples are spread evenly over the rows (see
+    :func:`bit_reversed`), so that each half of the bucket holds half of them.
+
+    =============================  ======================================================
+    the batch crosses an epoch     the rest comes from the permutation of the next epoch
+    batch_size > dataset size      the batch spans several epochs
+    batch_size = bucket_size       all rows are real
+    batch_size > bucket_size       as batch_size = bucket_size
+    batch_size = 0                 no row is real, and the sampler does not move
+    =============================  ======================================================
 
     Args:
       state: The sampler of this data.
-      data: Pytree of arrays [num_examples, ...].
-      batch_size: int32[], number of real examples, at most bucket_size.
+      data: Pytree of arrays [dataset_size, ...].
+      batch_size: int32[], number of real examples, in [0, bucket_size].
       bucket_size: Static number of rows, usually ``next_bucket(batch_size)``.
 
     Returns:
-      (state, batch, mask): the moved sampler, a pytree of arrays [bucket_size, ...] and
+      (state, batch, mask): the advanced sampler, a pytree of arrays [bucket_size, ...] and
       bool[bucket_size].
+
+    Raises:
+      ValueError: If there is no example, or the leading axes of the arrays differ.
 
     >>> sampler = init_sampler(jax.random.PRNGKey(0))
     >>> sampler, batch, mask = sample_batch(sampler, jnp.arange(5), batch_size=3, bucket_size=4)
@@ -130,17 +139,17 @@ def sample_batch(
 
 def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
     """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
-    n = num_rows(data)
+    size = num_rows(data)
     position = state.cursor + position
-    rows = permuted_index(state.key, state.epoch + position // n, position % n, n)
+    rows = permuted_index(state.key, state.epoch + position // size, position % size, size)
     return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
 
 
 def bit_reversed(bucket_size: int) -> np.ndarray:
-    """The example that each row of a bucket gets: its own number with the bits reversed.
+    """The number of the example in each row of a bucket: the row number with its bits reversed.
 
-    The B examples of a batch are then spread evenly: each half, quarter and so on of the rows holds
-    its share of them, so that contiguous pieces of a batch can be compared with one another.
+    This spreads the examples of a batch evenly: each half, quarter and so on of the rows holds its
+    share of them, so that the gradients of contiguous pieces can be compared.
 
     Args:
       bucket_size: Number of rows.
@@ -157,7 +166,7 @@ def bit_reversed(bucket_size: int) -> np.ndarray:
     return order[order < bucket_size]
 
 
-def advance(state: SamplerState, used: jax.typing.ArrayLike, num_examples: int) -> SamplerState:
-    """The sampler after `used` more examples, int32[], of a data set of num_examples."""
+def advance(state: SamplerState, used: jax.typing.ArrayLike, dataset_size: int) -> SamplerState:
+    """The sampler after `used` more examples, int32[], of a data set of this size."""
     end = state.cursor + jnp.asarray(used, jnp.int32)
-    return SamplerState(state.key, end % num_examples, state.epoch + end // num_examples)
+    return SamplerState(state.key, end % dataset_size, state.epoch + end // dataset_size)

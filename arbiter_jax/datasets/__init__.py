@@ -1,4 +1,4 @@
-"""Data sets as arrays: three splits of normalised inputs and labels, for any training loop."""
+"""Data sets as arrays: three splits of normalized inputs and labels, for any training loop."""
 
 from arbiter_jax.datasets._augmentation import pad_crop_flip
 from arbiter_jax.datasets._dataset import Dataset, from_arrays

@@ -1,4 +1,4 @@
-"""Decoded arrays in the user's cache directory, so that images are decoded once per machine."""
+"""Decoded arrays in the user's cache directory, so that each data set is decoded only once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
-def cache_folder() -> pathlib.Path | None:
-    """The folder of this library's files in the user's cache; None without platformdirs."""
+def _cache_folder() -> pathlib.Path | None:
+    """This library's folder in the user's cache directory; None if platformdirs is missing."""
     try:
         import platformdirs
     except ImportError:
@@ -27,8 +27,8 @@ def cache_folder() -> pathlib.Path | None:
 
 
 def _cache_file(name: str, source: pathlib.Path) -> pathlib.Path | None:
-    """The file for the data set that `source` describes; a new one whenever `source` changes."""
-    folder = cache_folder()
+    """The cache file of a data set; its name changes whenever the file `source` does."""
+    folder = _cache_folder()
     if folder is None:
         return None
     stat = source.stat()
@@ -38,7 +38,7 @@ def _cache_file(name: str, source: pathlib.Path) -> pathlib.Path | None:
 
 
 def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-    """Writes to a temporary name and renames: a reader sees the whole file or none."""
+    """Writes to a temporary file and renames it, so that readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".incomplete")
     try:
@@ -52,21 +52,21 @@ def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
 
 
 def cached(name: str, source: pathlib.Path, read: Callable[[], Arrays]) -> Arrays:
-    """What `read` returns, from the cache where it was read before.
+    """Returns `read()`, or its cached result from an earlier call.
 
     Args:
-      name: Of the data set.
-      source: A file that changes when the data does.
+      name: Name of the data set.
+      source: A file that changes whenever the data does.
       read: Reads and decodes the data.
 
     Returns:
-      Arrays by name. A cache that is damaged, or cannot be written, costs time and nothing else.
+      Arrays by name. If the cache is damaged or cannot be written, the data is simply read again.
     """
     path = _cache_file(name, source)
     if path is not None and path.is_file():
         with (
             contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile),
-            path.open("rb") as file,  # np.load leaves a damaged file open that it opened itself
+            path.open("rb") as file,  # np.load does not close a damaged file that it opened itself
             np.load(file, allow_pickle=False) as archive,
         ):
             return dict(archive)

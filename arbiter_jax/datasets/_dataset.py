@@ -1,7 +1,7 @@
-"""A data set is arrays: three splits of inputs and labels, checked and normalised once.
+"""A data set is arrays: three splits of inputs and labels, checked and normalized once.
 
-Everything in this package ends here: a reader produces raw arrays, and :func:`from_arrays` checks
-them, holds out what is missing, and normalises with the statistics of the training split.
+Every loader in this package ends here: it reads raw arrays, and :func:`from_arrays` checks them,
+holds out the missing splits, and normalizes with the statistics of the training split.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _ROWS_PER_CHUNK = 4096  # float64 scratch space of the statistics; bounds memory
 class Dataset(NamedTuple):
     """Inputs and labels of the training, validation and test split.
 
-    The arrays are NumPy's, in the host's memory: what trains on them decides where they go. The
-    meta-objective sees only the validation split; the test split is for reporting.
+    The arrays are NumPy arrays in host memory; the training loop decides where to put them. The
+    meta-objective uses only the validation split; the test split is for reporting.
     """
 
     # Inputs: shape=(n, *input_shape), dtype=float32, or int32 for tokens.
@@ -31,13 +31,13 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split  # 20% of the official training set
     test: Split
-    num_classes: int  # labels lie in [0, num_classes); 0 where they are float32 regression targets
+    num_classes: int  # labels are in [0, num_classes); 0 for regression targets
     input_shape: tuple[int, ...]  # of one example
 
 
 def permutation(num_examples: int, seed: int) -> np.ndarray:
     """A seeded permutation of range(num_examples), the same in every version of NumPy."""
-    # RandomState's stream is frozen for good; that of default_rng may change between releases.
+    # NumPy guarantees the stream of RandomState; that of default_rng may change between releases.
     seed = _validate.integer(seed=seed, minimum=0, maximum=2**32 - 1)
     return np.random.RandomState(seed).permutation(num_examples)
 
@@ -48,23 +48,23 @@ def hold_out(
     """Splits off a seeded random fraction of the examples, rounded, at least one.
 
     Args:
-      inputs: shape [n, ...].
-      labels: shape [n, ...].
-      fraction: Share of the examples to hold out, in (0, 1).
+      inputs: [n, ...].
+      labels: [n, ...].
+      fraction: Fraction of the examples to hold out, in (0, 1).
       seed: Seed of the permutation.
-      purpose: Name of the split that is held out, for the error.
+      purpose: Name of the split to hold out, for the error message.
 
     Returns:
       (rest, held out), each (inputs, labels).
 
     Raises:
-      ValueError: If fewer than two examples are there to be divided.
+      ValueError: If there are fewer than two examples.
     """
     count = len(inputs)
     if count < 2:
         raise ValueError(
-            f"the training data must have >= 2 examples so that a {purpose} split can be held out, "
-            f"got {count}; pass {purpose}=(inputs, labels) instead."
+            f"train must have >= 2 examples to hold out a {purpose} split, got {count}; "
+            f"pass {purpose}=(inputs, labels) instead."
         )
     size = min(max(1, round(fraction * count)), count - 1)
     order = permutation(count, seed)
@@ -73,7 +73,7 @@ def hold_out(
 
 
 def every_fifth_of_each_class(labels: np.ndarray) -> np.ndarray:
-    """bool[n]: a fixed, stratified fifth, for data whose publisher defined no test split."""
+    """bool[n]: a fixed, stratified fifth, for data that is published without a test split."""
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         held[np.flatnonzero(labels == label)[::5]] = True
@@ -81,7 +81,7 @@ def every_fifth_of_each_class(labels: np.ndarray) -> np.ndarray:
 
 
 def _checked_split(split: Any, name: str) -> Split:
-    """One (inputs, labels) as arrays of numbers with equally many rows, at least one."""
+    """The pair (inputs, labels) as numeric arrays with the same number of rows, at least one."""
     if not isinstance(split, Sequence) or len(split) != 2:
         raise ValueError(f"{name} must be a pair (inputs, labels), got {type(split).__name__}.")
     inputs, labels = (np.asarray(part) for part in split)
@@ -89,10 +89,10 @@ def _checked_split(split: Any, name: str) -> Split:
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{name} {part} must be real numbers, got dtype {array.dtype}.")
         if array.ndim == 0:
-            raise ValueError(f"{name} {part} must have an axis of examples, got shape ().")
+            raise ValueError(f"{name} {part} must have a leading axis of examples, got shape ().")
     if len(inputs) != len(labels):
         raise ValueError(
-            f"{name} inputs and labels must have equally many rows, got {len(inputs)} and "
+            f"{name} inputs and labels must have the same number of rows, got {len(inputs)} and "
             f"{len(labels)}."
         )
     if inputs.size == 0 or labels.size == 0:
@@ -110,7 +110,7 @@ def _check_finite(array: np.ndarray, name: str) -> None:
         return
     for start in range(0, len(array), _ROWS_PER_CHUNK):
         chunk = array[start : start + _ROWS_PER_CHUNK]
-        # What overflows in float32 is an infinity to the network.
+        # The network computes in float32, where anything larger overflows to infinity.
         finite = np.abs(chunk) <= np.finfo(np.float32).max
         if not finite.all():
             where = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -128,7 +128,7 @@ def _statistics(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = np.sum([c.sum(axis=axes, dtype=np.float64) for c in chunks], axis=0) / count
     squares = [np.square(c - mean).sum(axis=axes) for c in chunks]
     std = np.sqrt(np.sum(squares, axis=0) / count)
-    # A feature that never varies carries nothing; dividing by its rounding error would invent some.
+    # The deviation of a constant feature is only rounding error: dividing by it would amplify that.
     return mean, np.where(std > 1e-12 * np.maximum(1.0, np.abs(mean)), std, 1.0)
 
 
@@ -159,23 +159,23 @@ def _check_agreement(splits: dict[str, Split]) -> None:
         ):
             if array.shape[1:] != reference.shape[1:]:
                 raise ValueError(
-                    f"{name} {part} must have the shape of the training {part}, "
+                    f"{name} {part} must have the same shape as the training {part}, "
                     f"(n, {', '.join(map(str, reference.shape[1:]))}), got {array.shape}."
                 )
         if (labels.dtype.kind == "f") != (train_labels.dtype.kind == "f"):
             raise ValueError(
-                f"{name} labels must be of the training labels' kind, {train_labels.dtype}, got "
-                f"{labels.dtype}: integers are classes, floats regression targets."
+                f"{name} labels must be classes (integers) or regression targets (floats) like the "
+                f"training labels, {train_labels.dtype}, got {labels.dtype}."
             )
 
 
 def _count_classes(splits: dict[str, Split], num_classes: int | None) -> int:
-    """The number of classes, given or found; 0 for regression targets."""
+    """The number of classes, passed or inferred; 0 for regression targets."""
     if splits["train"][1].dtype.kind == "f":
         if num_classes:
             raise ValueError(
-                f"num_classes must be None or 0 for regression targets, got {num_classes}: the "
-                "labels of classes are integers."
+                f"num_classes must be None or 0 for regression targets, got {num_classes}; pass "
+                "integer labels for classes."
             )
         return 0
     highest = max(int(labels.max()) for _, labels in splits.values())
@@ -200,35 +200,37 @@ def from_arrays(
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> Dataset:
-    r"""A data set from one's own arrays.
+    r"""Makes a data set of your own arrays: checks, splits and normalizes them.
 
-    Inputs become :math:`(x - \mu) / \sigma`, with the mean and the standard deviation of the
-    training split (after the validation split has left it) per entry of the last axis: the channel
-    of an image, the feature of a table. Where an entry is constant, :math:`\sigma = 1`.
+    .. math:: x' = (x - \mu) / \sigma
+
+    The mean and the standard deviation are those of the training split, after the other splits have
+    been held out, for each entry of the last axis: the channel of an image or the feature of a
+    table. Constant entries have :math:`\sigma = 1`.
 
     Args:
-      train: (inputs, labels). Inputs of shape [n, ...], any real dtype; grey images want a channel
-        axis, [n, height, width, 1]. Labels are integers of shape [n] (or [n, length], for a
-        sequence), or floats: regression targets.
-      validation: (inputs, labels); a seeded random share of the training examples where it is None.
-      test: (inputs, labels); the same where it is None, held out before the validation split.
-      num_classes: Labels lie in [0, num_classes). The highest label plus one where it is None.
-      normalize: False keeps the inputs: integers (tokens) as int32, anything else as float32.
-      normalize_targets: Whether regression targets are normalised as inputs are.
-      validation_fraction: Share of the training examples for validation, in (0, 1).
-      test_fraction: Share of all examples for testing, in (0, 1).
-      seed: Seed of the permutations that hold examples out, an integer in [0, 2**32).
+      train: (inputs, labels). Inputs have shape [n, ...] and any real dtype; gray images need a
+        channel axis, [n, height, width, 1]. Labels are integer classes of shape [n] (or
+        [n, length] for sequences), or regression targets, which are floats.
+      validation: (inputs, labels). If None, a random part of the training examples is held out.
+      test: (inputs, labels). If None, held out likewise, before the validation split.
+      num_classes: Labels are in [0, num_classes). If None, the highest label plus one.
+      normalize: If False, integer inputs (tokens) become int32 and all others float32, unscaled.
+      normalize_targets: Whether to normalize regression targets like the inputs.
+      validation_fraction: Fraction of the training examples to hold out for validation, in (0, 1).
+      test_fraction: Fraction of all examples to hold out for testing, in (0, 1).
+      seed: Seed of the permutations that choose the held-out examples, an integer in [0, 2**32).
 
     Returns:
       A :class:`Dataset` of NumPy arrays.
 
     Raises:
-      ValueError: If arrays are empty, not finite in float32, not numbers, or disagree in their
-        shapes; if a label lies outside of [0, num_classes); or if there are too few examples to
-        hold a split out (two for one split, three for both).
+      ValueError: If arrays are empty, not numeric, not finite in float32, or of shapes that do not
+        match; if a label is outside [0, num_classes); or if there are too few examples to hold
+        out a split (two for one split, three for both).
 
     *Guarantees*:
-      * The three splits are disjoint sets of examples, and every example is in one of them.
+      * Every example is in exactly one of the three splits.
       * Validation and test data do not influence the statistics.
       * The arrays passed in are not modified.
 
@@ -242,8 +244,8 @@ def from_arrays(
     """
     _validate.in_range(0, 1, closed="neither", validation_fraction=validation_fraction)
     _validate.in_range(0, 1, closed="neither", test_fraction=test_fraction)
-    given = {"train": train, "validation": validation, "test": test}
-    splits = {k: _checked_split(v, k) for k, v in given.items() if v is not None or k == "train"}
+    passed = {"train": train, "validation": validation, "test": test}
+    splits = {k: _checked_split(v, k) for k, v in passed.items() if v is not None or k == "train"}
     _check_agreement(splits)
     if "test" not in splits:
         splits["train"], splits["test"] = hold_out(*splits["train"], test_fraction, seed, "test")

@@ -1,4 +1,4 @@
-"""Diabetes: ten measurements of 442 patients and the progression of the disease a year later.
+"""Diabetes: ten measurements of 442 patients, and how the disease progressed within a year.
 
 Efron, Hastie, Johnstone and Tibshirani, Least Angle Regression, Annals of Statistics 2004,
 https://doi.org/10.1214/009053604000000067. Bundled with scikit-learn.
@@ -12,11 +12,11 @@ from arbiter_jax.datasets._dataset import Dataset, from_arrays
 
 
 def diabetes(seed: int = 0) -> Dataset:
-    """A small regression on real data; needs no file and no network.
+    """A small regression task on real data; needs no files and no network.
 
-    Every fifth patient in the order of the file is for testing (89), whatever the seed. Of the 353
-    others, 20% by a seeded permutation are for validation. The targets are normalised, as the
-    inputs are: the mean of the training targets has a squared error of 1.
+    Every fifth patient in file order is in the test split (89 patients), independent of the seed.
+    A seeded permutation chooses 20% of the other 353 for validation. Targets are normalized like
+    the inputs, so that predicting the mean has a squared error of 1 on the training split.
 
     Args:
       seed: Seed of the validation split, an integer in [0, 2**32).
@@ -26,7 +26,7 @@ def diabetes(seed: int = 0) -> Dataset:
 
     Raises:
       ImportError: If scikit-learn is not installed.
-      ValueError: If the seed is not in its range.
+      ValueError: If the seed is out of range.
 
     Reference:
       Efron et al., Least Angle Regression, 2004, https://doi.org/10.1214/009053604000000067

@@ -1,4 +1,4 @@
-"""Handwritten digits, 1,797 images of 8x8 pixels, bundled with scikit-learn.
+"""Handwritten digits: 1,797 images of 8x8 pixels, bundled with scikit-learn.
 
 Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
 1998, https://doi.org/10.24432/C50P49.
@@ -12,7 +12,7 @@ from arbiter_jax.datasets._dataset import Dataset, Split, every_fifth_of_each_cl
 
 
 def read_digits() -> tuple[Split, Split]:
-    """The images, uint8 [n, 8, 8, 1] of 0 to 16, as (training, test) before any normalisation."""
+    """(training, test) before normalization: images are uint8 [n, 8, 8, 1] in [0, 16]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -27,11 +27,11 @@ def read_digits() -> tuple[Split, Split]:
 
 
 def digits(seed: int = 0) -> Dataset:
-    """Handwritten digits, 8x8 grey images of ten classes; needs no file and no network.
+    """Handwritten digits, 8x8 gray images of ten classes; needs no files and no network.
 
-    scikit-learn's copy comes without a test split. Here every fifth image of each class, in the
-    order of the file, is for testing (364 images), whatever the seed: results of different seeds
-    are of the same test. Of the 1,433 others, 20% by a seeded permutation are for validation.
+    scikit-learn's copy has no test split. Here it is every fifth image of each class in file order
+    (364 images), independent of the seed, so that all seeds are tested on the same images. A seeded
+    permutation chooses 20% of the other 1,433 for validation.
 
     Args:
       seed: Seed of the validation split, an integer in [0, 2**32).
@@ -41,7 +41,7 @@ def digits(seed: int = 0) -> Dataset:
 
     Raises:
       ImportError: If scikit-learn is not installed.
-      ValueError: If the seed is not in its range.
+      ValueError: If the seed is out of range.
 
     Reference:
       Alpaydin and Kaynak, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49

@@ -1,4 +1,4 @@
-"""The one error for data that is not there."""
+"""The error for data that cannot be found."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 
 class DatasetNotFoundError(FileNotFoundError, ValueError):
-    """A data set was looked for and not found; the message says where, and how to get it.
+    """The data set was not found; the message says where we looked and how to get it.
 
-    It is a ``FileNotFoundError`` for those who ask about files, and a ``ValueError``, the error of
-    every other bad argument, for those who pass a name on from a command line.
+    It is a ``FileNotFoundError``, because files are missing, and also a ``ValueError``, so that code
+    which passes on a name from a command line can treat it like any other bad argument.
     """
 
 
 def not_found(
-    name: str, looked_for: str, places: Sequence[str], remedy: str
+    name: str, missing: str, searched: Sequence[str], remedy: str
 ) -> DatasetNotFoundError:
-    """The error in its one form: what was looked for, where, and what provides it."""
-    where = ", ".join(places) or "nowhere"
+    """The error with its usual message: what is missing, where we looked, how to get it."""
     return DatasetNotFoundError(
-        f"data set {name!r} was not found: looked for {looked_for} in {where}. {remedy}"
+        f"data set {name!r} was not found: searched {', '.join(searched)} for {missing}. {remedy}"
     )

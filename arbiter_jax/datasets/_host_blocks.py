@@ -1,8 +1,8 @@
-"""Data larger than the device's memory: blocks of one window, made while the last one runs.
+"""Data larger than the device's memory: the batches of one window, prepared during the previous one.
 
-An iterator delivers examples in chunks of any size; a thread cuts them into blocks
-``[T, bucket, ...]`` and moves them to the device, one window ahead of training. The order of the
-examples is that of the iterator: how many of them make a batch is decided without it.
+An iterator yields examples in chunks of any size. A thread arranges them in blocks
+``[T, bucket, ...]`` and moves them to the device, one window ahead of training. The iterator alone
+decides the order of the examples; the batch size only decides how many are taken at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, block_rows
+from arbiter_jax.batching import Block, block_rows, num_rows
 
 _JOIN_SECONDS = 5.0
 
@@ -28,19 +28,21 @@ _JOIN_SECONDS = 5.0
 def epochs(
     data: PyTree, *, chunk_size: int = 1024, seed: int = 0, start: int = 0
 ) -> Iterator[PyTree]:
-    """Endless chunks of arrays that need not fit into memory, reshuffled each epoch.
+    """Iterates endlessly over arrays in chunks, reshuffled in every epoch.
 
     Args:
-      data: Pytree of arrays [n, ...], from ``np.load(path, mmap_mode="r")`` for instance.
-      chunk_size: Examples a chunk, an integer >= 1. A chunk may cross the end of an epoch.
-      seed: An integer in [0, 2**32); with the number of an epoch it determines its permutation.
-      start: Number of examples to skip, an integer >= 0: where an earlier run was interrupted.
+      data: Pytree of arrays [n, ...]. They may be memory-mapped, ``np.load(path, mmap_mode="r")``,
+        and larger than memory.
+      chunk_size: Number of examples per chunk, an integer >= 1. A chunk may cross the end of an
+        epoch.
+      seed: An integer in [0, 2**32). Seed and epoch number determine the permutation of an epoch.
+      start: Number of examples to skip, an integer >= 0, to resume an interrupted run.
 
     Returns:
       An iterator over pytrees of arrays [chunk_size, ...].
 
     Raises:
-      ValueError: If the arrays are empty or differ in length, or an argument is not in its range.
+      ValueError: If the arrays are empty or differ in length, or an argument is out of range.
 
     >>> import numpy as np
     >>> from arbiter_jax import datasets
@@ -48,7 +50,7 @@ def epochs(
     >>> sorted(np.concatenate([next(chunks) for _ in range(4)]).tolist())
     [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     """
-    count = _num_rows(data)
+    count = num_rows(data)
     chunk_size = _validate.integer(chunk_size=chunk_size, minimum=1)
     seed = _validate.integer(seed=seed, minimum=0, maximum=2**32 - 1)
     start = _validate.integer(start=start, minimum=0)
@@ -69,19 +71,8 @@ def epochs(
     return chunks()
 
 
-def _num_rows(chunk: PyTree) -> int:
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(chunk)]
-    lengths = {shape[0] if shape else 0 for shape in shapes}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            "data must be a pytree of arrays with equally many rows, at least one, got shapes "
-            f"{shapes}."
-        )
-    return lengths.pop()
-
-
 class _Buffer:
-    """Examples in the order of the source, taken from the front."""
+    """Queue of the examples that were read from the source and not yet used."""
 
     def __init__(self, source: Iterator[PyTree]):
         self._source = source
@@ -92,60 +83,57 @@ class _Buffer:
 
     def _read(self) -> None:
         chunk = jax.tree.map(np.asarray, next(self._source))
-        count, kind = _num_rows(chunk), _kind(chunk)
+        count, kind = num_rows(chunk, name="each chunk of the source"), _kind(chunk)
         if self._kind not in (None, kind):
             raise ValueError(
-                "source must yield chunks of one structure, shape and dtype, got "
+                "source must yield chunks of the same structure, shape and dtype, got "
                 f"{self._kind[1]} and {kind[1]}."
             )
         self._kind = kind
         self._chunks.append(chunk)
         self._num_rows += count
 
-    def fill(self, num_rows: int) -> int:
-        """Reads on until there are so many rows, or the source has ended; returns how many.
+    def fill(self, wanted: int) -> int:
+        """Reads until there are `wanted` rows or the source has ended; returns how many there are.
 
-        Whatever else the source raises is raised whenever more rows are wanted than there are: what
-        a generator has raised it does not raise again.
+        An exception of the source is kept and raised on every call that needs more rows: a
+        generator raises it only once.
         """
-        while self._num_rows < num_rows:
+        while self._num_rows < wanted:
             if self._error is None:
                 try:
                     self._read()
                     continue
-                except BaseException as error:  # it belongs to who asks for the rows
+                except BaseException as error:  # raised below, and again on later calls
                     self._error = error
             if isinstance(self._error, StopIteration):
                 break
             raise self._error
-        return min(self._num_rows, num_rows)
+        return min(self._num_rows, wanted)
 
     def block(self, window: int, batch_size: int, bucket_size: int, num_steps: int) -> PyTree:
         """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer."""
-        wanted, taken, parts = num_steps * batch_size, 0, []
-        for chunk in self._chunks:
-            part = jax.tree.map(lambda x, n=wanted - taken: x[:n], chunk)
-            parts.append(part)
-            taken += len(jax.tree.leaves(part)[0])
-            if taken == wanted:
-                break
+        missing, parts, chunks = num_steps * batch_size, [], iter(self._chunks)
+        while missing:
+            parts.append(jax.tree.map(lambda x, n=missing: x[:n], next(chunks)))
+            missing -= len(jax.tree.leaves(parts[-1])[0])
         rows = block_rows(window, batch_size, bucket_size, num_steps)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *parts)
 
-    def drop(self, num_rows: int) -> None:
-        """Removes rows from the front."""
-        self._num_rows -= num_rows
-        while num_rows:
-            count = len(jax.tree.leaves(self._chunks[0])[0])
-            if count > num_rows:
-                self._chunks[0] = jax.tree.map(lambda x, n=num_rows: x[n:], self._chunks[0])
+    def drop(self, count: int) -> None:
+        """Removes the first `count` rows."""
+        self._num_rows -= count
+        while count:
+            length = len(jax.tree.leaves(self._chunks[0])[0])
+            if length > count:
+                self._chunks[0] = jax.tree.map(lambda x, n=count: x[n:], self._chunks[0])
                 return
             self._chunks.popleft()
-            num_rows -= count
+            count -= length
 
 
 def _kind(chunk: PyTree) -> tuple[Any, list[Any]]:
-    """What the chunks of a source have in common."""
+    """Structure, shapes and dtypes of a chunk, which all chunks of a source share."""
     leaves, structure = jax.tree.flatten(chunk)
     return structure, [(leaf.shape[1:], str(leaf.dtype)) for leaf in leaves]
 
@@ -157,9 +145,9 @@ def _serve(
     requests: queue.SimpleQueue,
     results: queue.SimpleQueue,
 ) -> None:
-    """The thread: answers requests (batch_size, bucket_size, num_steps), and works ahead.
+    """The thread: answers requests (batch_size, bucket_size, num_steps) and prefetches.
 
-    A result is a block, or the exception to raise in its place.
+    A result is a block, or the exception to raise instead.
     """
     buffer = _Buffer(source)
 
@@ -185,10 +173,10 @@ def _serve(
         if isinstance(result, Block):
             batch_size, bucket_size = guess = sizes
             buffer.drop(int(result.num_steps) * batch_size)
-            # Sizes rarely change from one window to the next: the best guess is the last ones. Where
-            # it is wrong, nothing is left to be read, whatever the size in this bucket will be.
+            # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
+            # every batch size in the same bucket still finds all its rows in the buffer.
             result = make((batch_size, bucket_size, window))
-            with contextlib.suppress(BaseException):  # raised when its rows are asked for
+            with contextlib.suppress(BaseException):  # raised when these rows are requested
                 buffer.fill(window * bucket_size)
         request = requests.get()
     close = getattr(source, "close", None)
@@ -203,10 +191,10 @@ def _stop(thread: threading.Thread, requests: queue.SimpleQueue) -> None:
 
 
 class HostBlocks:
-    """Blocks of one window from an iterator over examples; see :func:`host_blocks`."""
+    """Blocks of batches from an iterator over examples; see :func:`host_blocks`."""
 
     def __init__(self, source: Iterable[PyTree], window: int, sharding: Any = None):
-        self.num_examples = 0  # delivered so far, padding aside
+        self.num_examples = 0  # examples in all blocks so far, without padding
         self.window = _validate.integer(window=window, minimum=1)
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
@@ -217,25 +205,25 @@ class HostBlocks:
             daemon=True,
         )
         self._thread.start()
-        # Also when the object is forgotten, and before the interpreter takes JAX down.
+        # Also runs when the object is garbage-collected, and at exit while JAX still works.
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._requests)
 
     def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
-        """The examples of the next window, on the device.
+        """The batches of the next window, on the device.
 
         Args:
-          batch_size: Number B of real examples a step, an integer >= 1.
-          bucket_size: Number of rows a step, a power of two >= batch_size.
-          num_steps: Steps to be taken, an integer in [1, T]; T where it is None.
+          batch_size: B, number of real examples per step, an integer >= 1.
+          bucket_size: Number of rows per step, a power of two >= batch_size.
+          num_steps: Number of steps, an integer in [1, T]. If None, T.
 
         Returns:
-          A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...]. At the end of the
-          source it holds fewer steps than wanted, in whole batches: ``block.num_steps``.
+          A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...]. Near the end of the
+          source it holds as many whole batches as are left, ``block.num_steps``.
 
         Raises:
           StopIteration: If the source has fewer than B examples left.
-          ValueError: If the sizes are not in their range, the blocks are closed, or the source
-            delivers something other than chunks of arrays of one kind.
+          ValueError: If a size is out of range, the blocks are closed, or the chunks of the source
+            do not have the same structure, shapes and dtypes.
           Exception: Whatever the source raises.
         """
         bucket_size = _validate.power_of_two(bucket_size=bucket_size)
@@ -243,7 +231,7 @@ class HostBlocks:
         num_steps = self.window if num_steps is None else num_steps
         num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=self.window)
         if not self._finalizer.alive:
-            raise ValueError("the blocks are closed: make new ones with host_blocks(...).")
+            raise ValueError("the blocks are closed; make new ones with host_blocks(...).")
         self._requests.put((batch_size, bucket_size, num_steps))
         result = self._results.get()
         if isinstance(result, BaseException):
@@ -252,7 +240,7 @@ class HostBlocks:
         return result
 
     def close(self) -> None:
-        """Ends the thread, and closes the source if it is a generator. Safe to call again."""
+        """Ends the thread and closes the source if it has a method ``close``; idempotent."""
         self._finalizer()
 
     def __enter__(self) -> HostBlocks:
@@ -265,42 +253,43 @@ class HostBlocks:
 def host_blocks(
     source: Iterable[PyTree], *, window: int, sharding: jax.sharding.Sharding | None = None
 ) -> HostBlocks:
-    """Blocks [T, bucket, ...] of examples from the host, prefetched by one window.
+    """Trains on more data than fits on the device: prefetches it from the host, window by window.
 
-    While the device works on one window, a thread reads the next T * B examples, arranges them and
-    moves them to the device. The next batch size is known only when the window has ended: the
-    thread guesses that it stays as it is, and reads as many rows as its bucket can take. Where the
-    guess is wrong the rows are arranged and moved anew, which is not overlapped; reading is.
+    While the device runs one window, a thread reads the next T * B examples, arranges them in a
+    block [T, bucket, ...] and moves it to the device. The next batch size is known only when the
+    window has ended: the thread guesses that it does not change, and reads as many rows as the
+    bucket can hold. If the guess is wrong, the rows are arranged and moved again, which delays the
+    window; reading is still overlapped.
 
-    :func:`arbiter_jax.fit` takes the blocks in the place of the training arrays. Validation data
-    stay on the device. One's own loop asks for each window's block:
+    Pass the blocks to :func:`arbiter_jax.fit` instead of the training arrays. The validation data
+    stays on the device. In your own loop, request the block of each window:
 
         size, bucket_size, _ = aj.next_window(state.opt_state)
         data = aj.Data(blocks.next_block(size, bucket_size), validation)
         state, info = aj.run_window(state, data, bucket_size=bucket_size, window=T, ...)
 
     Args:
-      source: Iterable over chunks: pytrees of arrays with any equal number of rows, at least one.
-        It is used by the thread alone. :func:`epochs` makes an endless one of arrays, and with
-        ``start=int(state.num_examples)`` one that goes on where a checkpoint was written.
-      window: T, the number of steps a block, an integer >= 1, that of training.
-      sharding: Where to put the blocks; the default device where it is None. The second axis of a
-        block is that of the examples.
+      source: Iterable over chunks, pytrees of arrays [n, ...] with any n >= 1, used only by the
+        thread. :func:`epochs` makes an endless one from arrays, and with
+        ``start=int(state.num_examples)`` one that resumes where a checkpoint was written.
+      window: T, number of steps per block, an integer >= 1; pass the same to training.
+      sharding: Where to put the blocks; their second axis is that of the examples. If None, on the
+        default device.
 
     Returns:
       A :class:`HostBlocks`, a context manager with
       ``next_block(batch_size, bucket_size, num_steps=None)``.
 
     Raises:
-      ValueError: If the window is no integer >= 1.
+      ValueError: If window is not an integer >= 1.
 
     *Guarantees*:
-      * Each example of the source is delivered once, in the order of the source, however the sizes
-        change; nothing depends on timing. What is left at its end is less than a batch.
-      * Training on blocks equals training on the same examples in the same order from the device:
-        same programs a bucket, masks, signals and ledger.
-      * An exception of the source is raised where its block is asked for.
-      * At the end of the ``with`` the thread has ended, unless the source hangs.
+      * Each example is used exactly once, in the order of the source, however the sizes change;
+        nothing depends on timing. Only an incomplete batch at the end is left out.
+      * Training on blocks equals training on the same examples in the same order on the device:
+        programs per bucket, masks, signals and counts are the same.
+      * An exception of the source is raised when the block that it affects is requested.
+      * At the end of the ``with`` block the thread has ended, unless the source hangs.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, numpy as np, optax
     >>> from arbiter_jax import datasets

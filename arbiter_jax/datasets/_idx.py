@@ -1,4 +1,4 @@
-"""The IDX format of MNIST and of the data sets that took over its file names.
+"""The IDX file format of MNIST, and of data sets that use the same file names.
 
 LeCun, Cortes and Burges, The MNIST database, http://yann.lecun.com/exdb/mnist/.
 """
@@ -20,7 +20,7 @@ _FILES = (
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 
-LOOKED_FOR = "the IDX files train-images-idx3-ubyte[.gz] and so on"
+DESCRIPTION = "the IDX files train-images-idx3-ubyte[.gz] and so on"
 
 
 def _locate(folder: str, name: str) -> str | None:
@@ -29,15 +29,15 @@ def _locate(folder: str, name: str) -> str | None:
 
 
 def has_idx(folder: str) -> bool:
-    """Whether the folder holds the four files of a data set in this format."""
+    """Whether the folder holds the four IDX files of a data set."""
     return all(_locate(folder, name) for pair in _FILES for name in pair)
 
 
 def read_idx(path: str) -> np.ndarray:
-    """One array of unsigned bytes from a file, gzipped or not.
+    """Reads one array of unsigned bytes from a file, which may be gzipped.
 
     Raises:
-      ValueError: If the file is not of this format, or its length is not what it says.
+      ValueError: If the file is not in this format, or its length does not match its header.
     """
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
@@ -57,7 +57,7 @@ def read_idx(path: str) -> np.ndarray:
 
 
 def read_idx_dataset(folder: str) -> tuple[Split, Split]:
-    """(training, test) of a folder, images as uint8 [n, height, width, 1]."""
+    """Reads (training, test) from a folder; images are uint8 [n, height, width, 1]."""
     train, test = (
         tuple(read_idx(_locate(folder, name) or name) for name in pair) for pair in _FILES
     )

@@ -1,4 +1,4 @@
-"""Data sets by name, as a command line has them."""
+"""Data sets by name, for a command line."""
 
 from __future__ import annotations
 
@@ -37,28 +37,29 @@ def load(
     download: bool = False,
     **options: Any,
 ) -> Dataset:
-    """The data set of a name, or of a file.
+    """Loads a data set by name or from a file.
 
-    Places are asked in this order: ``data_dir``, and no other where it is given; the folder that
-    the environment variable ``ARBITER_JAX_DATA`` names; that of the system's package; that of tfds.
+    If ``data_dir`` is passed, only that folder is searched. Otherwise these are, in this order: the
+    folder in the environment variable ``ARBITER_JAX_DATA``, the folder of the system package, the
+    folder of tfds.
 
     Args:
       name: ``digits``, ``diabetes`` (a regression), ``synthetic`` or ``text``, which need no files;
-        ``fashion_mnist``, ``mnist`` or ``mnist10k``; any other set of tfds, such as ``cifar10``; or
-        a path ending in ``.npz``.
-      data_dir: Where to look for files; see the function of that name. Data sets that need no
-        files ignore it.
+        ``fashion_mnist``, ``mnist`` or ``mnist10k``; any other data set of tfds, such as
+        ``cifar10``; or a path that ends in ``.npz``.
+      data_dir: Folder to search; see the function called ``name``. Ignored by data sets that need
+        no files.
       seed: Seed of the validation split, an integer in [0, 2**32).
-      download: Whether tfds may download what is not there. Other sets ignore it.
-      **options: More arguments of the function of that name (:func:`from_npz` for a path).
+      download: Whether tfds may download missing data. Ignored by other data sets.
+      **options: Further arguments of the function called ``name``, or of :func:`from_npz`.
 
     Returns:
       A :class:`Dataset`.
 
     Raises:
-      DatasetNotFoundError: If there is no data set of that name, or its files are nowhere. One
-        line says what was looked for, where, and what provides it.
-      ValueError: If the data is damaged or an option lies outside of its range.
+      DatasetNotFoundError: If there is no such data set or its files are missing. The message is
+        one line: what is missing, where we looked, and how to get it.
+      ValueError: If the data is damaged or an option is out of range.
 
     >>> from arbiter_jax import datasets
     >>> datasets.load("digits", seed=1).input_shape
@@ -68,12 +69,12 @@ def load(
         return from_npz(name, seed=seed, **options)
     if name in _LOADERS:
         loader = _LOADERS[name]
-        understood = inspect.signature(loader).parameters
-        given = {"data_dir": data_dir, "download": download}
-        return loader(seed=seed, **{k: v for k, v in given.items() if k in understood}, **options)
+        parameters = inspect.signature(loader).parameters
+        places = {"data_dir": data_dir, "download": download}
+        return loader(seed=seed, **{k: v for k, v in places.items() if k in parameters}, **options)
     if is_tfds_name(name):
         return from_tfds(name, data_dir, seed=seed, download=download, **options)
     raise DatasetNotFoundError(
-        f"data set {name!r} was not found: name must be one of {', '.join(_LOADERS)}, a set of "
-        "tfds such as cifar10, or the path of an .npz file."
+        f"data set {name!r} was not found: name must be one of {', '.join(_LOADERS)}, a data set "
+        "of tfds such as cifar10, or the path of an .npz file."
     )

@@ -1,4 +1,4 @@
-"""MNIST, and Fashion-MNIST in its image: 70,000 grey images of 28x28 pixels, ten classes each.
+"""MNIST and Fashion-MNIST: 70,000 gray images of 28x28 pixels and ten classes each.
 
 LeCun, Cortes and Burges, The MNIST database, http://yann.lecun.com/exdb/mnist/.
 Xiao, Rasul and Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
@@ -28,28 +28,28 @@ def _idx_files_or_tfds(
     except DatasetNotFoundError as error:
         if not searched:
             raise
-        raise not_found(name, _idx.LOOKED_FOR, searched, f"{remedy}Nor by tfds: {error}") from error
+        raise not_found(name, _idx.DESCRIPTION, searched, f"{remedy}With tfds: {error}") from error
 
 
 def mnist(
     data_dir: str | os.PathLike[str] | None = None, *, seed: int = 0, download: bool = False
 ) -> Dataset:
-    """MNIST, 28x28 grey images of handwritten digits, with its official test split.
+    """MNIST: 28x28 gray images of handwritten digits, with the official test split.
 
     Args:
-      data_dir: Folder with the four IDX files or with a sub-folder ``mnist`` that has them, or with
-        what tfds prepared. Where it is None: the folder that the environment variable
-        ``ARBITER_JAX_DATA`` names, then tfds' own.
+      data_dir: Folder that holds the four IDX files, a subfolder ``mnist`` with them, or data that
+        tfds prepared. If None, the folder in the environment variable ``ARBITER_JAX_DATA``, then
+        the default folder of tfds.
       seed: Seed of the validation split, an integer in [0, 2**32).
-      download: Whether tfds may download and prepare what is not there.
+      download: Whether tfds may download and prepare missing data.
 
     Returns:
       A :class:`Dataset`: inputs float32 [n, 28, 28, 1], labels int32 [n] in [0, 10);
-      48,000 examples for training, 12,000 for validation, 10,000 for testing.
+      48,000 training, 12,000 validation and 10,000 test examples.
 
     Raises:
-      DatasetNotFoundError: If the data is nowhere; the message says what provides it.
-      ValueError: If a file is damaged, or the seed is not in its range.
+      DatasetNotFoundError: If the data is missing; the message says how to get it.
+      ValueError: If a file is damaged or the seed is out of range.
 
     Reference:
       LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/
@@ -58,8 +58,8 @@ def mnist(
     >>> datasets.mnist(data_dir="/no/such/folder")
     Traceback (most recent call last):
     ...
-    arbiter_jax.datasets._errors.DatasetNotFoundError: data set 'mnist' was not found: looked for a
-    folder in /no/such/folder. Correct data_dir, or leave it out for the defaults.
+    arbiter_jax.datasets._errors.DatasetNotFoundError: data set 'mnist' was not found: there is no
+    folder /no/such/folder. Correct data_dir, or omit it to search the default folders.
     """
     return _idx_files_or_tfds("mnist", data_dir, seed, download, "")
 
@@ -67,23 +67,23 @@ def mnist(
 def fashion_mnist(
     data_dir: str | os.PathLike[str] | None = None, *, seed: int = 0, download: bool = False
 ) -> Dataset:
-    """Fashion-MNIST, 28x28 grey images of clothing, with its official test split.
+    """Fashion-MNIST: 28x28 gray images of clothing, with the official test split.
 
     Args:
-      data_dir: Folder with the four IDX files or with a sub-folder ``fashion_mnist`` that has them,
-        or with what tfds prepared. Where it is None: the folder that the environment variable
-        ``ARBITER_JAX_DATA`` names, that of the Debian package ``dataset-fashion-mnist``, then tfds'
-        own.
+      data_dir: Folder that holds the four IDX files, a subfolder ``fashion_mnist`` with them, or
+        data that tfds prepared. If None, the folder in the environment variable
+        ``ARBITER_JAX_DATA``, then that of the Debian package ``dataset-fashion-mnist``, then the
+        default folder of tfds.
       seed: Seed of the validation split, an integer in [0, 2**32).
-      download: Whether tfds may download and prepare what is not there.
+      download: Whether tfds may download and prepare missing data.
 
     Returns:
       A :class:`Dataset`: inputs float32 [n, 28, 28, 1], labels int32 [n] in [0, 10);
-      48,000 examples for training, 12,000 for validation, 10,000 for testing.
+      48,000 training, 12,000 validation and 10,000 test examples.
 
     Raises:
-      DatasetNotFoundError: If the data is nowhere; the message says what provides it.
-      ValueError: If a file is damaged, or the seed is not in its range.
+      DatasetNotFoundError: If the data is missing; the message says how to get it.
+      ValueError: If a file is damaged or the seed is out of range.
 
     Reference:
       Xiao, Rasul and Vollgraf, 2017, https://arxiv.org/abs/1708.07747

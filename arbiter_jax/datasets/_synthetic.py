@@ -1,4 +1,4 @@
-"""Gaussian classes, drawn on the spot: data whose difficulty is a number."""
+"""Gaussian classes: generated data with adjustable difficulty."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ def synthetic(
     label_noise: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    r"""Gaussian classes with controllable noise, for tests and for quick looks.
+    r"""Gaussian classes with adjustable noise, for tests and quick experiments.
 
-    Class c has a mean :math:`\mu_c \sim N(0, I)`; an example is
-    :math:`x = \mu_y + \text{noise} \cdot \epsilon` with :math:`\epsilon \sim N(0, I)`. Classes are
-    equally frequent, up to one example. A fifth of the examples is for testing, a fifth of the rest
-    for validation.
+    .. math:: x = \mu_y + \text{noise} \cdot \epsilon, \quad \mu_c, \epsilon \sim N(0, I)
+
+    Classes are equally frequent, up to one example. A fifth of the examples is for testing, and a
+    fifth of the rest for validation.
 
     Args:
-      num_examples: Of all splits together, an integer >= 3.
-      num_classes: An integer >= 1.
-      input_shape: Of one example: a vector, or [height, width, channels].
-      noise: Standard deviation within a class relative to that of the class means, >= 0. With 0
-        all examples of a class are the same.
-      label_noise: Share of examples whose label is replaced by one drawn uniformly, in [0, 1], in
-        all splits: the accuracy that can be reached is 1 - label_noise * (1 - 1 / num_classes).
-      seed: Seed of everything that is drawn, an integer in [0, 2**32).
+      num_examples: Number of examples in all splits together, an integer >= 3.
+      num_classes: Number of classes, an integer >= 1.
+      input_shape: Shape of one example, such as (16,) or (height, width, channels).
+      noise: Standard deviation within a class, relative to that of the class means, >= 0. With 0
+        all examples of a class are equal.
+      label_noise: Fraction of the labels, in all splits, that are replaced by a random class, in
+        [0, 1]. The best possible accuracy is then 1 - label_noise * (1 - 1 / num_classes).
+      seed: Seed of all random numbers, an integer in [0, 2**32).
 
     Returns:
       A :class:`Dataset`: inputs float32 [n, *input_shape], labels int32 [n].
 
     Raises:
-      ValueError: If an argument lies outside of its range.
+      ValueError: If an argument is out of range.
 
     >>> from arbiter_jax import datasets
     >>> data = datasets.synthetic(100, num_classes=3, input_shape=(4,))
@@ -54,7 +54,7 @@ def synthetic(
     label_noise = _validate.in_range(0, 1, label_noise=label_noise)
     seed = _validate.integer(seed=seed, minimum=0, maximum=2**32 - 1)
 
-    random = np.random.RandomState(seed)  # a stream that is frozen for good
+    random = np.random.RandomState(seed)  # NumPy guarantees its stream
     means = random.standard_normal((num_classes, *shape))
     labels = random.permutation(np.arange(num_examples) % num_classes)
     inputs = means[labels] + noise * random.standard_normal((num_examples, *shape))

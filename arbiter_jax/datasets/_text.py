@@ -1,7 +1,7 @@
-"""English text by character: the topics of Python's own help.
+"""English text, one token per character: the help topics of Python.
 
-The text is part of the standard library (``pydoc_data.topics``, about 465,000 characters), and so a
-little different in every release of Python.
+The text is part of the standard library (``pydoc_data.topics``, about 465,000 characters), and so
+differs a little between releases of Python.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SEGMENT_LENGTH = 4096  # the unit of the validation split, in characters
 def _text() -> str:
     from pydoc_data.topics import topics
 
-    # A fifth of the text is paragraphs that an earlier topic has too: validation and test would
-    # reward a model for what it has learnt by heart. Indentation aside, each is kept once.
+    # A fifth of the text repeats paragraphs of earlier topics. Keep each paragraph once (ignoring
+    # indentation); otherwise validation and test would reward a model for memorizing them.
     paragraphs = {}
     for name in sorted(topics):
         for paragraph in topics[name].strip().split("\n\n"):
@@ -32,10 +32,10 @@ def _text() -> str:
 
 @functools.cache
 def text_vocabulary() -> str:
-    """The characters of the text in the order of their tokens.
+    """The characters of the text, in the order of their tokens.
 
     Returns:
-      A string whose length is the ``num_classes`` of :func:`text`: character i is token i.
+      A string whose character i is token i; its length is the ``num_classes`` of :func:`text`.
 
     >>> from arbiter_jax import datasets
     >>> "e" in datasets.text_vocabulary()
@@ -45,13 +45,13 @@ def text_vocabulary() -> str:
 
 
 def decode_text(tokens: Iterable[int]) -> str:
-    """The characters of tokens, for a look at what a model has written.
+    """Converts tokens back to text, for example to read what a model has generated.
 
     Args:
       tokens: Integers in [0, num_classes) of :func:`text`.
 
     Returns:
-      A string of as many characters.
+      A string with one character per token.
 
     >>> from arbiter_jax import datasets
     >>> tokens = [datasets.text_vocabulary().index(character) for character in "help"]
@@ -63,7 +63,7 @@ def decode_text(tokens: Iterable[int]) -> str:
 
 
 def _windows(segments: list[np.ndarray], length: int, stride: int) -> np.ndarray:
-    """All windows of `length` tokens that begin every `stride` tokens and stay in their segment."""
+    """All windows of `length` tokens that start every `stride` tokens and stay in one segment."""
     views = [np.lib.stride_tricks.sliding_window_view(s, length)[::stride] for s in segments]
     return np.concatenate(views)
 
@@ -71,29 +71,28 @@ def _windows(segments: list[np.ndarray], length: int, stride: int) -> np.ndarray
 def text(
     context_length: int = 32, *, form: str = "context", stride: int | None = None, seed: int = 0
 ) -> Dataset:
-    r"""Characters of English text, to be predicted from those before them.
+    r"""English text for predicting the next character; needs no files and no network.
 
-    The text is about 370,000 characters of the documentation of Python: prose and code, of which
-    paragraphs that occur again are left out.
-    The last fifth of the text is for testing. The rest is cut into segments of 4,096 characters, of
-    which 20% by a seeded permutation are for validation. No example reaches across the borders of
-    its segment, so that no character of one split is seen in another.
+    The text is about 370,000 characters of the Python documentation, prose and code, without
+    repeated paragraphs. The last fifth is for testing. The rest is cut into segments of 4,096
+    characters, of which a seeded permutation chooses 20% for validation. Examples do not cross the
+    border of a segment, so no character of one split is seen in another.
 
     Args:
-      context_length: Number L of characters that a model sees, an integer in [1, 4095].
-      form: ``"context"``: inputs [n, L] and the one character after them, labels [n]; every model
-        that classifies can be trained on it. ``"sequence"``: inputs [n, L] and the character after
-        each of them, labels [n, L], for a causal model with a loss per token.
-      stride: Characters from the beginning of one example to that of the next, an integer >= 1. By
-        default 4 for contexts, and L, so that no character is trained on twice, for sequences.
+      context_length: L, number of characters in an input, an integer in [1, 4095].
+      form: ``"context"``: inputs [n, L] and the one character that follows, labels [n], for any
+        classifier. ``"sequence"``: inputs [n, L] and the character that follows each of theirs,
+        labels [n, L], for a causal model with one loss per token.
+      stride: Number of characters between the starts of neighboring examples, an integer >= 1. If
+        None, 4 for contexts, and L for sequences, which then do not overlap.
       seed: Seed of the validation split, an integer in [0, 2**32).
 
     Returns:
-      A :class:`Dataset`: inputs int32 tokens (not normalised), labels int32, both in
-      [0, num_classes), the positions in :func:`text_vocabulary`. ``input_shape`` is (L,).
+      A :class:`Dataset`: inputs and labels are int32 tokens in [0, num_classes), the positions in
+      :func:`text_vocabulary`. ``input_shape`` is (L,).
 
     Raises:
-      ValueError: If an argument is not in its range.
+      ValueError: If an argument is out of range.
 
     >>> from arbiter_jax import datasets
     >>> data = datasets.text(16, form="sequence")

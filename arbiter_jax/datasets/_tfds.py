@@ -1,7 +1,7 @@
-"""Any image classification set of TensorFlow Datasets by name, without TensorFlow.
+"""Image classification sets from TensorFlow Datasets, by name and without TensorFlow.
 
-What was prepared as array_record is read with Python alone, decoded once and cached. Nothing is
-downloaded unless it is asked for.
+Data prepared in the format array_record is read without TensorFlow, decoded once and cached.
+Nothing is downloaded by default.
 
 TensorFlow Datasets, A Collection of Ready-to-Use Datasets, https://www.tensorflow.org/datasets.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arbiter_jax.datasets import _cache, _digits8x8, _sources, _tfds_prepare
+from arbiter_jax.datasets import _cache, _sources, _tfds_prepare
 from arbiter_jax.datasets._dataset import Dataset
 from arbiter_jax.datasets._errors import not_found
 from arbiter_jax.datasets._npz import from_named_arrays
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(?P<set>[a-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\
 
 
 class _Name(NamedTuple):
-    """A data set's name as tfds writes it, set[/config][:version]."""
+    """A data set's name in the notation of tfds, set[/config][:version]."""
 
     set: str
     config: str | None
@@ -33,7 +33,7 @@ class _Name(NamedTuple):
 
 
 def is_tfds_name(name: str) -> bool:
-    """Whether the name could be one of tfds: set[/config][:version]."""
+    """Whether the name has the form that tfds uses: set[/config][:version]."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -44,17 +44,14 @@ def _parse(name: str) -> _Name:
     return _Name(**match.groupdict())
 
 
-def _default_root(own: bool) -> pathlib.Path:
-    """Where tfds keeps its data; for the library's own set, the library's cache."""
-    cache = _cache.cache_folder()
-    if own and cache is not None:
-        return cache / "tfds"
+def _default_root() -> pathlib.Path:
+    """The folder in which tfds keeps its data by default."""
     root = os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
     return pathlib.Path(root).expanduser()
 
 
 def _versions(folder: pathlib.Path, version: str | None) -> list[pathlib.Path]:
-    """The prepared versions in a folder, oldest first."""
+    """The folders of all prepared versions, oldest first."""
     if not folder.is_dir():
         return []
     found = [
@@ -68,10 +65,10 @@ def _versions(folder: pathlib.Path, version: str | None) -> list[pathlib.Path]:
 
 
 def find_prepared(root: pathlib.Path, name: str) -> pathlib.Path | None:
-    """The folder below `root` with the newest prepared version of a data set.
+    """The folder in `root` with the newest prepared version of a data set, or None.
 
     Raises:
-      ValueError: If several configurations are prepared and the name says none.
+      ValueError: If several configurations are prepared and the name does not choose one.
     """
     parsed = _parse(name)
     folder = root / parsed.set
@@ -85,12 +82,12 @@ def find_prepared(root: pathlib.Path, name: str) -> pathlib.Path | None:
     configs = {config: versions for config, versions in configs.items() if versions}
     if len(configs) > 1:
         options = ", ".join(f"{parsed.set}/{config}" for config in configs)
-        raise ValueError(f"name must say which configuration of {name!r} is meant: {options}.")
+        raise ValueError(f"name must be one configuration of the set, {options}, got {name!r}.")
     return next(iter(configs.values()))[-1] if configs else None
 
 
 def _decode(source: Any, size: int, keys: tuple[str, str], split: str) -> tuple[Any, Any]:
-    """All examples of a split, as (inputs, labels)."""
+    """Decodes all examples of a split into (inputs, labels)."""
     columns = None
     for row, example in enumerate(source):
         values = [np.asarray(example[key]) for key in keys]
@@ -99,7 +96,7 @@ def _decode(source: Any, size: int, keys: tuple[str, str], split: str) -> tuple[
         for key, column, value in zip(keys, columns, values, strict=True):
             if value.shape != column.shape[1:]:
                 raise ValueError(
-                    f"{split} {key} must all have one shape, got {column.shape[1:]} and "
+                    f"{split} {key} must all have the same shape, got {column.shape[1:]} and "
                     f"{value.shape}."
                 )
             column[row] = value
@@ -109,23 +106,27 @@ def _decode(source: Any, size: int, keys: tuple[str, str], split: str) -> tuple[
 
 
 def _read(folder: pathlib.Path, name: str) -> _cache.Arrays:
-    """The arrays of the splits of a prepared data set."""
+    """Reads the arrays of all splits of a prepared data set."""
     import tensorflow_datasets as tfds
 
     try:
         builder: Any = tfds.builder_from_directory(folder, file_format="array_record")
     except ValueError as error:
         raise ValueError(
-            f"{str(folder)!r} must be prepared as array_record, the format that is read without "
-            f"TensorFlow, in a folder of its own: {_tfds_prepare.command(name, 'DIR')}"
+            f"{str(folder)!r} must be prepared as array_record, which can be read without "
+            f"TensorFlow; prepare it in another folder: {_tfds_prepare.command(name, 'DIR')}"
         ) from error
     keys, features = builder.info.supervised_keys, dict(builder.info.features or {})
     if keys is None or len(keys) != 2 or not all(key in features for key in keys):
-        raise ValueError(f"name must be a set of inputs and labels, got {name!r} with keys {keys}.")
+        raise ValueError(
+            f"name must be a data set of inputs and labels, got {name!r} with keys {keys}."
+        )
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     if "train" not in sizes:
-        raise ValueError(f"name must be a set with a training split, got {name!r} with {[*sizes]}.")
-    # Without a test split the validation split is the test: validation is then a part of training.
+        raise ValueError(
+            f"name must be a data set with a training split, got {name!r} with {[*sizes]}."
+        )
+    # Without a test split, use the validation split for testing and hold out a new one.
     chosen = {"train": "train", "test": "test"}
     if "validation" in sizes:
         chosen["validation" if "test" in sizes else "test"] = "validation"
@@ -147,62 +148,64 @@ def from_tfds(
     seed: int = 0,
     download: bool = False,
 ) -> Dataset:
-    """Any set of images (or other arrays of one shape) and labels of TensorFlow Datasets.
+    """Loads images (or other arrays of equal shape) and labels from TensorFlow Datasets.
 
-    TensorFlow is not needed to read what has been prepared in the format array_record; to prepare
-    it, it often is. The splits are tfds' own. Where it has no validation split, 20% of the training
-    split by a seeded permutation are used. Decoded arrays are kept in the user's cache directory.
+    Data that was prepared in the format array_record is read without TensorFlow; preparing it often
+    needs TensorFlow. The splits are those of tfds. If there is no validation split, a seeded
+    permutation holds out 20% of the training split. If there is no test split, the validation split
+    is used for testing. Decoded arrays are kept in the user's cache directory.
 
     Args:
-      name: ``set``, ``set/config``, ``set:1.2.3`` or ``set/config:1.2.3``, as tfds writes it; and
-        ``digits8x8``, a set of this library's own, which is prepared when it is first asked for.
-      data_dir: The folder tfds prepared it in (its ``data_dir``). Where it is None: the folders
-        that the environment variables ``ARBITER_JAX_DATA`` and ``TFDS_DATA_DIR`` name, the latter
-        by default ``~/tensorflow_datasets``.
+      name: ``set``, ``set/config``, ``set:1.2.3`` or ``set/config:1.2.3``, the notation of tfds.
+      data_dir: Folder in which tfds prepared the data, the ``data_dir`` of tfds. If None, the
+        folders in the environment variables ``ARBITER_JAX_DATA`` and ``TFDS_DATA_DIR``; the latter
+        defaults to ``~/tensorflow_datasets``.
       seed: Seed of the validation split, an integer in [0, 2**32).
-      download: Whether to download and prepare what is not there.
+      download: Whether to download and prepare missing data.
 
     Returns:
-      A :class:`Dataset`: inputs float32, labels int32 (float32 where the labels are targets).
+      A :class:`Dataset`: inputs float32, labels int32, or float32 for regression targets.
 
     Raises:
       ImportError: If tensorflow-datasets is not installed.
-      DatasetNotFoundError: If the data is nowhere, and may not or cannot be downloaded.
-      ValueError: If the name or the data is not of the kind described above.
+      DatasetNotFoundError: If the data is missing, and downloading is off or fails.
+      ValueError: If the name is malformed, or the data is not pairs of inputs and labels.
 
     Reference:
       https://www.tensorflow.org/datasets
 
     *Guarantees*:
       * Without ``download=True`` no connection is opened.
-      * With it, a host that does not answer is an error within two seconds.
+      * With ``download=True``, hosts that do not answer within 1.5 seconds raise an error.
 
     >>> from arbiter_jax import datasets
-    >>> datasets.from_tfds("digits8x8").input_shape
-    (8, 8, 1)
+    >>> datasets.from_tfds("cifar10").input_shape  # doctest: +SKIP
+    (32, 32, 3)
+    >>> datasets.from_tfds("cifar10", data_dir="/no/such/folder")
+    Traceback (most recent call last):
+    ...
+    arbiter_jax.datasets._errors.DatasetNotFoundError: data set 'cifar10' was not found: there is no
+    folder /no/such/folder. Correct data_dir, or omit it to search the default folders.
     """
     parsed = _parse(name)
-    own = parsed.set == _digits8x8.NAME
-    roots = _sources.root_folders(name, data_dir, create=download or own)
+    roots = _sources.root_folders(name, data_dir, create=download)
     if data_dir is None:
-        roots.append(_default_root(own))
+        roots.append(_default_root())
     prepared = next(filter(None, (find_prepared(root, name) for root in roots)), None)
-    if prepared is None and own:
-        prepared = _tfds_prepare.prepare(name, roots[0], builder=_digits8x8.builder)
-    elif prepared is None and download:
+    if prepared is None and download:
         prepared = _tfds_prepare.prepare(name, roots[0])
     elif prepared is None:
         raise not_found(
             name,
-            f"{name.partition(':')[0]}/<version>/{_INFO_FILE}, as tfds prepares it,",
+            f"{name.partition(':')[0]}/<version>/{_INFO_FILE}",
             [str(root) for root in roots],
             _tfds_prepare.remedy(name, parsed.set, roots[0]),
         )
     try:
         arrays = _cache.cached(name, prepared / _INFO_FILE, lambda: _read(prepared, name))
-    except ImportError as error:  # tfds itself, or Pillow for images
+    except ImportError as error:  # tfds itself, or Pillow, which decodes images
         raise ImportError(
             f"reading {name} from {prepared} needs {error.name or 'more packages'}: "
-            'pip install "arbiter-jax[data]".'
+            f"{_tfds_prepare.INSTALL}."
         ) from error
     return from_named_arrays(arrays, seed=seed)

@@ -1,25 +1,22 @@
-"""Preparing a data set with tfds where that is possible, and saying why where it is not."""
+"""Downloads and prepares a data set with tfds, and explains why if that fails."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.util
-import io
 import os
 import pathlib
 import re
-from typing import Any
 
 from arbiter_jax.datasets._errors import DatasetNotFoundError
 from arbiter_jax.datasets._reachability import unreachable_host
 
-_INSTALL = 'pip install "arbiter-jax[data]"'
+INSTALL = 'pip install "arbiter-jax[tfds]"'
 _INSTALL_TENSORFLOW = 'pip install "arbiter-jax[tensorflow]"'
 
 
 def command(name: str, root: pathlib.Path | str) -> str:
-    """The shell command that prepares a data set below `root`."""
+    """The shell command that prepares a data set in `root`."""
     return f"tfds build {name} --file_format=array_record --data_dir={root}"
 
 
@@ -27,80 +24,73 @@ def _installed() -> bool:
     return all(map(importlib.util.find_spec, ("tensorflow_datasets", "importlib_resources")))
 
 
-def _suggestion(name: str) -> str | None:
-    """What to say of a name that tfds does not know; None where it knows it."""
+def _unknown(name: str) -> str | None:
+    """A sentence that says so if tfds has no data set of this name, else None."""
     import tensorflow_datasets as tfds
 
-    # The communities' data sets are left out: listing those opens a connection.
+    # Without the community data sets, because listing those opens a connection.
     known = tfds.list_builders(with_community_datasets=False)
     if name in known:
         return None
     close = difflib.get_close_matches(name, known, n=3)
-    return "no such set is known" + (f"; did you mean {' or '.join(close)}?" if close else ".")
+    question = f"; did you mean {' or '.join(close)}?" if close else "."
+    return f"tfds has no data set {name!r}{question}"
 
 
 def remedy(name: str, set_name: str, root: pathlib.Path) -> str:
-    """What provides a data set that is not prepared, in one line."""
+    """One line on how to get a data set that is not prepared."""
     if not _installed():
-        return f"To get it from tfds: {_INSTALL}, then load({name!r}, download=True)."
-    unknown = _suggestion(set_name)
-    if unknown is not None:
-        return f"In tfds {unknown}"
-    return f"With internet: load({name!r}, download=True), or {command(name, root)}"
+        return f"To get it from tfds: {INSTALL}, then load({name!r}, download=True)."
+    return _unknown(set_name) or (
+        f"With internet access: load({name!r}, download=True), or {command(name, root)}"
+    )
 
 
 def _reason(error: Exception) -> str:
-    """Why tfds failed, and what helps, from the errors it is known to fail with."""
+    """Why tfds failed and what to do about it, for the errors that it is known to raise."""
     if isinstance(error, ImportError):
-        # tfds decodes the originals of many sets, MNIST's among them, with TensorFlow. It wraps the
-        # error in one of the same type that has lost its name and kept its message.
-        named = re.search(r"No module named '(\w+)", str(error))
-        missing = error.name or (named[1] if named else "another package")
-        extra = _INSTALL_TENSORFLOW if missing.startswith("tensorflow") else _INSTALL
-        return f"preparing it needs {missing}: {extra}."
+        # tfds decodes the source files of many sets, including MNIST, with TensorFlow. It re-raises
+        # the ImportError with the same message, but without the attribute `name`.
+        match = re.search(r"No module named '(\w+)", str(error))
+        missing = error.name or (match[1] if match else "another package")
+        install = _INSTALL_TENSORFLOW if missing.startswith("tensorflow") else INSTALL
+        return f"preparing it needs {missing}: {install}."
     if type(error).__name__ == "ExtractError":
-        return f"extracting what was downloaded needs TensorFlow: {_INSTALL_TENSORFLOW}."
+        return f"extracting the download needs TensorFlow: {_INSTALL_TENSORFLOW}."
     first_line = next(iter(str(error).splitlines()), "")
     return f"tfds failed with {type(error).__name__}: {first_line}"
 
 
-def prepare(name: str, root: pathlib.Path, *, builder: Any = None) -> pathlib.Path:
-    """Downloads, where there is something to download, and prepares a data set.
+def prepare(name: str, root: pathlib.Path) -> pathlib.Path:
+    """Downloads a data set and prepares it as array_record.
 
     Args:
-      name: As tfds has it.
-      root: The folder to prepare it in, which is made if it is missing.
-      builder: A builder class whose data needs no network, in place of tfds' own of that name.
+      name: Name of the data set in tfds.
+      root: The folder to prepare it in; created if it is missing.
 
     Returns:
-      The folder of the version that was prepared.
+      The folder of the prepared version.
 
     Raises:
-      DatasetNotFoundError: If it cannot be prepared; the message says why and what helps.
+      DatasetNotFoundError: If this fails; the message says why and what to do.
     """
 
     def failed(reason: str) -> DatasetNotFoundError:
         return DatasetNotFoundError(f"data set {name!r} cannot be prepared in {root}: {reason}")
 
     if not _installed():
-        raise failed(f"tensorflow-datasets is not installed: {_INSTALL}.")
+        raise failed(f"tensorflow-datasets is not installed: {INSTALL}.")
     import tensorflow_datasets as tfds
 
-    options: dict[str, Any] = {"data_dir": os.fspath(root), "file_format": "array_record"}
-    with contextlib.ExitStack() as stack:
-        if builder is not None:  # 0.6 seconds of work; the progress of a download is worth showing
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        try:
-            instance = tfds.builder(name, **options) if builder is None else builder(**options)
-            host = unreachable_host(instance.url_infos or ())
-            if host is not None:
-                elsewhere = command(name, "DIR")
-                raise failed(f"{host} does not answer. Where there is internet: {elsewhere}")
-            instance.download_and_prepare()
-        except DatasetNotFoundError:
-            raise
-        # tfds raises whatever its own dependencies do, up to AssertionError for a wrong version.
-        except Exception as error:
-            raise failed(_reason(error)) from error
-    return pathlib.Path(instance.data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=os.fspath(root), file_format="array_record")
+        host = unreachable_host(builder.url_infos or ())
+        if host is not None:
+            raise failed(f"{host} does not answer. With internet access: {command(name, 'DIR')}")
+        builder.download_and_prepare()
+    except DatasetNotFoundError:
+        raise
+    # tfds raises whatever its dependencies do, including AssertionError for an unknown version.
+    except Exception as error:
+        raise failed(_reason(error)) from error
+    return pathlib.Path(builder.data_dir)

@@ -391,7 +391,7 @@ def test_guarantee_1_padding_contributes_exactly_zero(needed):
     expected = run(make_start(), data())
     chex.assert_tree_all_finite(expected[0].params)
 
-    rows = functools.partial(permuted_index, num_examples=NUM_EXAMPLES)
+    rows = functools.partial(permuted_index, dataset_size=NUM_EXAMPLES)
     position = jnp.arange(window * batch_size)
     trained_on = rows(first.train_sampler.key, jnp.zeros_like(position), position)
     sizes = [batch_size, *expected[1].metrics["meta_batch_size"].tolist()]
