@@ -1,4 +1,4 @@
-"""How good a model is on a split, and how sure one can be over seeds."""
+"""Loss and accuracy of a model on a split, and confidence intervals over seeds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import _validate
-from arbiter_jax.base import PyTree
+from arbiter_jax.base import PyTree, WeightedLoss
 from arbiter_jax.batching import batch_mask, masked_mean, num_rows, total_weight
 
 
 class Metrics(NamedTuple):
-    """Means over a split."""
+    """Means over all examples of a split."""
 
-    loss: float
-    accuracy: float  # share of the examples whose largest output is the label; nan for other tasks
+    loss: float  # weighted if the loss is a `WeightedLoss`
+    accuracy: float  # fraction of labels that are the largest output; nan if not a classification
 
 
 @functools.partial(jax.jit, static_argnames=("predict", "per_example_loss", "chunk_size"))
@@ -48,28 +48,32 @@ def _evaluate(predict, per_example_loss, params, data, model_state, chunk_size):
 
 def evaluate(
     predict: Callable[..., PyTree],
-    per_example_loss: Callable[[PyTree, PyTree], jax.Array],
+    per_example_loss: Callable[[PyTree, PyTree], jax.Array | WeightedLoss],
     params: PyTree,
     data: PyTree,
     model_state: PyTree = None,
     chunk_size: int = 1024,
 ) -> Metrics:
-    """Mean loss and accuracy over a whole split, a chunk at a time.
+    """Computes mean loss and accuracy over a whole split, one chunk at a time.
+
+    Labels are classes if they are integers and the outputs have one more axis; otherwise the
+    accuracy is nan.
 
     Args:
-      predict: ``predict(params, inputs) -> outputs``, with a third argument `model_state` where the
-        model has one.
-      per_example_loss: ``(outputs, labels) -> float[M]``.
+      predict: ``predict(params, inputs) -> outputs``, with a third argument `model_state` if that
+        is not None.
+      per_example_loss: ``(outputs, labels) -> float[M]``, or a
+        :class:`arbiter_jax.base.WeightedLoss`.
       params: Parameters.
-      data: ``(inputs, labels)``, arrays with one leading axis.
+      data: ``(inputs, labels)``, arrays with leading axes of equal length.
       model_state: State of the model, or None.
-      chunk_size: Examples in memory at once, an integer >= 1.
+      chunk_size: Number of examples per call of `predict`, an integer >= 1.
 
     Returns:
       :class:`Metrics`.
 
     Raises:
-      ValueError: If the split is empty or chunk_size is no integer >= 1.
+      ValueError: If the split is empty or chunk_size is not an integer >= 1.
 
     >>> data = (jnp.eye(3), jnp.array([0, 1, 1]))
     >>> squares = lambda outputs, labels: jnp.sum(outputs**2, axis=-1)
@@ -83,23 +87,28 @@ def evaluate(
 
 
 def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The mean over seeds and the half-width of Student's t interval around it.
+    """The mean over seeds and the half-width of its Student's t confidence interval.
 
     Args:
-      values: One value a seed.
-      confidence: Probability that the interval covers the mean, in (0, 1).
+      values: One value per seed, at least one.
+      confidence: Probability that the interval contains the true mean, in (0, 1).
 
     Returns:
       (mean, half_width); half_width is nan for a single value.
+
+    Raises:
+      ValueError: If there is no value, or confidence is not in (0, 1).
 
     >>> mean, half_width = mean_and_interval([1.0, 2.0, 3.0])
     >>> mean, round(half_width, 3)
     (2.0, 2.484)
     """
-    from scipy import stats  # JAX's own dependency; slow to import, and only tables need it
+    from scipy import stats  # a dependency of JAX; slow to import and needed only here
 
     _validate.in_range(0, 1, closed="neither", confidence=confidence)
     sample = np.asarray(values, float)
+    if not len(sample):
+        raise ValueError("values must hold at least one value, got none.")
     mean = float(np.mean(sample))
     if len(sample) < 2:
         return mean, math.nan

@@ -1,4 +1,4 @@
-"""A live line in the terminal: how far a run is, its batch size, its loss, its speed."""
+"""A live progress line in the terminal: batch size, loss and speed of the current run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 
 @contextlib.contextmanager
 def live(enabled: bool = True) -> Iterator[Callable[..., Callable[[Any, Any], None]]]:
-    """Shows runs as they go; needs ``rich`` (the extra "experiments").
+    """Shows the progress of runs in one line that is updated after every window.
+
+    Needs ``rich``, which is in the extra "experiments".
 
     Args:
-      enabled: If False nothing is shown, and rich is not needed.
+      enabled: If False, nothing is shown and rich is not needed.
 
     Yields:
-      ``start(description, num_examples) -> callback``, a callback of :func:`arbiter_jax.fit` for
-      one more run.
+      ``start(description, num_examples) -> callback``. Call it at the start of each run and pass
+      the callback to :func:`arbiter_jax.fit`.
+
+    Raises:
+      ImportError: If rich is not installed.
 
     >>> with live(enabled=False) as start:
     ...     callback = start("constant 64", num_examples=1000)
@@ -43,7 +48,7 @@ def live(enabled: bool = True) -> Iterator[Callable[..., Callable[[Any, Any], No
     with progress.Progress(*columns, transient=True) as display:
 
         def start(description: str, num_examples: int) -> Callable[[Any, Any], None]:
-            for task in display.task_ids:  # one line: the run that is under way
+            for task in display.task_ids:  # show only the current run
                 display.remove_task(task)
             task = display.add_task(
                 description, total=num_examples, batch_size="-", loss=float("nan"), speed=0.0
