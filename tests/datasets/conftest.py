@@ -1,4 +1,4 @@
-"""The readers of data sets, with an empty cache and without a network."""
+"""An empty cache and no network for the tests of data sets."""
 
 import socket
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    """A fresh cache directory, and no data directory of the machine's but the system's own."""
+    """An empty cache directory, and no data folders except those of system packages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds_default"))
     monkeypatch.delenv("ARBITER_JAX_DATA", raising=False)
@@ -16,7 +16,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def connections(monkeypatch):
-    """Every attempt to resolve a name or to connect fails, and is recorded."""
+    """Makes every name resolution and connection fail, and records it."""
     attempts = []
 
     def refuse(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Padding, cropping and flipping on the device."""
+"""Random shifts and mirrors of images."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def numbered_images(n, height=6, width=5, channels=2):
 
 
 def all_outcomes(image, padding):
-    """Every image that can come out, and whether it is mirrored."""
+    """All possible results for an image, with their shift and whether they are mirrored."""
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     height, width, _ = image.shape
     for i in range(2 * padding + 1):
@@ -32,67 +32,68 @@ def outcome(result, image, padding):
 
 
 class TestPadCropFlip:
-    def test_every_result_is_a_shifted_and_perhaps_mirrored_image(self, key):
+    def test_shifts_and_mirrors_are_uniform(self, key):
+        """Every result is one of the 18 possible ones, which are about equally frequent."""
         images = numbered_images(400)
-        results = np.asarray(pad_crop_flip(key, jnp.asarray(images), padding=1))
+        results = np.asarray(pad_crop_flip(key, images, padding=1))
         outcomes = [outcome(r, x, 1) for r, x in zip(results, images, strict=True)]
         counts = {k: outcomes.count(k) for k in set(outcomes)}
-        assert len(counts) == 9 * 2  # each of them occurs
+        assert len(counts) == 9 * 2
         assert max(counts.values()) < 3 * 400 / 18
         assert sum(mirrored for *_, mirrored in outcomes) == pytest.approx(200, abs=40)
 
-    def test_what_happens_to_an_image_depends_on_its_index_alone(self, key):
-        images = jnp.asarray(numbered_images(16))
-        few = pad_crop_flip(key, images[:5])
-        garbage = images.at[5:].set(jnp.nan)
-        np.testing.assert_array_equal(few, pad_crop_flip(key, images)[:5])
-        np.testing.assert_array_equal(few, pad_crop_flip(key, garbage)[:5])
+    def test_padding_rows_change_nothing(self, key):
+        """The result for an image depends only on the key and its index."""
+        images = numbered_images(16)
+        expected = pad_crop_flip(key, images[:5])
+        np.testing.assert_array_equal(np.asarray(pad_crop_flip(key, images))[:5], expected)
+        images[5:] = np.nan
+        np.testing.assert_array_equal(np.asarray(pad_crop_flip(key, images))[:5], expected)
 
-    def test_another_key_gives_other_images(self, key):
-        images = jnp.asarray(numbered_images(16))
+    def test_the_key_determines_the_result(self, key):
+        images = numbered_images(16)
         first = pad_crop_flip(key, images)
         assert not np.array_equal(first, pad_crop_flip(jax.random.fold_in(key, 1), images))
         np.testing.assert_array_equal(first, pad_crop_flip(key, images))
 
-    def test_without_padding_and_flip_nothing_happens(self, key):
-        images = jnp.asarray(numbered_images(4))
+    def test_no_padding_and_no_flip_is_the_identity(self, key):
+        images = numbered_images(4)
         results = pad_crop_flip(key, images, padding=0, flip=False)
         np.testing.assert_array_equal(results, images)
 
     def test_typed_keys(self):
-        images = jnp.asarray(numbered_images(4))
+        images = numbered_images(16)
         results = pad_crop_flip(jax.random.key(0), images)
         expected = pad_crop_flip(jax.random.PRNGKey(0), images)
         np.testing.assert_array_equal(results, expected)
 
     @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16, jnp.float32])
     def test_dtype_is_kept(self, key, dtype):
-        results = pad_crop_flip(key, jnp.ones((2, 4, 4, 1), dtype))
-        assert results.dtype == dtype
+        images = jax.ShapeDtypeStruct((2, 4, 4, 1), dtype)
+        assert jax.eval_shape(datasets.pad_crop_flip, key, images) == images
 
     def test_inside_a_scan_and_under_vmap(self, key):
-        images = jnp.asarray(numbered_images(8))
-        keys = jax.random.split(key, 3)
+        images = numbered_images(16)
+        keys = np.stack([np.asarray(jax.random.fold_in(key, i)) for i in range(3)])
 
         def step(carry, key):
-            return carry, pad_crop_flip(key, carry)
+            return carry, datasets.pad_crop_flip(key, carry)
 
         _, scanned = jax.jit(lambda: jax.lax.scan(step, images, keys))()
-        mapped = jax.vmap(pad_crop_flip, in_axes=(0, None))(keys, images)
-        for index in range(3):
-            direct = pad_crop_flip(keys[index], images)
-            np.testing.assert_array_equal(scanned[index], direct)
-            np.testing.assert_array_equal(mapped[index], direct)
+        mapped = jax.jit(jax.vmap(datasets.pad_crop_flip, in_axes=(0, None)))(keys, images)
+        direct = np.stack([pad_crop_flip(key, images) for key in keys])
+        np.testing.assert_array_equal(scanned, direct)
+        np.testing.assert_array_equal(mapped, direct)
 
     def test_the_same_in_64_bits(self, key):
-        images = jnp.asarray(numbered_images(4))
+        images = numbered_images(16)
         expected = pad_crop_flip(key, images)
         with jax.enable_x64(True):
             results = pad_crop_flip(key, np.asarray(images, np.float64))
         assert results.dtype == np.float64
         np.testing.assert_array_equal(results, expected)
 
-    def test_refuses(self, key):
+    def test_bad_arguments_are_refused(self, key):
         with pytest.raises(ValueError, match=r"shape \[n, height, width, channels\], got \(8, 8\)"):
             pad_crop_flip(key, jnp.ones((8, 8)))
         with pytest.raises(ValueError, match="padding must be an integer >= 0"):

@@ -1,4 +1,4 @@
-"""from_arrays and from_npz: what they promise, and what they refuse."""
+"""Data sets from arrays and .npz files: their guarantees, and what is refused."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from arbiter_jax import datasets
 
 
 def numbered(num_examples, num_classes=2):
-    """Examples that can be told apart: the first feature is the index."""
+    """Examples whose first feature is their index."""
     inputs = np.stack([np.arange(num_examples), np.arange(num_examples) % 7], axis=1)
     return inputs.astype(np.float64), np.arange(num_examples) % num_classes
 
@@ -29,7 +29,7 @@ class TestFromArrays:
         for inputs, labels in (data.train, data.validation, data.test):
             np.testing.assert_array_equal(inputs[:, 0].astype(int) % 5, labels)
 
-    def test_validation_and_test_data_do_not_influence_the_statistics(self):
+    def test_statistics_ignore_validation_and_test(self):
         train = np.random.RandomState(0).normal(3.0, 2.0, (50, 4))
         labels = np.zeros(50, int)
         others = (train[:5] * 1000, labels[:5])
@@ -40,13 +40,13 @@ class TestFromArrays:
             data.test[0], (others[0] - train.mean(0)) / train.std(0), rtol=1e-6
         )
 
-    def test_statistics_are_those_of_the_rows_left_after_the_hold_out(self):
+    def test_statistics_ignore_held_out_examples(self):
         data = datasets.from_arrays(numbered(100))
         np.testing.assert_allclose(data.train[0].mean(0), 0, atol=1e-6)
         np.testing.assert_allclose(data.train[0].std(0), 1, atol=1e-6)
         assert abs(data.validation[0].mean()) > 1e-4
 
-    def test_images_are_normalised_per_channel(self):
+    def test_images_are_normalized_per_channel(self):
         random = np.random.RandomState(1)
         images = random.randint(0, 256, (9000, 3, 2, 3)).astype(np.uint8)
         images[..., 1] //= 4
@@ -76,19 +76,19 @@ class TestFromArrays:
         for inputs, labels in (data.train, data.validation, data.test):
             assert (inputs.dtype, labels.dtype) == (np.float32, np.int32)
 
-    def test_seed_decides_the_split(self):
+    def test_seed_determines_the_split(self):
         first, again, other = (
             datasets.from_arrays(numbered(50), normalize=False, seed=seed) for seed in (3, 3, 4)
         )
         assert indices(first.validation) == indices(again.validation)
         assert indices(first.validation) != indices(other.validation)
 
-    def test_given_splits_are_kept(self):
+    def test_passed_splits_are_kept(self):
         data = datasets.from_arrays(numbered(10), numbered(4), numbered(1), normalize=False)
         sizes = [len(labels) for _, labels in (data.train, data.validation, data.test)]
         assert sizes == [10, 4, 1]
 
-    def test_one_example_where_every_split_is_given(self):
+    def test_one_example_if_all_splits_are_passed(self):
         data = datasets.from_arrays(numbered(1), numbered(1), numbered(1), num_classes=2)
         np.testing.assert_array_equal(data.train[0], 0)
 
@@ -99,7 +99,7 @@ class TestFromArrays:
         assert data.train[1].dtype == np.float32
         np.testing.assert_array_equal(data.test[1], data.test[0][:, 0] * 0.5)
 
-    def test_regression_targets_can_be_normalised(self):
+    def test_regression_targets_can_be_normalized(self):
         inputs, _ = numbered(40)
         targets = np.stack([inputs[:, 0], 1000 - inputs[:, 0]], axis=1)
         data = datasets.from_arrays((inputs, targets), normalize_targets=True)
@@ -136,9 +136,9 @@ def changed(array, index, value):
         (((ROWS[:0], LABELS[:0]),), {}, "train must not be empty"),
         (((ROWS, LABELS), (ROWS[:0], LABELS[:0])), {}, "validation must not be empty"),
         (((ROWS[:, :0], LABELS),), {}, "train must not be empty"),
-        (((ROWS, LABELS[:3]),), {}, "equally many rows, got 6 and 3"),
-        (((ROWS[:1], LABELS[:1]),), {}, ">= 2 examples"),
-        (((ROWS[:2], LABELS[:2]),), {}, "validation split can be held out, got 1"),
+        (((ROWS, LABELS[:3]),), {}, "same number of rows, got 6 and 3"),
+        (((ROWS[:1], LABELS[:1]),), {}, ">= 2 examples to hold out a test split, got 1"),
+        (((ROWS[:2], LABELS[:2]),), {}, "hold out a validation split, got 1"),
         (((changed(ROWS, (4, 1), np.nan), LABELS),), {}, r"finite in float32, got nan.*\(4, 1\)"),
         (((changed(ROWS, (2, 0), np.inf), LABELS),), {}, "train inputs must be finite"),
         (((changed(ROWS, (2, 0), 1e39), LABELS),), {}, "finite in float32, got 1e"),
@@ -147,13 +147,17 @@ def changed(array, index, value):
         (((ROWS, changed(LABELS, 0, -1)),), {}, r"in \[0, 3\), got -1"),
         (((ROWS, LABELS),), {"num_classes": 0}, "num_classes must be an integer >= 1"),
         (((ROWS, LABELS / 2),), {"num_classes": 3}, "num_classes must be None or 0"),
-        (((ROWS, LABELS), None, (ROWS, LABELS / 2)), {}, "test labels must be of the training"),
-        (((ROWS, LABELS), (ROWS[:, :1], LABELS)), {}, "validation inputs must have the shape"),
-        (((ROWS, LABELS), None, (ROWS, LABELS[:, None])), {}, "test labels must have the shape"),
+        (((ROWS, LABELS), None, (ROWS, LABELS / 2)), {}, "test labels must be classes"),
+        (((ROWS, LABELS), (ROWS[:, :1], LABELS)), {}, "validation inputs must have the same shape"),
+        (
+            ((ROWS, LABELS), None, (ROWS, LABELS[:, None])),
+            {},
+            "test labels must have the same shape",
+        ),
         ((("ab", "cd"),), {}, "must be real numbers"),
         (((ROWS.astype(object), LABELS),), {}, "must be real numbers, got dtype object"),
         (((ROWS * 1j, LABELS),), {}, "must be real numbers, got dtype complex"),
-        (((1.0, 2),), {}, "must have an axis of examples"),
+        (((1.0, 2),), {}, "must have a leading axis of examples"),
         ((ROWS,), {}, r"train must be a pair \(inputs, labels\), got ndarray"),
         (((ROWS, LABELS, LABELS),), {}, "train must be a pair"),
         ((None,), {}, "train must be a pair"),
@@ -168,7 +172,7 @@ def changed(array, index, value):
         ),
     ],
 )
-def test_from_arrays_refuses(arguments, options, message):
+def test_bad_arrays_are_refused(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         datasets.from_arrays(*arguments, **options)
 
@@ -210,15 +214,18 @@ class TestFromNpz:
         ("arrays", "message"),
         [
             ({"x": ROWS}, "training arrays .* are missing, found"),
-            ({"inputs": ROWS}, "'labels' is missing beside"),
-            ({"inputs": ROWS, "labels": LABELS, "test_labels": LABELS}, "'test_inputs' is missing"),
+            ({"inputs": ROWS}, "'labels' of inputs/labels is missing"),
+            (
+                {"inputs": ROWS, "labels": LABELS, "test_labels": LABELS},
+                "'test_inputs' of .* is missing",
+            ),
             ({"inputs": ROWS, "labels": LABELS - 1}, "labels must be in"),
             ({"inputs": changed(ROWS, (0, 0), np.nan), "labels": LABELS}, "must be finite"),
             ({"inputs": ROWS[:0], "labels": LABELS[:0]}, "must not be empty"),
             ({"inputs": ROWS.astype(object), "labels": LABELS}, "allow_pickle"),
         ],
     )
-    def test_refuses(self, tmp_path, arrays, message):
+    def test_bad_arrays_are_refused(self, tmp_path, arrays, message):
         path = self.save(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=message) as caught:
             datasets.from_npz(path)
@@ -226,13 +233,13 @@ class TestFromNpz:
         assert len(str(caught.value).splitlines()) == 1
 
     @pytest.mark.parametrize("content", [b"", b"no archive", b"\x93NUMPY\x01\x00"])
-    def test_refuses_other_files(self, tmp_path, content):
+    def test_other_files_are_refused(self, tmp_path, content):
         path = tmp_path / "bad.npz"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"must be an \.npz file"):
             datasets.from_npz(path)
 
-    def test_refuses_a_truncated_file(self, tmp_path):
+    def test_damaged_files_are_refused(self, tmp_path):
         path = self.save(tmp_path / "bad.npz", inputs=ROWS, labels=LABELS)
         content = bytearray(path.read_bytes())
         content[100:140] = b"\xff" * 40  # within the data of the first array: its checksum is wrong

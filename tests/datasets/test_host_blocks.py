@@ -1,12 +1,11 @@
-"""Blocks from the host: the order of the examples, the end, errors, and threads that end."""
+"""Blocks from the host: the order of the examples, the end of the source, errors, threads."""
 
 import gc
 import itertools
 import threading
-import time
 
+import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,9 +22,13 @@ from arbiter_jax.batching import (
     sample_batch,
 )
 
+jitted_sample_batch = jax.jit(sample_batch, static_argnums=3)
+jitted_block_batch = jax.jit(block_batch, static_argnums=2)
 
-def numbered_chunks(sizes, start=0):
-    """Chunks whose examples are numbered from `start`."""
+
+def numbered_chunks(sizes):
+    """Chunks of the given sizes, whose examples are numbered."""
+    start = 0
     for size in sizes:
         numbers = np.arange(start, start + size, dtype=np.int32)
         yield {"x": np.stack([numbers, -numbers], axis=1).astype(np.float32), "y": numbers}
@@ -51,32 +54,33 @@ class TestBlocks:
         assert block.batches["x"].shape == (3, 8, 2)
         assert isinstance(block.batches["x"], jax.Array)
         assert (int(block.batch_size), int(block.num_steps)) == (5, 3)
-        # Dealt out as the engine deals: the bits of the row's number reversed, padding the first.
+        # Row i holds example bit_reversed(8)[i] of its step, or the first example as padding.
         first = np.array([0, 4, 2, 0, 1, 0, 3, 0])
         np.testing.assert_array_equal(block.batches["y"], first[None] + 5 * np.arange(3)[:, None])
         np.testing.assert_array_equal(block.batches["x"][..., 1], -block.batches["y"])
         assert int(short.num_steps) == 2
         np.testing.assert_array_equal(short.batches["y"][:2], first[None] + np.array([[15], [20]]))
 
-    def test_lays_rows_out_as_the_sampler_does(self, key):
-        data = jnp.arange(200.0)
-        sampler = init_sampler(key)
-        order = np.asarray(examples_ahead(sampler, data, jnp.arange(100)))
+    def test_rows_are_in_the_order_of_the_sampler(self, key):
+        data = np.arange(200.0)
+        sampler = jax.jit(init_sampler)(key)
+        order = np.asarray(jax.jit(examples_ahead)(sampler, data, np.arange(100)))
         with datasets.host_blocks([order], window=2) as blocks:
-            for batch_size, bucket_size in ((5, 8), (8, 8), (11, 16), (1, 1)):
+            for batch_size, bucket_size in ((5, 8), (8, 8), (11, 16)):
                 block = blocks.next_block(batch_size, bucket_size)
                 for t in range(2):
-                    sampler, batch, mask = sample_batch(sampler, data, batch_size, bucket_size)
-                    taken, its_mask = block_batch(block, t, bucket_size)
-                    np.testing.assert_array_equal(taken, batch)
-                    np.testing.assert_array_equal(its_mask, mask)
+                    sampler, batch, mask = jitted_sample_batch(
+                        sampler, data, batch_size, bucket_size
+                    )
+                    block_result = jitted_block_batch(block, t, bucket_size)
+                    chex.assert_trees_all_equal(block_result, (batch, mask))
 
     @given(
         chunks=st.lists(st.integers(1, 40), min_size=1, max_size=10),
         sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=8),
         window=st.integers(1, 4),
     )
-    def test_each_example_is_delivered_once_in_the_order_of_the_source(self, chunks, sizes, window):
+    def test_each_example_is_used_once_in_order(self, chunks, sizes, window):
         seen = []
         with datasets.host_blocks(numbered_chunks(chunks), window=window) as blocks:
             for batch_size, num_steps in sizes:
@@ -102,16 +106,14 @@ class TestBlocks:
                 delivered.append(6)
                 yield chunk
 
+        # Leaving the block waits for the thread, which first finishes what it has begun.
+        with datasets.host_blocks(source(), window=2):
+            pass
+        assert not delivered  # the sizes are not known yet
         with datasets.host_blocks(source(), window=2) as blocks:
-            time.sleep(0.05)
-            assert not delivered  # nothing is known of the sizes yet
             blocks.next_block(3, 4)
-            deadline = time.monotonic() + 5
-            while len(delivered) < 3 and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(0.05)
-            # The 6 that were asked for and, whatever the next size in this bucket, 8 more.
-            assert len(delivered) == 3
+        # The requested 6 and 8 more, enough for the next window with any size in this bucket.
+        assert len(delivered) == 3
 
     def test_dtypes_are_those_of_the_device(self):
         chunk = (np.zeros((8, 2)), np.zeros(8, np.int64), np.zeros(8, np.uint8))
@@ -135,7 +137,7 @@ class TestEnd:
             blocks.next_block(2, 2)
             with pytest.raises(StopIteration):
                 blocks.next_block(8, 8)
-            last = blocks.next_block(4, 4)  # what is left is one batch of four, and two
+            last = blocks.next_block(4, 4)  # of the 6 examples left
             assert int(last.num_steps) == 1
             assert last.batches["y"][0].tolist() == [4, 6, 5, 7]
             assert blocks.next_block(1, 1).batches["y"].tolist() == [[8], [9]]
@@ -146,15 +148,16 @@ class TestEnd:
         with datasets.host_blocks([], window=1) as blocks, pytest.raises(StopIteration):
             blocks.next_block(1, 1)
 
-    def test_an_exception_of_the_source_is_raised_where_its_block_is_asked_for(self):
+    def test_an_exception_of_the_source_is_raised(self):
+        """When the block is requested that it affects, and again at later requests."""
+
         def source():
             yield from numbered_chunks([8])
             raise RuntimeError("the disk is gone")
 
         with datasets.host_blocks(source(), window=2) as blocks:
             blocks.next_block(4, 4)
-            time.sleep(0.05)  # the thread has met the error by now, and keeps it
-            for size in (4, 2, 2):  # for other sizes too, and again
+            for size in (4, 2, 2):
                 with pytest.raises(RuntimeError, match="the disk is gone"):
                     blocks.next_block(size, size)
 
@@ -170,13 +173,13 @@ class TestEnd:
     @pytest.mark.parametrize(
         ("chunks", "message"),
         [
-            ([np.zeros((0, 2))], "equally many rows, at least one"),
-            ([(np.zeros((3, 2)), np.zeros(2))], "equally many rows"),
-            ([np.float32(1)], "equally many rows"),
-            ([{}], "equally many rows"),
-            ([np.zeros((3, 2)), np.zeros((3, 1))], "one structure, shape and dtype"),
-            ([np.zeros(3), np.zeros(3, np.int32)], "one structure, shape and dtype"),
-            ([np.zeros(3), (np.zeros(3),)], "one structure, shape and dtype"),
+            ([np.zeros((0, 2))], "each chunk of the source must hold at least 1 example"),
+            ([(np.zeros((3, 2)), np.zeros(2))], "each chunk of the source must be a pytree"),
+            ([np.float32(1)], "leading axis of equal length"),
+            ([{}], "leading axis of equal length"),
+            ([np.zeros((3, 2)), np.zeros((3, 1))], "same structure, shape and dtype"),
+            ([np.zeros(3), np.zeros(3, np.int32)], "same structure, shape and dtype"),
+            ([np.zeros(3), (np.zeros(3),)], "same structure, shape and dtype"),
         ],
     )
     def test_bad_chunks(self, chunks, message):
@@ -198,7 +201,8 @@ class TestEnd:
                 blocks.next_block(5, 6)
             with pytest.raises(ValueError, match="num_steps must be an integer >= 1 and <= 1"):
                 blocks.next_block(4, 4, num_steps=2)
-            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]  # none was lost
+            # No example was lost.
+            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]
 
     def test_closing_ends_the_thread_and_the_source(self):
         closed = []
@@ -214,7 +218,7 @@ class TestEnd:
         blocks.close()
         blocks.close()
         assert closed == ["arbiter_jax.host_blocks"]
-        with pytest.raises(ValueError, match="the blocks are closed"):
+        with pytest.raises(ValueError, match="the blocks are closed; make new ones"):
             blocks.next_block(2, 2)
 
     def test_leaving_by_an_exception_ends_the_thread(self):
@@ -227,7 +231,7 @@ class TestEnd:
             interrupted()
         assert not threads()
 
-    def test_forgetting_the_blocks_ends_the_thread(self):
+    def test_garbage_collection_ends_the_thread(self):
         blocks = datasets.host_blocks(numbered_chunks([9] * 9), window=1)
         blocks.next_block(4, 4)
         del blocks
@@ -266,12 +270,12 @@ class TestEpochs:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"data": np.zeros((0, 2))}, "at least one"),
+            ({"data": np.zeros((0, 2))}, "data must hold at least 1 example"),
             ({"data": np.zeros(3), "chunk_size": 0}, "chunk_size must be an integer >= 1"),
             ({"data": np.zeros(3), "seed": -1}, "seed must be an integer >= 0"),
             ({"data": np.zeros(3), "start": -1}, "start must be an integer >= 0"),
         ],
     )
-    def test_refuses(self, options, message):
+    def test_bad_arguments_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             datasets.epochs(**options)
