@@ -1,13 +1,16 @@
-"""Every notebook runs from top to bottom; outputs are never committed."""
+"""Every notebook runs from top to bottom and shows its figures; outputs are never committed."""
 
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -19,9 +22,25 @@ def test_outputs_are_stripped(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path):
-    # A process of its own: the kernel's warnings are not ours, and nbmake wants its own options.
+def test_runs_and_shows_its_figures(path, tmp_path):
+    copy = shutil.copy(path, tmp_path)
+    # In its own process, because nbmake needs other options and the kernel causes warnings.
     command = [sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600"]
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", "/dev/null", str(path)]
-    done = subprocess.run(command + options, capture_output=True, text=True, timeout=900)
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull, "--overwrite", copy]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command + options,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    plots = [
+        cell
+        for cell in json.loads(pathlib.Path(copy).read_text())["cells"]
+        if cell["cell_type"] == "code" and "plotting." in "".join(cell["source"])
+    ]
+    assert plots
+    for cell in plots:
+        assert any("image/png" in output.get("data", {}) for output in cell["outputs"])

@@ -1,28 +1,34 @@
-"""Figures say what they show, however many methods there are."""
+"""Figures: what they show, and that notebooks display them."""
 
+import sys
 import types
 
 import numpy as np
 import pytest
 
 from arbiter_jax import plotting
+from arbiter_jax.hyper_learning import to_logit
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "arbiter-jax[experiments]"')
+
+LIMITS = (8, 64)
 
 
 class Fit:
-    """What the figures read of a FitResult: two windows of three steps each."""
+    """The parts of a FitResult that figures read: two windows of three steps each."""
 
-    def __init__(self, size):
+    def __init__(self, size, **metrics):
         sizes = (size, 2 * size)
         ends = np.cumsum([3 * size for size in sizes])
+        info = types.SimpleNamespace(metrics=metrics)
         self.history = [
-            types.SimpleNamespace(batch_size=size, num_examples=int(end))
+            types.SimpleNamespace(batch_size=size, num_examples=int(end), info=info)
             for size, end in zip(sizes, ends, strict=True)
         ]
         self.recorded = {"batch_size": np.repeat(sizes, 3), "loss": np.geomspace(1, 0.1, 6)}
+        self.recorded |= metrics
 
-    def steps(self, name):
+    def per_step(self, name):
         return self.recorded[name]
 
 
@@ -31,19 +37,89 @@ def fits_of(num_methods):
     return {(name, seed): Fit(8 + i) for i, name in enumerate(names) for seed in (0, 1)}
 
 
-def texts(fig):
-    titles = [ax.get_title() for ax in fig.axes]
-    return titles + [text.get_text() for legend in fig.legends for text in legend.get_texts()]
+def legend_of(owner):
+    """The texts of the legends of a figure or of axes."""
+    legends = getattr(owner, "legends", None) or [owner.get_legend()]
+    return [text.get_text() for legend in legends for text in legend.get_texts()]
 
 
 @pytest.mark.parametrize("num_methods", [2, 12])
 def test_every_method_is_named(num_methods):
     fits = fits_of(num_methods)
+    rules = {f"rule {i}" for i in range(num_methods)}
     many = num_methods > len(plotting.COLORS)
-    for fig in (plotting.batch_sizes(fits, (8, 64)), plotting.losses(fits, num_points=4)):
-        named = {text.replace(" ", "_") for text in texts(fig)}
-        assert {f"rule_{i}" for i in range(num_methods)} <= named
-        assert len(fig.axes) == 1 or many
+    sizes, losses = plotting.batch_sizes(fits, LIMITS), plotting.losses(fits, num_points=4)
+    for fig in (sizes, losses):
+        named = {ax.get_title() for ax in fig.axes} if many else set(legend_of(fig))
+        assert rules <= named <= rules | {"constant 8"}
     # A constant size needs no panel of its own, but its loss does.
-    assert len(plotting.batch_sizes(fits, (8, 64)).axes) == (num_methods if many else 1)
-    assert len(plotting.losses(fits, num_points=4).axes) == (num_methods + 1 if many else 1)
+    assert len(sizes.axes) == (num_methods if many else 1)
+    assert len(losses.axes) == (num_methods + 1 if many else 1)
+
+
+def test_batch_sizes_are_steps_over_examples():
+    fits = {("rule", 0): Fit(8), ("rule", 1): Fit(16), ("constant_8", 0): Fit(8)}
+    (ax,) = plotting.batch_sizes(fits, LIMITS, title="digits").axes
+    drawn = [patch.get_data() for patch in ax.patches]
+    assert [data.values.tolist() for data in drawn] == [[8, 16], [16, 32], [8, 16]]
+    assert [data.edges.tolist() for data in drawn] == [[0, 24, 72], [0, 48, 144], [0, 24, 72]]
+    assert ax.get_title() == "digits"
+    assert ax.get_ylabel() == "batch size [examples]"
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["8", "16", "32", "64"]
+
+
+def test_losses_are_means_over_steps_and_seeds():
+    fits = {("rule", 0): Fit(8), ("rule", 1): Fit(8)}
+    fits["rule", 1].recorded["loss"] = np.full(6, 3.0)
+    (ax,) = plotting.losses(fits, num_points=3).axes
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_xdata(), [12, 36, 60])
+    # Three points of 24 examples each: steps end at 8, 16 | 24, 40 | 56, and 72, the right edge.
+    loss = np.geomspace(1, 0.1, 6)
+    first = [loss[:2].mean(), (loss[2] * 8 + loss[3] * 16) / 24, loss[4]]
+    np.testing.assert_allclose(line.get_ydata(), (np.array(first) + 3) / 2)
+    (band,) = ax.collections
+    np.testing.assert_allclose(band.get_paths()[0].get_extents().ymax, 3.0)
+
+
+def test_proposals_are_shown_as_batch_sizes():
+    sizes = np.tile([16.0, 32.0], (6, 1))
+    fit = Fit(
+        8,
+        proposals=np.asarray(to_logit(sizes, *LIMITS)),
+        mixture=np.asarray(to_logit(sizes.mean(1), *LIMITS)),
+        mixture_weights=np.tile([0.25, 0.75], (6, 1)),
+    )
+    top, bottom = plotting.proposals(fit, LIMITS, title="digits").axes
+    named = ["proposal 1", "proposal 2", "mixture (meta batch)", "applied batch size"]
+    assert legend_of(top) == named
+    drawn = [line.get_ydata() for line in top.lines]
+    np.testing.assert_allclose(drawn, np.repeat([[16.0], [32.0], [24.0]], 6, axis=1), rtol=1e-5)
+    np.testing.assert_allclose([line.get_ydata()[0] for line in bottom.lines], [-250, 250])
+    assert bottom.get_ylabel() == "mixture weight\n- 1/2 [1e-3]"
+
+
+def test_shadows_are_sorted_by_their_last_size():
+    fit = Fit(8, **{"shadow/low": np.full(6, 9.0), "shadow/high": np.arange(6.0) + 20})
+    fig = plotting.shadows(fit, LIMITS)
+    assert legend_of(fig) == ["high: 22 at the end", "low: 9 at the end", "applied batch size"]
+    np.testing.assert_allclose(fig.axes[0].lines[2].get_ydata(), fit.per_step("batch_size"))
+
+
+def test_notebooks_display_figures_as_images():
+    """Also if pyplot, which registers its figures with IPython, is never imported."""
+    formatters = pytest.importorskip("IPython.core.formatters", reason="needs ipykernel")
+    fig, _ = plotting.figure(size=(2.0, 1.0))
+    data, metadata = formatters.DisplayFormatter().format(fig)
+    image = data["image/png"]
+    assert image.startswith(b"\x89PNG")
+    assert int.from_bytes(image[16:20], "big") == 2 * 150  # the width, in pixels
+    assert metadata["image/png"] == {"width": 192, "height": 96}
+    assert not hasattr(fig, "number")  # the number that pyplot gives its figures
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plotting._figure_class.cache_clear()
+    with pytest.raises(ImportError, match=r'pip install "arbiter-jax\[experiments\]"'):
+        plotting.figure()

@@ -1,0 +1,41 @@
+"""Blocks: the batches of one window in one array."""
+
+import numpy as np
+import pytest
+
+from arbiter_jax.batching import Block, bit_reversed, block_batch, block_rows, check_block
+
+ROWS = np.arange(100, 124).reshape(2, 4, 3)  # [window, bucket_size, features]
+
+
+def block(batches=ROWS, batch_size=3):
+    return Block(batches, np.int32(batch_size), np.int32(2))
+
+
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(1, 1), (3, 2), (8, 3)])
+def test_block_rows_hold_every_example_once(batch_size, num_steps):
+    rows = block_rows(3, batch_size, 8, num_steps)
+    assert rows.shape == (3, 8)
+    mask = bit_reversed(8) < batch_size
+    real = np.sort(rows[:num_steps, mask], axis=1).ravel()
+    np.testing.assert_array_equal(real, np.arange(num_steps * batch_size))
+    first = np.arange(num_steps)[:, None] * batch_size
+    assert (rows[:num_steps, ~mask] == first).all()  # padding repeats the first row of its step
+    assert (rows[num_steps:] == 0).all()
+
+
+def test_block_batch_is_one_step():
+    batch, mask = block_batch(block({"x": ROWS, "y": ROWS[..., 0]}), 1, 4)
+    np.testing.assert_array_equal(batch["x"], ROWS[1])
+    np.testing.assert_array_equal(batch["y"], ROWS[1, :, 0])
+    assert mask.tolist() == [True, True, True, False]
+
+
+def test_check_block():
+    check_block(block(), 2, 4)
+    for window, bucket_size in ((3, 4), (2, 8)):
+        message = rf"\[{window}, {bucket_size}, \.\.\.\], got shapes \[\(2, 4, 3\)\]; request it"
+        with pytest.raises(ValueError, match=message):
+            check_block(block(), window, bucket_size)
+    with pytest.raises(ValueError, match="must be a block of shape"):
+        check_block(block((ROWS, ROWS[:1])), 2, 4)

@@ -1,0 +1,107 @@
+"""Loss and accuracy of a split, and intervals over seeds."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import arbiter_jax as aj
+from arbiter_jax import metrics
+
+PARAMS = np.float32(2.0)
+INPUTS = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+LABELS = np.arange(7, dtype=np.int32) % 4
+
+
+def predict(params, inputs):
+    return params * inputs
+
+
+def squares(outputs, labels):
+    return jnp.sum(outputs**2, axis=-1) + labels
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("chunk_size", [1, 3, 7, 1000])
+    def test_means_do_not_depend_on_the_chunks(self, chunk_size):
+        """7 examples, so that chunks of 3 leave one with padding."""
+        data = (INPUTS, LABELS)
+        result = metrics.evaluate(predict, squares, PARAMS, data, chunk_size=chunk_size)
+        outputs = 2 * INPUTS
+        assert result.loss == pytest.approx(np.mean(np.sum(outputs**2, -1) + LABELS), rel=1e-6)
+        assert result.accuracy == pytest.approx(np.mean(outputs.argmax(-1) == LABELS), rel=1e-6)
+        assert type(result.loss) is type(result.accuracy) is float
+
+    def test_weighted_losses(self):
+        weights = np.float32([1, 0, 2, 0, 1, 0, 3])
+
+        def weighted(outputs, labels):
+            return aj.WeightedLoss(squares(outputs[:, :4], labels), outputs[:, 4] / 2)
+
+        inputs = np.concatenate([INPUTS, weights[:, None]], axis=1)
+        loss, _ = metrics.evaluate(predict, weighted, PARAMS, (inputs, LABELS), chunk_size=3)
+        expected = np.average(np.sum((2 * INPUTS) ** 2, -1) + LABELS, weights=weights)
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+    def test_accuracy_over_all_tokens_of_sequences(self):
+        inputs = np.random.default_rng(1).normal(size=(5, 3, 4)).astype(np.float32)
+        labels = np.arange(15, dtype=np.int32).reshape(5, 3) % 4
+        data = (inputs, labels)
+        _, accuracy = metrics.evaluate(predict, squares, PARAMS, data, chunk_size=2)
+        assert accuracy == pytest.approx(np.mean(inputs.argmax(-1) == labels), rel=1e-6)
+
+    @pytest.mark.parametrize("labels", [LABELS.astype(np.float32), np.stack([LABELS] * 4, axis=1)])
+    def test_no_accuracy_without_classes(self, labels):
+        """Labels that are floats, or have as many axes as the outputs."""
+        zero = lambda outputs, labels: jnp.zeros(len(outputs))
+        result = metrics.evaluate(predict, zero, PARAMS, (INPUTS, labels))
+        assert result.loss == 0
+        assert math.isnan(result.accuracy)
+
+    def test_the_model_state_is_passed_on(self):
+        shifted = lambda params, inputs, shift: params * inputs + shift
+        data = (np.zeros((2, 4), np.float32), np.zeros(2, np.int32))
+        loss, _ = metrics.evaluate(shifted, squares, PARAMS, data, np.float32(3.0))
+        assert loss == 4 * 3.0**2
+
+    @pytest.mark.parametrize(
+        ("data", "chunk_size", "message"),
+        [
+            ((INPUTS[:0], LABELS[:0]), 8, "data must hold at least 1 example"),
+            ((INPUTS, LABELS), 0, "chunk_size must be an integer >= 1, got 0"),
+        ],
+    )
+    def test_bad_arguments_are_refused(self, data, chunk_size, message):
+        with pytest.raises(ValueError, match=message):
+            metrics.evaluate(predict, squares, PARAMS, data, chunk_size=chunk_size)
+
+
+class TestMeanAndInterval:
+    @pytest.mark.parametrize(
+        ("confidence", "quantile"),
+        [(0.95, 4.302653), (0.5, 0.816497)],  # of Student's t with two degrees of freedom
+    )
+    def test_three_values(self, confidence, quantile):
+        mean, half_width = metrics.mean_and_interval([1.0, 2.0, 6.0], confidence)
+        assert mean == 3.0
+        assert half_width == pytest.approx(quantile * math.sqrt(7 / 3), rel=1e-6)
+
+    def test_equal_values(self):
+        assert metrics.mean_and_interval([2.0, 2.0]) == (2.0, 0.0)
+
+    def test_one_value_has_no_interval(self):
+        mean, half_width = metrics.mean_and_interval([5.0])
+        assert mean == 5.0
+        assert math.isnan(half_width)
+
+    @pytest.mark.parametrize(
+        ("values", "confidence", "message"),
+        [
+            ([], 0.95, "values must hold at least one value"),
+            ([1.0, 2.0], 1.0, r"confidence must be in \(0, 1\), got 1\.0"),
+        ],
+    )
+    def test_bad_arguments_are_refused(self, values, confidence, message):
+        with pytest.raises(ValueError, match=message):
+            metrics.mean_and_interval(values, confidence)
