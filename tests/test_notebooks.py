@@ -41,6 +41,6 @@ def test_runs_and_shows_its_figures(path, tmp_path):
         for cell in json.loads(pathlib.Path(copy).read_text())["cells"]
         if cell["cell_type"] == "code" and "plotting." in "".join(cell["source"])
     ]
-    assert plots
+    assert plots or "plotting" not in path.read_text()
     for cell in plots:
         assert any("image/png" in output.get("data", {}) for output in cell["outputs"])
