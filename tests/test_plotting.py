@@ -78,6 +78,7 @@ def test_losses_are_means_over_steps_and_seeds():
     loss = np.geomspace(1, 0.1, 6)
     first = [loss[:2].mean(), (loss[2] * 8 + loss[3] * 16) / 24, loss[4]]
     np.testing.assert_allclose(line.get_ydata(), (np.array(first) + 3) / 2)
+    assert not plotting.losses({("rule", 0): Fit(8)}, num_points=3).axes[0].collections
     (band,) = ax.collections
     np.testing.assert_allclose(band.get_paths()[0].get_extents().ymax, 3.0)
 

@@ -66,6 +66,12 @@ class TestIdx:
         assert FASHION_MNIST not in message
         assert len(message.splitlines()) == 1
 
+    def test_no_folder_at_all(self, tmp_path):
+        with pytest.raises(datasets.DatasetNotFoundError) as caught:
+            datasets.mnist()
+        default = str(tmp_path / "tfds_default")
+        assert f"searched {default} for mnist/<version>/dataset_info.json" in str(caught.value)
+
     def test_a_missing_folder(self, tmp_path, monkeypatch):
         with pytest.raises(datasets.DatasetNotFoundError, match="Correct data_dir"):
             datasets.fashion_mnist(tmp_path / "missing")

@@ -93,6 +93,15 @@ class TestPrepared:
         with pytest.raises(datasets.DatasetNotFoundError):
             datasets.load("small_set/small:1.3.0", tmp_path)
 
+    def test_a_single_configuration_need_not_be_named(self, tmp_path):
+        builders.prepare(tmp_path, config="small")
+        (tmp_path / "small_set" / "empty").mkdir()
+        assert datasets.load("small_set", tmp_path).input_shape == (3,)
+
+    def test_empty_splits_are_refused(self):
+        with pytest.raises(ValueError, match="test must not be empty"):
+            _tfds._decode([], 0, ("x", "y"), "test")
+
     def test_newest_version_is_read(self, tmp_path):
         for version in ("1.9.0", "1.10.0", "incomplete.1.11.0"):
             folder = tmp_path / "some_set" / version
