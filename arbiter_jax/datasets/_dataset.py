@@ -200,7 +200,7 @@ def from_arrays(
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> Dataset:
-    r"""Makes a data set of your own arrays: checks, splits and normalizes them.
+    r"""Makes a data set from your own arrays: checks, splits and normalizes them.
 
     .. math:: x' = (x - \mu) / \sigma
 

@@ -39,7 +39,7 @@ def _find_names(available: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def from_named_arrays(arrays: Mapping[str, np.ndarray], **options: Any) -> Dataset:
-    """Makes a data set of named arrays, which may include `num_classes`."""
+    """Makes a data set from named arrays, which may include `num_classes`."""
     names = _find_names(list(arrays))
     splits = {k: tuple(arrays[name] for name in pair) for k, pair in names.items()}
     if "num_classes" in arrays:
