@@ -139,7 +139,9 @@ def _places(methods: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[Any, str]]
     fig, axes = figure(rows, 4, size=(11.0, 1.9 * rows + 0.6), sharex=True, sharey=True)
     for ax in axes.ravel()[len(methods) :]:
         ax.remove()
-    return fig, {m: (ax, COLORS[0]) for m, ax in zip(methods, axes.ravel(), strict=False)}
+    for ax in fig.axes[-4:]:  # the lowest panel of each column, also above a removed one
+        ax.tick_params(labelbottom=True)
+    return fig, {m: (ax, COLORS[0]) for m, ax in zip(methods, fig.axes, strict=True)}
 
 
 def _finish(fig: Any, places: Mapping[str, tuple[Any, str]], ylabel: str, title: str) -> None:

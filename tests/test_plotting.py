@@ -52,6 +52,8 @@ def test_every_method_is_named(num_methods):
     for fig in (sizes, losses):
         named = {ax.get_title() for ax in fig.axes} if many else set(legend_of(fig))
         assert rules <= named <= rules | {"constant 8"}
+        # The lowest panel of each column has numbers at its axis.
+        assert all(ax.xaxis.get_tick_params()["labelbottom"] for ax in fig.axes[-4:])
     # A constant size needs no panel of its own, but its loss does.
     assert len(sizes.axes) == (num_methods if many else 1)
     assert len(losses.axes) == (num_methods + 1 if many else 1)
