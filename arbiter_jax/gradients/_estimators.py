@@ -92,7 +92,8 @@ def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> Gra
         variance_trace=variance_trace,
         batch_size=total,
         batch_sq_norm=batch_sq_norm,
-        half_cosine=known(across / jnp.sqrt(first * second)),
+        # The product of the squared norms may over- or underflow; rounding may exceed 1.
+        half_cosine=known(jnp.clip(across / (jnp.sqrt(first) * jnp.sqrt(second)), -1, 1)),
         # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.
         inner_product_variance=unbiased(jnp.sum(sizes * (inner - batch_sq_norm) ** 2)),
     )
