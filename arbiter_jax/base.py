@@ -144,9 +144,10 @@ class Requests(NamedTuple):
     @property
     def due(self) -> jax.Array | None:
         """Whether any state wants its costly signals at the next step; None: always, or never."""
-        if not self.flags or any(flag is None for flag in self.flags):
+        flags = [flag for flag in self.flags if flag is not None]
+        if not flags or len(flags) < len(self.flags):
             return None
-        return functools.reduce(jnp.logical_or, self.flags)
+        return functools.reduce(jnp.logical_or, flags)
 
 
 def children(node: PyTree) -> Iterator[PyTree]:

@@ -17,7 +17,7 @@ UNLIMITED = 2**30  # the largest batch size of a rule that is given none
 
 
 def transformation(
-    init_fn: Callable[[Any], Any], update_state: Callable[..., Any]
+    init_fn: Callable[..., Any], update_state: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
     """A batch-size rule as an optax transformation, which returns the updates unchanged.
 

@@ -346,12 +346,13 @@ def _gradient_fns(
     loss_fn: LossFn | None, given: GradientFn | None, signals: frozenset[str]
 ) -> dict[bool, GradientFn]:
     """Whether a rule is due -> the gradient function of such a step."""
-    if loss_fn is None:
+    if given is not None:
         # Traced once, for its shapes as well as for the steps.
         traced_once = jax.jit(given)
         return {True: traced_once, False: traced_once}
-    plain = masked_value_and_grad(loss_fn, sampled=True)
+    function: Any = loss_fn
+    plain = masked_value_and_grad(function, sampled=True)
     if not signals & MEASURED_SIGNALS:
         return {True: plain, False: plain}
-    full = value_grad_and_stats(loss_fn, sampled=True)
+    full = value_grad_and_stats(function, sampled=True)
     return {True: full, False: with_zero_statistics(plain)}
