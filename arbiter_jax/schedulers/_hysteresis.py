@@ -92,11 +92,10 @@ def hysteresis(
             num_steps=_rule.int32(),
         )
 
-    def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args):
-        if probe is not None:  # the chain inside may hold an optimizer
-            updates, inner_state = inner.update(
-                updates, state.rule, params, probe=probe, **extra_args
-            )
+    def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
+        if not {"updates_only", "probe"}.isdisjoint(extra_args):
+            # The chain inside may hold an optimizer.
+            updates, inner_state = inner.update(updates, state.rule, params, **extra_args)
             return updates, state._replace(rule=inner_state)
         applied = base.applied_batch_size(batch_size, state)
         updates, inner_state = inner.update(

@@ -24,11 +24,11 @@ def transformation(
     Args:
       init_fn: ``init_fn(params) -> state``.
       update_state: ``update_state(state, *, updates, params, **signals) -> state``. It is not
-        called for a probe, an update that only measures how the chain responds to gradients.
+        called if the caller wants `updates_only`, or probes how the chain responds to a gradient.
     """
 
-    def update_fn(updates, state, params=None, *, probe=None, **signals):
-        if probe is not None:
+    def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
+        if updates_only is not None or probe is not None:
             return updates, state
         return updates, update_state(state, updates=updates, params=params, **signals)
 

@@ -74,6 +74,8 @@ def shadow(
         return ShadowState(watched={name or _default_name(state): state})
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
+        if not {"updates_only", "probe"}.isdisjoint(extra_args):
+            return updates, state
         if batch_size is None and extra_args.get("grad_stats") is not None:
             size = jnp.nan_to_num(extra_args["grad_stats"].batch_size)
             batch_size = jnp.clip(jnp.round(size), 0, _rule.UNLIMITED)

@@ -58,8 +58,8 @@ def update_noise(
       du, like grads. For plain SGD it is ``-learning_rate * gradient_noise``.
     """
     zeros = jax.tree.map(jnp.zeros_like, grads)
-    # Rules return the updates unchanged: they need not measure anything here.
-    signals |= {"gradient_noise": zeros, "update_noise": zeros, "signals_made": False}
+    # Rules return the updates unchanged: `updates_only` lets them skip everything else.
+    signals |= {"gradient_noise": zeros, "update_noise": zeros, "updates_only": True}
 
     def updates_of(grads):
         return tx.update(grads, opt_state, params, **signals)[0]

@@ -284,15 +284,15 @@ def run_window(
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals)
 
-    def step(state: TrainState, t: jax.Array, made: Any = True) -> tuple[TrainState, StepInfo]:
-        due = made is not False
+    def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
         if isinstance(data.train, Block):
-            batch, mask = block_batch(data.train, t, bucket_size)
-        else:
-            sampler, batch, mask = sample_batch(
-                state.train_sampler, data.train, batch_size, bucket_size
-            )
-            state = state._replace(train_sampler=sampler)
+            return state.train_sampler, *block_batch(data.train, t, bucket_size)
+        return sample_batch(state.train_sampler, data.train, batch_size, bucket_size)
+
+    def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
+        due = made is not False
+        sampler, batch, mask = drawn
+        state = state._replace(train_sampler=sampler)
         if transform_batch is not None:
             # `gradients` folds the piece index 0, 1, ... into this key; 2**32 - 1 cannot collide.
             step_key = jax.random.fold_in(state.key, state.num_steps)
@@ -317,9 +317,9 @@ def run_window(
         size = jnp.sum(mask, dtype=jnp.int32)
         return state, StepInfo(gradient.value.astype(float), size, metrics)
 
-    def no_step(state: TrainState, t: jax.Array) -> StepInfo:
+    def no_step(state: TrainState, drawn: Any) -> StepInfo:
         if gradient_fn is not None:  # what it reports is not known before it is traced
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, t)[1])
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, drawn)[1])
         metrics = jax.tree.map(jnp.zeros_like, requests(state.opt_state).metrics)
         return StepInfo(jnp.zeros((), float), jnp.zeros((), jnp.int32), metrics)
 
@@ -327,11 +327,12 @@ def run_window(
         flags, due = requests(state.opt_state).flags, requests(state.opt_state).due
         # A rule whose flag is the only one need not read it: the branch taken says what it holds.
         made = True if len(flags) < 2 else jnp.array(True)
+        drawn = draw(state, t)  # once for the two branches below; a step not taken drops it
         if due is None and num_steps is None:
-            return step(state, t, made)
+            return step(state, drawn, made)
         wanted = jnp.array(True) if num_steps is None else t < num_steps
-        take = lambda made: lambda carry: step(carry[0], t, made)
-        carry = state, no_step(state, t)
+        take = lambda made: lambda carry: step(carry[0], drawn, made)
+        carry = state, no_step(state, drawn)
         if due is None:
             return cond_in_place(wanted, take(made), carry)
         # One choice for the whole step: a step at which no signal is due is a plain one, and costs

@@ -83,6 +83,7 @@ def test_equal_budgets_differ_by_less_than_a_batch():
     assert all(200 - 32 < n <= 200 for n in seen)
 
 
+@pytest.mark.usefixtures("no_cached_programs")
 def test_the_last_window_needs_no_program_of_its_own():
     tx = optax.chain(optax.sgd(0.05), aj.schedulers.constant(10))
     result = fit(tx, num_examples=75)
@@ -351,7 +352,7 @@ def test_step_seconds_come_without_compilation():
         batch_size: jax.Array  # shape=(), dtype=int32
         seconds: jax.Array  # shape=(), dtype=float32
         requires = ("step_seconds",)
-        logged = ("seconds",)
+        metrics = ("seconds",)
 
     init_fn = lambda params: State(jnp.int32(10), jnp.float32(0))
 
