@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from arbiter_jax.base import PyTree
+
+State = TypeVar("State", bound=tuple)
 
 
 def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tuple[Any, jax.Array]:
@@ -52,6 +55,32 @@ def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:
     )
 
 
+def scale_updates(updates: PyTree, factor: jax.Array) -> PyTree:
+    """The updates times a scalar, in their own types."""
+    return jax.tree.map(lambda u: (factor * u).astype(jnp.result_type(u)), updates)
+
+
+def update_or_skip(usable: jax.Array, new: State, state: Any) -> State:
+    """The new state, or the old one with one more skipped step.
+
+    Args:
+      usable: bool[], whether this step's inputs can be used.
+      new: State after this step; taken only if every number in it is finite.
+      state: State before it, with a field `num_skipped`.
+    """
+    skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
+    return tree_where(usable & all_finite(new), new, skipped)
+
+
+def loop_if(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
+    """``lax.cond(condition, fn, identity, carry)`` as a loop of one iteration or none.
+
+    ``vmap`` turns ``lax.cond`` into a select, which runs `fn` at every step. The loop remains a
+    branch: its body runs only if at least one member of the batch needs it.
+    """
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: fn(carry), carry)
+
+
 def cond_in_place(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) -> Any:
     """``lax.cond(condition, fn, identity, carry)`` that changes the carry in place.
 
@@ -61,7 +90,7 @@ def cond_in_place(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) ->
     """
     if jax.default_backend() == "gpu":
         return jax.lax.cond(condition, fn, lambda carry: carry, carry)
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: fn(carry), carry)
+    return loop_if(condition, fn, carry)
 
 
 def tree_dot(a: PyTree, b: PyTree) -> jax.Array:

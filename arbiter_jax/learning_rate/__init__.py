@@ -1,10 +1,12 @@
-"""Learning-rate systems: optimizers that find their own rate, and transformations that set it.
+"""Learning rates: optimizers that adapt their own, and transformations that scale the updates.
 
 * Complete optimizers: :func:`sgd_hd`, :func:`adam_hd`, :func:`adamp`.
-* After an optimizer, multiplying its updates: :func:`autowu`, :func:`scale_by_batch_size`,
-  :func:`adascale`, :func:`scale_by_schedule`.
+* To chain after an optimizer, multiplying its updates: :func:`autowu`,
+  :func:`scale_by_batch_size`, :func:`adascale`, :func:`scale_by_schedule`.
 
-The state of each has `learning_rate`, float32[].
+The state of each has `learning_rate`, float32[]. With ``update(..., probe=True)``, by which the
+impulse response of a chain is measured, the second group needs no signals and returns the updates
+and its state unchanged.
 """
 
 from arbiter_jax.learning_rate._adamp import AdamPState, adamp

@@ -1,8 +1,8 @@
-"""AdamP: Adam without the part of the step that only makes scale-invariant weights longer.
+"""AdamP: Adam without the component of the step that only increases the norm of the weights.
 
-Weights in front of a normalisation layer have gradients at right angles to them, so every step
-grows their norm and shrinks the effective rate. AdamP finds such weights by that angle and
-projects their step.
+Weights before a normalization layer are scale-invariant: their gradients are orthogonal to them, so
+every step increases their norm and thereby reduces the effective learning rate. AdamP recognizes
+such weights by that angle and projects their step.
 
 Reference: Heo et al., `AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant
 Weights <https://arxiv.org/abs/2006.08217>`_, ICLR 2021.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import all_finite, tree_where
+from arbiter_jax._numerics import all_finite, tree_where, update_or_skip
 from arbiter_jax.base import require
 
 
@@ -32,31 +32,32 @@ class AdamPState(NamedTuple):
     metrics = ("learning_rate",)
 
 
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(x * y, axes, keepdims=True)
+
+
 def _project(
     param: jax.Array, grad: jax.Array, step: jax.Array, delta: float, channel_axis: int, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Projects one step if its weights look scale-invariant, by channel or else as a layer.
+    """Projects one step if its weights look scale-invariant, per channel or else as a layer.
 
     Returns:
       The step, and whether it was projected, bool[].
     """
-    if param.ndim < 2:  # biases and the gains of normalisation layers
+    if param.ndim < 2:  # biases and the gains of normalization layers
         return step, jnp.asarray(False)
     dtype = jnp.promote_types(param.dtype, jnp.float32)
     param, grad, wide = param.astype(dtype), grad.astype(dtype), step.astype(dtype)
-    every_axis = tuple(range(param.ndim))
+    all_axes = tuple(range(param.ndim))
     projected, invariant = wide, jnp.asarray(False)
-    for axes in (tuple(a for a in every_axis if a != channel_axis % param.ndim), every_axis):
-
-        def dot(x, y, axes=axes):
-            return jnp.sum(x * y, axes, keepdims=True)
-
+    for axes in (tuple(a for a in all_axes if a != channel_axis % param.ndim), all_axes):
         dim = math.prod(param.shape[a] for a in axes)
-        norm = jnp.sqrt(dot(param, param))
-        cosine = jnp.abs(dot(grad, param)) / jnp.maximum(norm * jnp.sqrt(dot(grad, grad)), eps)
+        norm = jnp.sqrt(_dot(param, param, axes))
+        norms = norm * jnp.sqrt(_dot(grad, grad, axes))
+        cosine = jnp.abs(_dot(grad, param, axes)) / jnp.maximum(norms, eps)
         hit = jnp.max(cosine) < delta / math.sqrt(dim)
         unit = param / (norm + eps)
-        tangent = wide - unit * dot(unit, wide)
+        tangent = wide - unit * _dot(unit, wide, axes)
         projected = jnp.where(hit & ~invariant, tangent, projected)
         invariant = invariant | hit
     return projected.astype(step.dtype), invariant
@@ -74,9 +75,9 @@ def adamp(
     *,
     channel_axis: int = -1,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamP, Adam projected off the direction of scale-invariant weights.
+    r"""Adam whose steps do not inflate the norm of scale-invariant weights.
 
-    For every parameter tensor of two axes or more, with gradient g, weights w and Adam's
+    For every parameter tensor with at least two axes, with gradient g, weights w and Adam's
     direction p,
 
     .. math::
@@ -87,29 +88,30 @@ def adamp(
       \qquad \hat w = w / |w|, \qquad
       \Delta w = -\eta (q + \lambda w),
 
-    first with w the weights of one output channel, where all channels must pass; if they do not,
-    with w the whole tensor. The weight decay is decoupled, and :math:`\lambda` is `weight_decay`
-    times `wd_ratio` where the step was projected.
+    The test and the projection apply per output channel if all channels pass the test, otherwise
+    to the whole tensor. The weight decay is decoupled; :math:`\lambda` is `weight_decay`, times
+    `wd_ratio` if the step was projected.
 
     Args:
-      learning_rate: eta, >= 0, or a schedule of the step. A constant is kept in the state and may
-        be set there.
+      learning_rate: eta, >= 0, or a schedule of the step. A constant is kept in the state, where
+        it may be changed.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment and to norms, > 0.
       weight_decay: lambda, >= 0.
-      delta: How near to a right angle counts as scale-invariant, in [0, 1].
-      wd_ratio: Share of the weight decay that scale-invariant weights get, in [0, 1].
-      nesterov: Whether the first moment is Nesterov's, as in ``optax.nadam``.
-      channel_axis: The axis of output channels: -1 as in Flax, or 0 for kernels laid out as in
+      delta: Threshold of the cosine, in units of 1 / sqrt(dim w), below which weights count as
+        scale-invariant, in [0, 1].
+      wd_ratio: Factor of the weight decay for scale-invariant weights, in [0, 1].
+      nesterov: Whether to use Nesterov momentum, as in ``optax.nadam``.
+      channel_axis: The axis of output channels: -1 as in Flax, or 0 for the kernel layout of
         PyTorch.
 
     Returns:
-      A complete optimizer, its updates ready for ``optax.apply_updates``. Its state is an
+      A complete optimizer; its updates are ready for ``optax.apply_updates``. Its state is an
       :class:`AdamPState`.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
       TypeError: If ``update`` is called without the parameters.
 
     Reference:
@@ -117,12 +119,9 @@ def adamp(
       Weights <https://arxiv.org/abs/2006.08217>`_, ICLR 2021, algorithm 2.
 
     *Guarantees*:
-      * At right angles: a projected step is orthogonal to its weights, channel by channel or as a
-        layer.
-      * Is AdamW where nothing is projected: with `delta` 0 the updates are those of
-        ``optax.adamw``.
-      * Skips and counts: a step with a gradient that is not finite changes nothing but
-        `num_skipped`.
+      * Orthogonal: a projected step is orthogonal to its weights, per channel or as a layer.
+      * Is AdamW without projection: with `delta` 0 the updates are those of ``optax.adamw``.
+      * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> tx = aj.adamp(0.1)
@@ -170,12 +169,9 @@ def adamp(
         if callable(learning_rate):
             next_rate = learning_rate(proposed.adam.count)
             proposed = proposed._replace(learning_rate=jnp.asarray(next_rate, jnp.float32))
-        # The state too: squares of finite gradients may overflow and leave a finite step.
+        # Also check the state: squares of finite gradients may overflow although the step is finite.
         usable = all_finite(steps, proposed)
-        skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
-        return (
-            tree_where(usable, steps, jax.tree.map(jnp.zeros_like, steps)),
-            tree_where(usable, proposed, skipped),
-        )
+        steps = tree_where(usable, steps, jax.tree.map(jnp.zeros_like, steps))
+        return steps, update_or_skip(usable, proposed, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""AdaScale: a learning rate that follows the batch size as far as gradient noise allows."""
+"""AdaScale: a learning rate that grows with the batch size as far as gradient noise allows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import tree_where
+from arbiter_jax._numerics import scale_updates, update_or_skip
 from arbiter_jax.base import require
-from arbiter_jax.learning_rate._scale_by_batch_size import _relative_size, _scale
+from arbiter_jax.learning_rate._scale_by_batch_size import relative_size
 
 
 class AdaScaleState(NamedTuple):
@@ -19,13 +19,19 @@ class AdaScaleState(NamedTuple):
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the factor of the last step
     gain: jax.Array  # shape=(), dtype=float32, r of the last step
+    # Kept here, although `fit` sums it too, because a loop of one's own may not pass `progress`.
     progress: jax.Array  # shape=(), dtype=float, sum of the gains, in steps of the reference size
-    variance: jax.Array  # shape=(), dtype=float, average of s^2, up to the weight of both averages
-    mean_sq_norm: jax.Array  # shape=(), dtype=float, average of m^2, up to the same weight
+    variance: jax.Array  # shape=(), dtype=float, average of s^2, not corrected for its start
+    mean_sq_norm: jax.Array  # shape=(), dtype=float, average of m^2, likewise
     num_skipped: jax.Array  # shape=(), dtype=int32, statistics that were not finite
 
     requires = ("grad_stats",)
     metrics = ("gain", "progress")
+
+    @property
+    def progress_per_step(self) -> jax.Array:
+        """How many steps of the reference batch size the last step was worth, float32[]."""
+        return self.gain
 
 
 def adascale(
@@ -42,10 +48,10 @@ def adascale(
       r = \frac{s^2 + m^2}{s^2 / S + m^2}, \qquad \tau \gets \tau + r, \qquad
       \Delta w \to r\, \eta(\lfloor \tau \rfloor)\, \Delta w.
 
-    The gain is near S where noise rules and near 1 where it does not. :math:`\tau` counts steps
-    of the reference size that would have brought as far: a schedule of it need not know the batch
-    size. Since :math:`s^2` is kept at the reference size, a change of B needs no rescaling of its
-    average.
+    The gain r is near S if gradient noise dominates and near 1 if it is negligible. :math:`\tau`
+    counts the steps of the reference size that would have made the same progress, so a schedule of
+    it need not know the batch size. The average of :math:`s^2` refers to B_0 and needs no rescaling
+    when B changes.
 
     Args:
       reference: B_0, the batch size that the learning rate was tuned for, an integer >= 1.
@@ -55,11 +61,11 @@ def adascale(
         max(1 - S / 1000, 0).
 
     Returns:
-      A transformation to put after the optimizer, which reads `grad_stats` and `batch_size`. Its
+      A transformation to chain after the optimizer. It reads `grad_stats` and `batch_size`. Its
       state has the `gain` of the last step and the `progress`, :math:`\tau`.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
       TypeError: If ``update`` is called without a signal.
 
     Reference:
@@ -69,8 +75,8 @@ def adascale(
     *Guarantees*:
       * Between 1 and S: the gain never leaves [min(1, S), max(1, S)].
       * The reference is neutral: at B = B_0 the gain is 1.
-      * Skips and counts: statistics that are not finite enter no average; `num_skipped` counts
-        them.
+      * Skips and counts: statistics that are not finite do not enter the averages; `num_skipped`
+        counts them.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.adascale(reference=64))
@@ -105,11 +111,14 @@ def adascale(
         *,
         grad_stats: Any = None,
         batch_size=None,
+        probe=None,
         **extra_args,
     ):
         del params, extra_args
+        if probe is not None:
+            return updates, state
         require("adascale", grad_stats=grad_stats, batch_size=batch_size)
-        scale = _relative_size(batch_size, reference)
+        scale = relative_size(batch_size, reference)
         weight = jnp.maximum(1 - scale / 1000, 0.0) if decay is None else decay
 
         variance = grad_stats.variance_trace / reference
@@ -118,10 +127,9 @@ def adascale(
             variance=weight * state.variance + (1 - weight) * variance,
             mean_sq_norm=weight * state.mean_sq_norm + (1 - weight) * grad_stats.mean_sq_norm,
         )
-        skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
-        state = tree_where(usable, averaged, skipped)
+        state = update_or_skip(usable, averaged, state)
 
-        # Unbiased estimates may be negative. Both averages carry the same weight, which cancels.
+        # Unbiased estimates may be negative. Both averages have the same bias, which cancels.
         variance = jnp.maximum(state.variance, 0.0)
         mean_sq_norm = jnp.maximum(state.mean_sq_norm, 0.0)
         denominator = variance / scale + mean_sq_norm
@@ -136,6 +144,6 @@ def adascale(
             gain=gain.astype(jnp.float32),
             progress=(state.progress + gain).astype(state.progress.dtype),
         )
-        return _scale(updates, factor), state
+        return scale_updates(updates, factor), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

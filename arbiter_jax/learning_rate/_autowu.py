@@ -1,8 +1,8 @@
-"""AutoWU: an exponential warm-up that ends itself where the loss turns, then a cosine decay.
+"""AutoWU: an exponential warm-up that stops when the loss starts to rise, then a cosine decay.
 
-At each epoch's end a Gaussian process regresses the losses so far on the step; once it is
-confident, several epochs in a row, that the loss has been lower before, the rate goes back to
-where the loss was lowest, and decays from there.
+At the end of each epoch a Gaussian process regresses the losses so far on the step. Once several
+consecutive epochs agree with confidence that the loss was lower before, the learning rate returns
+to where the loss was lowest and decays from there.
 
 Reference: Kim et al., `Automated Learning Rate Scheduler for Large-batch Training
 <https://arxiv.org/abs/2107.05855>`_, 2021.
@@ -10,15 +10,16 @@ Reference: Kim et al., `Automated Learning Rate Scheduler for Large-batch Traini
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import loop_if, scale_updates
 from arbiter_jax.base import require
 from arbiter_jax.learning_rate import _gaussian_process as gp
 
@@ -28,7 +29,7 @@ _GRID_SIZE = 500
 _FIT_SIZE = 100
 _POSTERIOR_SIZE = 500
 _VARIANCE_FLOOR = 1e-4
-_MAX_LOSS = 1e12  # a larger loss counts as diverged: sums of its squares overflow float32
+_MAX_LOSS = 1e12  # a larger loss counts as divergence: sums of its squares overflow float32
 
 
 class AutoWUState(NamedTuple):
@@ -36,11 +37,11 @@ class AutoWUState(NamedTuple):
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate that the next step will use
     phase: jax.Array  # shape=(), dtype=int32, 0 warm-up, 1 constant, 2 cool-down
-    step: jax.Array  # shape=(), dtype=int32, steps done
+    num_steps: jax.Array  # shape=(), dtype=int32, steps done
     peak_learning_rate: jax.Array  # shape=(), dtype=float32, rate that the decay starts from
-    cooldown_start: jax.Array  # shape=(), dtype=int32, step after which the cool-down began
-    num_positives: jax.Array  # shape=(), dtype=int32, positive tests in a row
-    losses: jax.Array  # shape=(W,), dtype=float, nan where not seen or not finite
+    cooldown_start: jax.Array  # shape=(), dtype=int32, number of steps before the cool-down
+    num_positives: jax.Array  # shape=(), dtype=int32, consecutive positive tests
+    losses: jax.Array  # shape=(W,), dtype=float, nan if still to come or not finite
     process: gp.GaussianProcess  # its parameters and their Adam state
     key: jax.Array  # shape=(2,), dtype=uint32
     num_skipped: jax.Array  # shape=(), dtype=int32, losses that were not finite
@@ -49,14 +50,40 @@ class AutoWUState(NamedTuple):
     metrics = ("learning_rate", "phase")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """The constants of one run; lengths and positions are in steps."""
+
+    steps_per_epoch: int
+    total_steps: int  # of the whole training
+    max_warmup: int
+    min_learning_rate: float
+    growth: float  # d log(learning rate) / d step in the warm-up
+    phase_after_warmup: int
+    latest_cooldown: int  # a constant phase ends here
+    patience: int
+    num_tests: int
+    confidence: float
+
+
 class _Test(NamedTuple):
-    """What one test at the end of an epoch finds."""
+    """Result of one test at the end of an epoch."""
 
     process: gp.GaussianProcess
-    probabilities: jax.Array  # shape=(num_tests,), dtype=float, that the loss has been lower before
+    probabilities: jax.Array  # shape=(num_tests,), dtype=float, that the loss was lower before
     positions: jax.Array  # shape=(num_tests,), dtype=float, in [0, 1], where it was lowest
     learning_rate: jax.Array  # shape=(), dtype=float32, mean of the rates at these positions
     collapsed: jax.Array  # shape=(), dtype=bool, no loss of the last epoch was finite
+
+
+class _Decision(NamedTuple):
+    """Whether the tests so far end the warm-up, with what the next test starts from."""
+
+    process: gp.GaussianProcess
+    key: jax.Array  # shape=(2,), dtype=uint32
+    num_positives: jax.Array  # shape=(), dtype=int32
+    ends_warmup: jax.Array  # shape=(), dtype=bool
+    learning_rate: jax.Array  # shape=(), dtype=float32, where the decay starts if it ends
 
 
 def _draw(key: jax.Array, losses: jax.Array, num_tests: int) -> tuple[jax.Array, jax.Array]:
@@ -70,7 +97,7 @@ def _draw(key: jax.Array, losses: jax.Array, num_tests: int) -> tuple[jax.Array,
 
 
 def _sample(losses: jax.Array, num_losses: jax.Array, indices: jax.Array) -> gp.Sample:
-    """The losses at the indices; those that are not finite, or out of range, are masked out."""
+    """The losses at the indices; those not finite or out of range are masked out."""
     y = losses.at[indices].get(mode="fill", fill_value=jnp.nan)
     mask = jnp.isfinite(y)
     x = jnp.where(mask, indices / num_losses, 0.0).astype(losses.dtype)
@@ -88,17 +115,17 @@ def _test(
     steps_per_epoch: int,
     min_learning_rate: float,
 ) -> _Test:
-    """Fits the process and asks whether the loss has been lower before.
+    """Fits the process and estimates whether the loss was lower before.
 
     Args:
-      process: The process after the test before this one.
-      losses: float[W], nan where not seen or not finite.
+      process: The process after the previous test.
+      losses: float[W], nan if still to come or not finite.
       num_losses: int32[], K, the steps done.
       learning_rate: float32[], the rate of the last of them.
       fit_indices: int32[n], the losses to fit to; an index >= W is padding.
-      posterior_indices: int32[num_tests, m], those that each posterior is given.
-      steps_per_epoch: Steps of an epoch.
-      min_learning_rate: The rate that the warm-up started from.
+      posterior_indices: int32[num_tests, m], the losses that each posterior is conditioned on.
+      steps_per_epoch: Steps per epoch.
+      min_learning_rate: The rate at the start of the warm-up.
     """
     finite = jnp.isfinite(losses)
     mean_loss = jnp.sum(jnp.where(finite, losses, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
@@ -114,30 +141,89 @@ def _test(
         mean, variance = gp.posterior(process.hyperparameters, sample, grid)
         deviation = jnp.sqrt(variance + _VARIANCE_FLOOR)
         lower = jax.scipy.stats.norm.cdf((mean[-1] - mean) / deviation)  # P(f_i < f_last)
-        # After a collapse the process extrapolates where no loss was seen: look before it only.
+        # After a collapse the process only extrapolates beyond the last finite loss: ignore that.
         mean = jnp.where(collapsed & (grid > last_finite), jnp.inf, mean)
         return jnp.max(lower[:-1]), grid[jnp.argmin(mean)]
 
     probabilities, positions = jax.vmap(regress)(posterior_indices)
     rates = min_learning_rate * (learning_rate / min_learning_rate) ** positions
-    # With no finite loss at all, no rate is known to work but perhaps the smallest.
+    # If no loss was ever finite, the smallest rate is the best guess.
     best = jnp.where(jnp.any(finite), jnp.mean(rates), min_learning_rate)
     return _Test(process, probabilities, positions, best.astype(jnp.float32), collapsed)
 
 
-def _apply_if(condition: jax.Array, fn: Callable[[Any], Any], operand: Any) -> Any:
-    """`fn(operand)` where the condition holds, else the operand.
-
-    ``lax.cond`` becomes a select under ``vmap``, which runs the test at every step. A loop of at
-    most one turn stays a branch: its body runs only at the steps where some member of the batch
-    needs it.
-    """
-    _, result = jax.lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.zeros_like(carry[0]), fn(carry[1])),
-        (condition, operand),
+def _decide(
+    config: _Config, losses: jax.Array, num_steps: jax.Array, rate: jax.Array, before: _Decision
+) -> _Decision:
+    """Runs the test at the end of an epoch, on losses at rates up to `rate`."""
+    key, draw_key = jax.random.split(before.key)
+    test = _test(
+        before.process,
+        losses,
+        num_steps,
+        rate,
+        *_draw(draw_key, losses, config.num_tests),
+        steps_per_epoch=config.steps_per_epoch,
+        min_learning_rate=config.min_learning_rate,
     )
-    return result
+    positive = 2 * jnp.sum(test.probabilities > config.confidence) > config.num_tests
+    num_positives = jnp.where(positive, before.num_positives + 1, 0).astype(jnp.int32)
+    ends_warmup = (num_positives >= config.patience) | test.collapsed
+    return _Decision(test.process, key, num_positives, ends_warmup, test.learning_rate)
+
+
+def _cosine(config: _Config, peak: jax.Array, start: jax.Array, num_steps: jax.Array) -> jax.Array:
+    """The rate after `num_steps` steps of a decay from `peak` that began at `start`."""
+    duration = jnp.maximum(config.total_steps - start, 1)
+    left = duration - jnp.minimum(num_steps - start + 1, duration)
+    # (1 + cos(pi t)) / 2 = sin^2(pi (1 - t) / 2), which keeps its digits as t nears 1.
+    return peak * jnp.sin(0.5 * jnp.pi * left / duration) ** 2
+
+
+def _advance(config: _Config, state: AutoWUState, value: jax.Array) -> AutoWUState:
+    """The state after one more step, whose loss was `value`."""
+    usable = jnp.abs(value) <= _MAX_LOSS  # False for nan
+    losses = state.losses.at[state.num_steps].set(jnp.where(usable, value, jnp.nan), mode="drop")
+    num_steps = jnp.asarray(optax.safe_increment(state.num_steps))
+
+    warming = state.phase == WARM_UP
+    due = warming & (num_steps % config.steps_per_epoch == 0) & (num_steps < config.max_warmup)
+    decision = _Decision(
+        process=state.process,
+        key=state.key,
+        num_positives=state.num_positives,
+        ends_warmup=jnp.zeros_like(due),
+        learning_rate=state.learning_rate,
+    )
+    if config.steps_per_epoch < config.max_warmup:  # otherwise no epoch ends in the warm-up
+        decide = lambda before: _decide(config, losses, num_steps, state.learning_rate, before)
+        decision = loop_if(due, decide, decision)
+
+    ended = warming & (decision.ends_warmup | (num_steps >= config.max_warmup))
+    # No test is due at the last step of the longest warm-up: the decay starts at its rate.
+    peak = jnp.where(ended, decision.learning_rate, state.peak_learning_rate)
+    phase = jnp.where(ended, config.phase_after_warmup, state.phase)
+    phase = jnp.where((phase == CONSTANT) & (num_steps >= config.latest_cooldown), COOL_DOWN, phase)
+    starts_cooldown = (phase == COOL_DOWN) & (state.phase != COOL_DOWN)
+    cooldown_start = jnp.where(starts_cooldown, num_steps, state.cooldown_start)
+
+    learning_rate = jnp.select(
+        [phase == WARM_UP, phase == CONSTANT],
+        [config.min_learning_rate * jnp.exp(config.growth * num_steps), peak],
+        _cosine(config, peak, cooldown_start, num_steps),
+    )
+    return AutoWUState(
+        learning_rate=learning_rate.astype(jnp.float32),
+        phase=phase.astype(jnp.int32),
+        num_steps=num_steps,
+        peak_learning_rate=peak,
+        cooldown_start=cooldown_start,
+        num_positives=decision.num_positives,
+        losses=losses,
+        process=decision.process,
+        key=decision.key,
+        num_skipped=state.num_skipped + (~usable).astype(jnp.int32),
+    )
 
 
 def autowu(
@@ -156,37 +242,38 @@ def autowu(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Finds the peak learning rate during the warm-up, then decays it.
 
-    With N all steps and W = max_warmup_fraction N, the rate of step k is
-    :math:`\eta_k = \eta_{min} (\eta_{max} / \eta_{min})^{k / W}`. At each epoch's end, after K
-    losses, a Gaussian process f on (k / K, loss) is fitted and conditioned on ``num_tests``
-    random subsets; each votes that the loss has turned where :math:`\max_i P(f_i < f_{last})`
-    exceeds the confidence. A majority is a positive test, and ``patience`` positive tests in a
-    row end the warm-up. It ends at the mean over the subsets of
-    :math:`\eta_{min} (\eta / \eta_{min})^{\arg\min f}`, with :math:`\eta` the rate of the last
-    step. After step :math:`k \ge s`, where s is the step at which the decay starts, the rate is
+    With N steps in all and W = max_warmup_fraction N, the rate of step k is
+    :math:`\eta_k = \eta_{min} (\eta_{max} / \eta_{min})^{k / W}`. At the end of each epoch, after K
+    losses, a Gaussian process f on (k / K, loss) is fitted and conditioned on ``num_tests`` random
+    subsets. A subset votes that the loss has started to rise if
+    :math:`\max_i P(f_i < f_{last})` exceeds the confidence. A majority makes the test positive, and
+    ``patience`` consecutive positive tests end the warm-up. The decay starts from the mean over
+    the subsets of :math:`\eta_{min} (\eta / \eta_{min})^{\arg\min f}`, with :math:`\eta` the rate of
+    the last step. After step :math:`k \ge s`, where s is the step at which the decay starts, the
+    rate is
 
     .. math::
       \frac{\eta}{2} \left(1 + \cos\frac{\pi \min(k - s + 1, N - s)}{N - s}\right).
 
-    A warm-up that no test ends stops after W steps, and the decay starts from the rate reached. The
-    updates that come in are multiplied by the rate, so they should be those of a rate of 1:
+    If no test ends the warm-up, it stops after W steps and the decay starts from the rate reached.
+    The updates are multiplied by the rate, so the optimizer before it should have a rate of 1:
     ``optax.chain(optax.lamb(1.0), autowu(...))``, or with :func:`adamp`.
 
-    Beyond the paper, a loss that is finite at no step of an epoch ends the warm-up too, at the best
-    rate so far (the smallest one where no loss was ever finite), and the cosine stays at zero
-    once it is there, where the published one turns up again after step N.
+    Two additions to the paper: an epoch without a finite loss also ends the warm-up, at the best
+    rate so far (the smallest rate if no loss was ever finite); and the cosine stays at zero after
+    step N, where the published one rises again.
 
     Args:
-      steps_per_epoch: Optimizer steps from one test to the next, an integer >= 1.
+      steps_per_epoch: Optimizer steps between two tests, an integer >= 1.
       num_epochs: Epochs of the whole training, an integer >= 1.
       min_learning_rate: Rate of the first step, > 0.
       max_learning_rate: Rate that a warm-up of W steps would reach, >= min_learning_rate.
-      max_warmup_fraction: Longest warm-up as a share of all steps, in (0, 1].
-      immediate_cooldown: Whether the cosine follows the warm-up at once; otherwise the rate is
-        constant until the last ``cooldown_fraction`` of all steps.
-      cooldown_fraction: Share of all steps that the cosine takes where it does not follow at
-        once, in [0, 1].
-      patience: Positive tests in a row that end the warm-up, an integer >= 1.
+      max_warmup_fraction: Longest warm-up as a fraction of all steps, in (0, 1].
+      immediate_cooldown: If True, the cosine follows the warm-up immediately; otherwise the rate
+        is constant until the last ``cooldown_fraction`` of all steps.
+      cooldown_fraction: Fraction of all steps that the cosine takes if it does not follow
+        immediately, in [0, 1].
+      patience: Consecutive positive tests that end the warm-up, an integer >= 1.
       num_tests: Subsets that vote in a test, an integer >= 1.
       confidence: Probability above which a subset votes, in (0, 1).
       seed: Seed of the random subsets.
@@ -197,7 +284,7 @@ def autowu(
       the next step will use, ``phase`` is 0 in the warm-up, 1 while constant, 2 in the cool-down.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
       TypeError: If ``update`` is called without ``value``.
 
     Reference:
@@ -206,7 +293,7 @@ def autowu(
 
     *Guarantees*:
       * Finite: the rate is in [0, max_learning_rate] whatever the losses are.
-      * Skips and counts: a loss that is not finite enters no regression, `num_skipped` counts it.
+      * Skips and counts: a loss that is not finite enters no regression; `num_skipped` counts it.
       * Idle between tests: the regression runs at epoch ends only, under ``vmap`` as well.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
@@ -230,27 +317,36 @@ def autowu(
         0, 1, closed="right", max_warmup_fraction=max_warmup_fraction
     )
     cooldown_fraction = _validate.in_range(0, 1, cooldown_fraction=cooldown_fraction)
-    patience = _validate.integer(patience=patience, minimum=1)
-    num_tests = _validate.integer(num_tests=num_tests, minimum=1)
-    confidence = _validate.in_range(0, 1, closed="neither", confidence=confidence)
     seed = _validate.integer(seed=seed)
 
-    num_steps = steps_per_epoch * num_epochs
-    max_warmup = max(1, int(max_warmup_fraction * num_steps))
-    growth = math.log(high / low) / max_warmup
-    after_warmup, cooldown_at = COOL_DOWN, num_steps
+    total_steps = steps_per_epoch * num_epochs
+    longest = max(1, int(max_warmup_fraction * total_steps))
+    phase_after_warmup, latest_cooldown, max_warmup = COOL_DOWN, total_steps, longest
     if not immediate_cooldown:
-        after_warmup, cooldown_at = CONSTANT, math.ceil((1 - cooldown_fraction) * num_steps)
-        max_warmup = max(1, min(max_warmup, cooldown_at))  # the cool-down waits for no warm-up
+        phase_after_warmup = CONSTANT
+        latest_cooldown = math.ceil((1 - cooldown_fraction) * total_steps)
+        max_warmup = max(1, min(longest, latest_cooldown))  # the cool-down ends a warm-up
+    config = _Config(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        max_warmup=max_warmup,
+        min_learning_rate=low,
+        growth=math.log(high / low) / longest,
+        phase_after_warmup=phase_after_warmup,
+        latest_cooldown=latest_cooldown,
+        patience=_validate.integer(patience=patience, minimum=1),
+        num_tests=_validate.integer(num_tests=num_tests, minimum=1),
+        confidence=_validate.in_range(0, 1, closed="neither", confidence=confidence),
+    )
 
     def init_fn(params):
         del params
         return AutoWUState(
             learning_rate=jnp.asarray(low, jnp.float32),
             phase=jnp.asarray(WARM_UP, jnp.int32),
-            step=jnp.asarray(0, jnp.int32),
+            num_steps=jnp.asarray(0, jnp.int32),
             peak_learning_rate=jnp.asarray(low, jnp.float32),
-            cooldown_start=jnp.asarray(num_steps, jnp.int32),
+            cooldown_start=jnp.asarray(total_steps, jnp.int32),
             num_positives=jnp.asarray(0, jnp.int32),
             losses=jnp.full((max_warmup,), jnp.nan, float),
             process=gp.init(),
@@ -258,81 +354,12 @@ def autowu(
             num_skipped=jnp.asarray(0, jnp.int32),
         )
 
-    def cosine(peak, start, step):
-        remaining = jnp.maximum(num_steps - start, 1)
-        left = remaining - jnp.minimum(step - start + 1, remaining)
-        # (1 + cos(pi t)) / 2 = sin^2(pi (1 - t) / 2), which keeps its digits as t nears 1.
-        return peak * jnp.sin(0.5 * jnp.pi * left / remaining) ** 2
-
-    def test_fn(losses, step, learning_rate):
-        def run(carry):
-            process, key, num_positives, _, _ = carry
-            key, draw_key = jax.random.split(key)
-            test = _test(
-                process,
-                losses,
-                step,
-                learning_rate,
-                *_draw(draw_key, losses, num_tests),
-                steps_per_epoch=steps_per_epoch,
-                min_learning_rate=low,
-            )
-            positive = 2 * jnp.sum(test.probabilities > confidence) > num_tests
-            num_positives = jnp.where(positive, num_positives + 1, 0).astype(jnp.int32)
-            switch = (num_positives >= patience) | test.collapsed
-            return test.process, key, num_positives, switch, test.learning_rate
-
-        return run
-
-    def update_fn(updates, state, params=None, *, value=None, **extra_args):
+    def update_fn(updates, state, params=None, *, value=None, probe=None, **extra_args):
         del params, extra_args
+        if probe is not None:
+            return updates, state
         require("autowu", value=value)
         value = jax.lax.stop_gradient(jnp.asarray(value, state.losses.dtype))
-        updates = jax.tree.map(
-            lambda u: (state.learning_rate * u).astype(jnp.result_type(u)), updates
-        )
-
-        usable = jnp.abs(value) <= _MAX_LOSS  # False for nan
-        losses = state.losses.at[state.step].set(jnp.where(usable, value, jnp.nan), mode="drop")
-        step = jnp.asarray(optax.safe_increment(state.step))
-
-        warming = state.phase == WARM_UP
-        due = warming & (step % steps_per_epoch == 0) & (step < max_warmup)
-        outcome = (
-            state.process,
-            state.key,
-            state.num_positives,
-            jnp.zeros_like(due),
-            state.learning_rate,
-        )
-        if steps_per_epoch < max_warmup:  # else no epoch ends within the warm-up
-            outcome = _apply_if(due, test_fn(losses, step, state.learning_rate), outcome)
-        process, key, num_positives, switched, candidate = outcome
-
-        ended = warming & (switched | (step >= max_warmup))
-        # Where the warm-up ran its course no test was due, and the rate stays as it is.
-        peak = jnp.where(ended, candidate, state.peak_learning_rate)
-        phase = jnp.where(ended, after_warmup, state.phase)
-        phase = jnp.where((phase == CONSTANT) & (step >= cooldown_at), COOL_DOWN, phase)
-        cools = (phase == COOL_DOWN) & (state.phase != COOL_DOWN)
-        start = jnp.where(cools, step, state.cooldown_start)
-
-        learning_rate = jnp.select(
-            [phase == WARM_UP, phase == CONSTANT],
-            [low * jnp.exp(growth * step), peak],
-            cosine(peak, start, step),
-        )
-        return updates, AutoWUState(
-            learning_rate=learning_rate.astype(jnp.float32),
-            phase=phase.astype(jnp.int32),
-            step=step,
-            peak_learning_rate=peak,
-            cooldown_start=start,
-            num_positives=num_positives,
-            losses=losses,
-            process=process,
-            key=key,
-            num_skipped=state.num_skipped + (~usable).astype(jnp.int32),
-        )
+        return scale_updates(updates, state.learning_rate), _advance(config, state, value)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

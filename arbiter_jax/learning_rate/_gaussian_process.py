@@ -1,11 +1,10 @@
 """Gaussian process regression of a loss curve, the statistics behind :func:`autowu`.
 
-The kernel is the RBF one with a fixed lengthscale on [0, 1]. There it equals, to rounding, the
-inner product of 32 features (its Taylor expansion), so that the process is a linear regression on
-them: one 32 x 32 eigendecomposition per sample takes the place of a Cholesky factorisation of the
-n x n kernel matrix at every step of the fit. It is an order of magnitude faster, variances of
-differences come without cancellation, and no jitter is ever needed, since every eigenvalue is a
-sum of squares.
+The kernel is an RBF with a fixed lengthscale on [0, 1]. There it equals, up to rounding, the inner
+product of 32 features (its Taylor expansion), so the process is a linear regression on them: one
+32 x 32 eigendecomposition per sample replaces a Cholesky factorization of the n x n kernel matrix
+at every step of the fit. This is an order of magnitude faster, computes variances of differences
+without cancellation, and needs no jitter, since every eigenvalue is a sum of squares.
 
 Reference: Rasmussen and Williams, `Gaussian Processes for Machine Learning
 <https://gaussianprocess.org/gpml/>`_, 2006, sections 2.1 and 5.4; Kim et al., `Automated Learning
@@ -26,8 +25,8 @@ LENGTHSCALE = 0.2
 MIN_NOISE = 1e-4
 INITIAL_NOISE = 1e-3
 
-# The expansion about 1/2 leaves out the tail of a Poisson law of mean (1/2)^2 / LENGTHSCALE^2 =
-# 6.25 beyond 32: 1e-13, below the rounding of either float type.
+# The expansion about 1/2 omits the tail beyond 32 of a Poisson distribution of mean
+# (1/2)^2 / LENGTHSCALE^2 = 6.25, which is 1e-13: negligible in float32 and in float64.
 _NUM_FEATURES = 32
 _CENTER = 0.5
 _FACTORIALS = np.array([math.factorial(j) for j in range(_NUM_FEATURES)], np.float64)
@@ -37,7 +36,7 @@ _OPTIMIZER = optax.adam(0.01)
 
 
 class Hyperparameters(NamedTuple):
-    """What is fitted; noise and output scale are stored before their softplus."""
+    """The fitted parameters; noise and output scale are stored before their softplus."""
 
     raw_noise: jax.Array  # shape=(), dtype=float, noise variance = softplus(raw) + MIN_NOISE
     raw_output_scale: jax.Array  # shape=(), dtype=float, output scale = softplus(raw)
@@ -45,22 +44,22 @@ class Hyperparameters(NamedTuple):
 
 
 class GaussianProcess(NamedTuple):
-    """A process between two fits: each fit starts where the one before it ended."""
+    """A process between two fits: each fit starts where the previous one ended."""
 
     hyperparameters: Hyperparameters
-    optimizer_state: Any  # Adam's, over the three numbers above in one array
+    optimizer_state: Any  # of Adam, over the three numbers above as one array
 
 
 class Sample(NamedTuple):
-    """Observations at fixed shapes; the rows outside of the mask are ignored."""
+    """Observations in arrays of fixed shape; rows outside the mask are ignored."""
 
     x: jax.Array  # shape=(n,), dtype=float, in [0, 1]
-    y: jax.Array  # shape=(n,), dtype=float, finite within the mask
+    y: jax.Array  # shape=(n,), dtype=float, finite inside the mask
     mask: jax.Array  # shape=(n,), dtype=bool
 
 
 class Posterior(NamedTuple):
-    """The process on a grid, given a sample."""
+    """The process on a grid, conditioned on a sample."""
 
     mean: jax.Array  # shape=(grid,), dtype=float
     variance_to_last: jax.Array  # shape=(grid,), dtype=float, Var(f_i - f_last)
@@ -71,7 +70,7 @@ class _Projection(NamedTuple):
 
     eigenvalues: jax.Array  # shape=(features,), dtype=float, >= 0
     basis: jax.Array  # shape=(features, features), dtype=float, one eigenvector per column
-    features: jax.Array  # shape=(n, features), dtype=float, rows outside of the mask are 0
+    features: jax.Array  # shape=(n, features), dtype=float, rows outside the mask are 0
 
 
 def init() -> GaussianProcess:
@@ -104,9 +103,9 @@ def kernel_features(x: jax.Array) -> jax.Array:
     return jnp.exp(-(z**2) / 2) * z**powers * scales
 
 
-# jaxlib splits a batch of matrices over the threads of the CPU client and waits for them on one of
-# those threads: two such calls at once, from one program or from two devices, wait for ever. One
-# matrix at a time is never split.
+# jaxlib distributes a batch of matrices over the threads of the CPU client and waits for them on one
+# of those threads: two concurrent calls, from one program or from two devices, deadlock. A single
+# matrix is never distributed.
 @jax.custom_batching.sequential_vmap
 def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     eigenvalues, basis = jnp.linalg.eigh(matrix)
@@ -120,7 +119,7 @@ def _project(sample: Sample) -> _Projection:
 
 
 def _spectrum(hyperparameters: Hyperparameters, projection: _Projection) -> jax.Array:
-    """Eigenvalues of the covariance of the observations, those that a feature reaches."""
+    """Eigenvalues of the covariance of the observations in the span of the features."""
     return output_scale(hyperparameters) * projection.eigenvalues + noise(hyperparameters)
 
 
@@ -129,7 +128,7 @@ def _gradient(
 ) -> Hyperparameters:
     """Gradient of the negative log marginal likelihood per observation.
 
-    In closed form, since differentiating the likelihood takes several times as long to compile.
+    In closed form, because automatic differentiation takes several times as long to compile.
     """
     variance, scale = noise(hyperparameters), output_scale(hyperparameters)
     spectrum = _spectrum(hyperparameters, projection)
@@ -138,11 +137,11 @@ def _gradient(
     weights = scale * (projection.features.T @ both) / spectrum[:, None]
     unexplained = both - projection.features @ weights  # K^-1 [r, 1], times the noise variance
     num_observations = jnp.sum(sample.mask)
-    # tr(K^-1 dK) - r' K^-1 dK K^-1 r. No feature reaches the other n - 32 directions of K.
+    # tr(K^-1 dK) - r' K^-1 dK K^-1 r. In the n - 32 directions outside the span, K is noise only.
     by_noise = jnp.sum(1 / spectrum) + (num_observations - _NUM_FEATURES) / variance
     by_noise -= jnp.sum((unexplained[:, 0] / variance) ** 2)
     by_scale = jnp.sum(projection.eigenvalues / spectrum) - jnp.sum((weights[:, 0] / scale) ** 2)
-    # 1' K^-1 r, where rounding enters in second order only: the sum over K^-1 r would lose digits.
+    # 1' K^-1 r, in a symmetric form with second-order rounding errors: summing K^-1 r loses digits.
     inner_product = jnp.sum(jnp.prod(unexplained, axis=1)) / variance
     inner_product += jnp.sum(jnp.prod(weights, axis=1)) / scale
     half = 0.5 / jnp.maximum(num_observations, 1)
@@ -157,9 +156,9 @@ def fit(process: GaussianProcess, sample: Sample, constant: jax.Array) -> Gaussi
     """100 steps of Adam (learning rate .01) on the marginal likelihood per observation.
 
     Args:
-      process: The process after the fit before this one.
+      process: The process after the previous fit.
       sample: The observations.
-      constant: float[], the prior mean to start from; it is fitted with the rest.
+      constant: float[], the initial prior mean; it is fitted with the other parameters.
     """
     with jax.default_matmul_precision("highest"):
         projection = _project(sample)
@@ -179,7 +178,7 @@ def fit(process: GaussianProcess, sample: Sample, constant: jax.Array) -> Gaussi
 
 
 def posterior(hyperparameters: Hyperparameters, sample: Sample, grid: jax.Array) -> Posterior:
-    """The process given the sample, on a grid of points of [0, 1], float[grid]."""
+    """The process conditioned on the sample, at points of [0, 1], float[grid]."""
     with jax.default_matmul_precision("highest"):
         projection = _project(sample)
         residual = jnp.where(sample.mask, sample.y - hyperparameters.constant, 0.0)

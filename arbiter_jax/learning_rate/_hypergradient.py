@@ -1,8 +1,7 @@
-"""Hypergradient descent: the learning rate follows the derivative of the loss in it.
+"""Hypergradient descent: gradient descent on the learning rate itself.
 
-The derivative of the loss at one step with respect to the rate of the step before it is minus the
-inner product of the gradient with the direction of that step, so it costs one inner product and
-no backward pass.
+The derivative of the loss with respect to the rate of the previous step is minus the inner product
+of the gradient with the direction of that step. It costs one inner product and no backward pass.
 
 Reference: Baydin et al., `Online Learning Rate Adaptation with Hypergradient Descent
 <https://arxiv.org/abs/1703.04782>`_, ICLR 2018.
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import all_finite, tree_where
+from arbiter_jax._numerics import all_finite, scale_updates, tree_where, update_or_skip
 
 
 class HypergradientState(NamedTuple):
@@ -27,14 +26,14 @@ class HypergradientState(NamedTuple):
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate of the last step
     hypergradient: jax.Array  # shape=(), dtype=float32, h of the last step
     direction: Any  # like the parameters, u of the last step
-    inner_state: Any  # of the transformation that makes u out of the gradients
+    inner_state: Any  # of the transformation that turns gradients into u
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose gradients were not finite
 
     metrics = ("learning_rate", "hypergradient")
 
 
 def _inner_product(a: Any, b: Any) -> jax.Array:
-    """Sum over all leaves of a * b, in float32 at least."""
+    """Sum over all leaves of a * b, in at least float32."""
     products = jax.tree.map(
         lambda x, y: jnp.sum(x * y, dtype=jnp.promote_types(jnp.result_type(x), jnp.float32)), a, b
     )
@@ -42,7 +41,7 @@ def _inner_product(a: Any, b: Any) -> jax.Array:
 
 
 def _cosine(inner_product: jax.Array, a: Any, b: Any) -> jax.Array:
-    """The inner product over both norms, 0 where one of them is 0."""
+    """The inner product divided by both norms, 0 if one of them is 0."""
     norms = jnp.sqrt(_inner_product(a, a)) * jnp.sqrt(_inner_product(b, b))
     return jnp.where(norms > 0, inner_product / jnp.where(norms > 0, norms, 1.0), 0.0)
 
@@ -55,7 +54,7 @@ def _hypergradient_descent(
     max_learning_rate: float,
     multiplicative: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Steps along the direction of `inner`, at a rate that follows its hypergradient."""
+    """Steps along the direction of `inner`, at a rate adapted by its hypergradient."""
     low = _validate.non_negative(min_learning_rate=min_learning_rate)
     high = _validate.in_range(low, math.inf, max_learning_rate=max_learning_rate)
     learning_rate = _validate.non_negative(learning_rate=learning_rate)
@@ -88,14 +87,11 @@ def _hypergradient_descent(
             direction=direction,
             inner_state=inner_state,
         )
-        step = jax.tree.map(lambda u: (-rate * u).astype(jnp.result_type(u)), direction)
-        # The state too: squares of finite gradients may overflow and leave a finite step.
+        step = scale_updates(direction, -rate)
+        # Also check the state: squares of finite gradients may overflow although the step is finite.
         usable = all_finite(step, proposed)
-        skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
-        return (
-            tree_where(usable, step, jax.tree.map(jnp.zeros_like, step)),
-            tree_where(usable, proposed, skipped),
-        )
+        step = tree_where(usable, step, jax.tree.map(jnp.zeros_like, step))
+        return step, update_or_skip(usable, proposed, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -110,7 +106,7 @@ def sgd_hd(
     *,
     multiplicative: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SGD whose learning rate follows its own hypergradient.
+    r"""SGD that adapts its learning rate by hypergradient descent.
 
     With g_t the gradient, u_t the direction of step t (the gradient; with momentum mu, the buffer
     :math:`v_t = \mu v_{t-1} + g_t`, or :math:`g_t + \mu v_t` with Nesterov), and :math:`u_0 = 0`,
@@ -120,26 +116,26 @@ def sgd_hd(
       \eta_t = clip(\eta_{t-1} + \beta h_t), \qquad
       w_{t+1} = w_t - \eta_t u_t;
 
-    ``multiplicative=True`` has :math:`\eta_t = \eta_{t-1} (1 + \beta h_t / (|g_t| |u_{t-1}|))`
-    instead, which does not depend on the scale of the loss. Unlike the published code, the rate
-    cannot leave its range: small batches drove that one below zero.
+    ``multiplicative=True`` uses :math:`\eta_t = \eta_{t-1} (1 + \beta h_t / (|g_t| |u_{t-1}|))`
+    instead, which is independent of the scale of the loss. Unlike in the published code, the rate
+    cannot leave its range; there, small batches can make it negative.
 
     Args:
       learning_rate: Rate of the first step, in [min_learning_rate, max_learning_rate].
-      hypergradient_learning_rate: beta, the rate of the rate, >= 0; where multiplicative, the
-        largest relative change per step.
+      hypergradient_learning_rate: beta, the step size of the learning rate, >= 0; if
+        multiplicative, the largest relative change per step.
       momentum: mu, in [0, 1).
-      nesterov: Whether the momentum is Nesterov's.
+      nesterov: Whether to use Nesterov momentum.
       min_learning_rate: Smallest rate, >= 0.
-      max_learning_rate: Largest rate, >= min_learning_rate, may be infinite.
-      multiplicative: Which of the two forms.
+      max_learning_rate: Largest rate, >= min_learning_rate; may be infinite.
+      multiplicative: Whether the rate changes by a factor instead of a term.
 
     Returns:
-      A complete optimizer, its updates ready for ``optax.apply_updates``. Its state is a
+      A complete optimizer; its updates are ready for ``optax.apply_updates``. Its state is a
       :class:`HypergradientState`; ``learning_rate`` is the rate of the last step.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
     Reference:
       Baydin et al., `Online Learning Rate Adaptation with Hypergradient Descent
@@ -148,8 +144,7 @@ def sgd_hd(
     *Guarantees*:
       * Stays in range: the rate is in [min_learning_rate, max_learning_rate] whatever the
         gradients are.
-      * Skips and counts: a step with a gradient that is not finite changes nothing but
-        `num_skipped`.
+      * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`.
       * Is SGD at beta = 0: the updates are those of ``optax.sgd``.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
@@ -184,28 +179,28 @@ def adam_hd(
     *,
     multiplicative: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam whose learning rate follows its own hypergradient.
+    r"""Adam that adapts its learning rate by hypergradient descent.
 
-    As :func:`sgd_hd`, with the direction :math:`u_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon)`,
-    both moments corrected for their start.
+    Like :func:`sgd_hd`, with the direction :math:`u_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon)`
+    of Adam, both moments bias-corrected.
 
     Args:
       learning_rate: Rate of the first step, in [min_learning_rate, max_learning_rate].
-      hypergradient_learning_rate: beta, the rate of the rate, >= 0; where multiplicative, the
-        largest relative change per step.
+      hypergradient_learning_rate: beta, the step size of the learning rate, >= 0; if
+        multiplicative, the largest relative change per step.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, > 0.
       min_learning_rate: Smallest rate, >= 0.
-      max_learning_rate: Largest rate, >= min_learning_rate, may be infinite.
+      max_learning_rate: Largest rate, >= min_learning_rate; may be infinite.
       multiplicative: Whether the rate changes by a factor, as in :func:`sgd_hd`.
 
     Returns:
-      A complete optimizer, its updates ready for ``optax.apply_updates``. Its state is a
+      A complete optimizer; its updates are ready for ``optax.apply_updates``. Its state is a
       :class:`HypergradientState`; ``learning_rate`` is the rate of the last step.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
     Reference:
       Baydin et al., `Online Learning Rate Adaptation with Hypergradient Descent
@@ -214,8 +209,7 @@ def adam_hd(
     *Guarantees*:
       * Stays in range: the rate is in [min_learning_rate, max_learning_rate] whatever the
         gradients are.
-      * Skips and counts: a step with a gradient that is not finite changes nothing but
-        `num_skipped`.
+      * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`.
       * Is Adam at beta = 0: the updates are those of ``optax.adam``.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A learning rate that follows the batch size by a power law."""
+"""A learning rate proportional to a power of the batch size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import scale_updates
 from arbiter_jax.base import require
 
 
@@ -18,13 +19,10 @@ class ScaleByBatchSizeState(NamedTuple):
     learning_rate: jax.Array  # shape=(), dtype=float32, the factor of the last step
 
 
-def _relative_size(batch_size: Any, reference: int) -> jax.Array:
-    # A window may hold steps without any example; their updates are 0 in any case.
+def relative_size(batch_size: Any, reference: int) -> jax.Array:
+    """The batch size over the reference, float32[]."""
+    # A window may contain steps without examples; their updates are 0 in any case.
     return jnp.maximum(jnp.asarray(batch_size), 1).astype(jnp.float32) / reference
-
-
-def _scale(updates: Any, factor: jax.Array) -> Any:
-    return jax.tree.map(lambda u: (factor * u).astype(jnp.result_type(u)), updates)
 
 
 def scale_by_batch_size(
@@ -33,22 +31,22 @@ def scale_by_batch_size(
     r"""Scales the updates with the batch size, :math:`\Delta w \to (B / B_0)^p \Delta w`.
 
     Args:
-      reference: B_0, the batch size at which the updates stay as they are, an integer >= 1.
+      reference: B_0, the batch size at which the updates stay unchanged, an integer >= 1.
       exponent: p, in [-2, 2]; 1 is the linear rule (SGD), 0.5 the square-root rule (Adam).
 
     Returns:
-      A transformation to put after the optimizer, which reads `batch_size`, int32[]: the engine
-      passes the number of examples of the step.
+      A transformation to chain after the optimizer. It reads `batch_size`, int32[], the number of
+      examples of the step, which `fit` and `run_window` pass.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
       TypeError: If ``update`` is called without `batch_size`.
 
     Reference:
       Goyal et al., `Accurate, Large Minibatch SGD <https://arxiv.org/abs/1706.02677>`_, 2017.
 
     *Guarantees*:
-      * The reference is neutral: at B = B_0 the updates are returned as they came.
+      * The reference is neutral: at B = B_0 the updates are returned unchanged.
 
     >>> import arbiter_jax as aj, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.scale_by_batch_size(64, exponent=0.5))
@@ -63,10 +61,12 @@ def scale_by_batch_size(
         del params
         return ScaleByBatchSizeState(learning_rate=jnp.ones((), jnp.float32))
 
-    def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
-        del state, params, extra_args
+    def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args):
+        del params, extra_args
+        if probe is not None:
+            return updates, state
         require("scale_by_batch_size", batch_size=batch_size)
-        factor = _relative_size(batch_size, reference) ** exponent
-        return _scale(updates, factor), ScaleByBatchSizeState(factor)
+        factor = relative_size(batch_size, reference) ** exponent
+        return scale_updates(updates, factor), ScaleByBatchSizeState(factor)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,8 +1,8 @@
-"""Learning-rate schedules that follow the examples or the progress of a run, not its steps.
+"""Learning-rate schedules in examples or progress instead of steps.
 
-Where the batch size changes, the number of steps of a run is not known in advance, and a schedule
-of the step count ends too early or too late. The engine counts steps, examples and scale-invariant
-progress; a schedule may be driven by any of the three.
+If the batch size changes, the number of steps of a run is not known in advance, and a schedule in
+steps ends too early or too late. `fit` and `run_window` count steps, examples and scale-invariant
+progress; a schedule can use any of the three.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import scale_updates
 from arbiter_jax.base import require
 
 
@@ -28,24 +29,26 @@ class ScaleByScheduleState(NamedTuple):
 def scale_by_schedule(
     schedule: optax.Schedule, count: str = "num_examples"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Multiplies the updates by a schedule of what a run has seen, :math:`\eta(n_t)`.
+    r"""Multiplies the updates by a schedule of the examples or progress so far, :math:`\eta(n_t)`.
 
-    Put it behind an optimizer of rate 1: ``optax.chain(optax.sgd(1.0), scale_by_schedule(...))``.
+    Chain it after an optimizer of rate 1: ``optax.chain(optax.sgd(1.0), scale_by_schedule(...))``.
 
     Args:
       schedule: Maps the count, a scalar, to a learning rate: any optax schedule.
-      count: Which count: "num_steps", "num_examples", or "progress" (the sum of the gains of
-        :func:`arbiter_jax.adascale`; steps where the chain has none). It is the extra argument of
-        that name.
+      count: Name of the count and of the extra argument that it is read from: "num_steps",
+        "num_examples", or "progress" (the sum of the gains of :func:`arbiter_jax.adascale`; the
+        number of steps if the chain has none).
 
     Returns:
       A transformation with a :class:`ScaleByScheduleState`.
 
     Raises:
-      ValueError: If `of` is none of the three, or the schedule is no function.
-      TypeError: If `update` is not given the count.
+      ValueError: If `count` is none of the three, or `schedule` is not a function.
+      TypeError: If ``update`` is called without the count.
 
-    *Guarantees*: a rate that is not finite leaves the last one in force.
+    *Guarantees*:
+      * Keeps the last rate: a step at which the schedule is not finite uses the rate of the step
+        before.
 
     >>> tx = optax.chain(optax.sgd(1.0), scale_by_schedule(optax.linear_schedule(0.5, 0.0, 100)))
     >>> updates, _ = tx.update({"w": 1.0}, tx.init({"w": 0.0}), num_examples=50)
@@ -60,12 +63,13 @@ def scale_by_schedule(
         del params
         return ScaleByScheduleState(jnp.asarray(schedule(0), jnp.float32))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, probe=None, **extra_args):
         del params
+        if probe is not None:
+            return updates, state
         require("scale_by_schedule", **{count: extra_args.get(count)})
         rate = jnp.asarray(schedule(extra_args[count]), jnp.float32)
         rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate)
-        updates = jax.tree.map(lambda u: (rate * u).astype(jnp.result_type(u)), updates)
-        return updates, ScaleByScheduleState(rate)
+        return scale_updates(updates, rate), ScaleByScheduleState(rate)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""What greedy learning rates, momenta and batch sizes cost on a quadratic, in closed form."""
+"""The cost of greedy learning rates, momenta and batch sizes on a quadratic, in closed form."""
 
 from arbiter_jax.noisy_quadratic._batch_sizes import (
     BatchSizeSchedule,

@@ -1,8 +1,8 @@
-"""The horizon of batch sizes: greedy against long-horizon schedules at a fixed number of examples.
+"""Greedy and long-horizon batch-size schedules at a fixed number of examples.
 
 On the noisy quadratic a batch of B examples divides the noise by B and costs B examples. The budget
-is cut into segments of equal numbers of examples, each with one batch size, and the moments at the
-end of a segment are known in closed form for any real number of steps, so that the loss at the end
+is divided into segments of equally many examples, each with a constant batch size. The moments at
+the end of a segment are known in closed form for any real number of steps, so the loss at the end
 of the budget is a smooth function of the sizes. The noisy quadratic: Wu et al., "Understanding
 Short-Horizon Bias in Stochastic Meta-Optimization", https://arxiv.org/abs/1803.02021.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import _validate
-from arbiter_jax.noisy_quadratic import _lbfgs as _descent
+from arbiter_jax.noisy_quadratic import _lbfgs
 from arbiter_jax.noisy_quadratic._moments import (
     Moments,
     NoisyQuadratic,
@@ -30,10 +30,10 @@ from arbiter_jax.noisy_quadratic._segments import Budget, greedy_size, segment_m
 
 
 class BatchSizeSchedule(NamedTuple):
-    """Batch sizes of J segments of equally many examples, and the excess loss between them."""
+    """Batch sizes of J segments of equally many examples, and the excess loss around them."""
 
     batch_sizes: jax.Array  # shape=(J,), dtype=float, in examples
-    num_steps: jax.Array  # shape=(J,), dtype=float, steps of each segment
+    num_steps: jax.Array  # shape=(J,), dtype=float, steps per segment
     excess_loss: jax.Array  # shape=(J + 1,), dtype=float, before each segment and at the end
 
 
@@ -54,12 +54,12 @@ def _as_schedule(problem: NoisyQuadratic, budget: Budget, sizes: jax.Array) -> B
 
 def _decode(z: jax.Array, budget: Budget) -> jax.Array:
     low, high = jnp.log(budget.min_batch_size), jnp.log(budget.max_batch_size)
-    return jnp.exp(_descent.from_unconstrained(z, low, high))
+    return jnp.exp(_lbfgs.from_unconstrained(z, low, high))
 
 
 def _encode(sizes: jax.Array, budget: Budget) -> jax.Array:
     low, high = jnp.log(budget.min_batch_size), jnp.log(budget.max_batch_size)
-    return _descent.to_unconstrained(jnp.log(sizes), low, high)
+    return _lbfgs.to_unconstrained(jnp.log(sizes), low, high)
 
 
 def _greedy(problem: NoisyQuadratic, moments: Moments, budget: Budget, length: int) -> jax.Array:
@@ -87,14 +87,14 @@ def _recede(
         def objective(z):
             return jnp.log(_segments(problem, moments, budget, _decode(z, budget))[ahead - 1])
 
-        sizes = _decode(_descent.minimize(objective, plan, max_iterations), budget)
+        sizes = _decode(_lbfgs.minimize(objective, plan, max_iterations), budget)
         moments = segment_moments(problem, moments, budget, sizes[0])
         plan = _encode(jnp.append(sizes[1:], sizes[-1]), budget)
         return (moments, plan), sizes
 
     moments = initial_moments(problem)
-    # One size of medium magnitude, the middle of the range: greedy sizes are a poor start, because
-    # the last of them lie far from where the optimum is.
+    # Start from the geometric middle of the range. Greedy sizes are a poor start, because the last
+    # of them are far from the optimum.
     middle = jnp.sqrt(budget.min_batch_size * budget.max_batch_size)
     plan = _encode(jnp.full(horizon, middle), budget)
     if horizon == num_segments:  # the first plan is the schedule
@@ -120,8 +120,8 @@ def _as_budget(
         limit = 1.0 / float(np.asarray(problem.curvature).max())
         if rate > limit * (1 + 1e-6):
             raise ValueError(
-                f"learning_rate must be <= 1 / max(curvature) = {limit:.6g}, got {rate!r}: above, "
-                "a real number of steps is not defined."
+                f"learning_rate must be <= 1 / max(curvature) = {limit:.6g}, got {rate!r}: for "
+                "larger rates a real number of steps is not defined."
             )
     segment = total / num_segments
     low = _validate.positive(min_batch_size=min_batch_size)
@@ -140,13 +140,13 @@ def rollout_batch_sizes(
 ) -> BatchSizeSchedule:
     r"""The expected excess loss along a schedule of batch sizes, at a fixed number of examples.
 
-    Segment j takes :math:`n_j = N / (J B_j)` steps with noise :math:`\sigma^2 / B_j`. A number of
-    steps that is no integer is interpolated by the real power of the matrix of one step.
+    Segment j takes :math:`n_j = N / (J B_j)` steps with noise :math:`\sigma^2 / B_j`. If :math:`n_j`
+    is not an integer, the real power of the matrix of one step interpolates.
 
     Args:
       problem: The quadratic, float[d] in each field; its noise is that of one example.
       batch_sizes: float[J], in examples, > 0 and <= num_examples / J.
-      num_examples: N, > 0, the examples of the whole run; each segment has N / J.
+      num_examples: N, > 0, the examples of the whole run; each segment uses N / J.
       learning_rate: Constant rate, in (0, 1 / max h].
       momentum: Constant momentum, in [0, 1).
 
@@ -155,9 +155,9 @@ def rollout_batch_sizes(
       1].
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
-    *Guarantees*: equals :func:`rollout` with noise variance / B where every number of steps is an
+    *Guarantees*: equals :func:`rollout` with noise variance / B if every number of steps is an
     integer; differentiable in the batch sizes.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
@@ -185,10 +185,10 @@ def greedy_batch_sizes(
     max_batch_size: float | None = None,
     num_segments: int = 64,
 ) -> BatchSizeSchedule:
-    r"""Batch sizes that maximise the expected progress of the next step per example.
+    r"""Batch sizes that maximize the expected progress of the next step per example.
 
-    The progress of a step is :math:`p - q / B`, so the greedy size is :math:`2 q / p`; it is
-    decided once per segment. As p vanishes in the course of training, it grows, and too early.
+    The progress of a step is :math:`p - q / B`, so the greedy size is :math:`2 q / p`, chosen once
+    per segment. As p vanishes during training the size grows, and does so too early.
 
     Args:
       problem: The quadratic, float[d] in each field; its noise is that of one example.
@@ -196,17 +196,17 @@ def greedy_batch_sizes(
       learning_rate: Constant rate, in (0, 1 / max h].
       momentum: Constant momentum, in [0, 1).
       min_batch_size: Smallest size, > 0; sizes are real numbers here.
-      max_batch_size: Largest size, at most num_examples / num_segments; that where it is None.
-      num_segments: J, how many times a size is chosen, an integer >= 1.
+      max_batch_size: Largest size, <= num_examples / num_segments, which is the default.
+      num_segments: J, the number of segments, an integer >= 1.
 
     Returns:
       A :class:`BatchSizeSchedule`: batch sizes and numbers of steps float[J], excess loss float[J +
       1].
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
-    *Guarantees*: stays within the limits; without noise, the smallest size.
+    *Guarantees*: stays within the limits; chooses the smallest size if there is no noise.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> h = jnp.array([1.0, 0.05])
@@ -235,32 +235,32 @@ def optimal_batch_sizes(
     num_segments: int = 64,
     max_iterations: int | None = None,
 ) -> BatchSizeSchedule:
-    r"""Batch sizes that minimise the excess loss when the budget of examples is spent.
+    r"""Batch sizes that minimize the excess loss at the end of a budget of examples.
 
-    Minimises :math:`\log L(B_1 \ldots B_J)` by L-BFGS through the exact dynamics, at a fixed number
-    of examples: more steps are paid for with more noise. With a horizon it looks that many segments
-    ahead only, takes the first size, and plans again.
+    Minimizes :math:`\log L(B_1 \ldots B_J)` by L-BFGS through the exact dynamics, at a fixed number
+    of examples, so that more steps mean more noise. With a horizon, the plan covers only that many
+    segments, its first size is applied, and the next segment plans again.
 
     Args:
       problem: The quadratic, float[d] in each field; its noise is that of one example.
       num_examples: N, > 0, the examples of the whole run.
       learning_rate: Constant rate, in (0, 1 / max h].
       momentum: Constant momentum, in [0, 1).
-      horizon: Segments of look-ahead, an integer of [1, num_segments]; None: to the end.
+      horizon: Look-ahead in segments, an integer in [1, num_segments]; if None, to the end.
       min_batch_size: Smallest size, > 0; sizes are real numbers here.
-      max_batch_size: Largest size, at most num_examples / num_segments; that where it is None.
-      num_segments: J, how many times a size is chosen, an integer >= 1.
-      max_iterations: Limit of the number of L-BFGS iterations of a plan; None: 400 for the only
-        plan, 50 for each of several.
+      max_batch_size: Largest size, <= num_examples / num_segments, which is the default.
+      num_segments: J, the number of segments, an integer >= 1.
+      max_iterations: Maximum number of L-BFGS iterations per plan, an integer >= 1; if None, 400
+        for a single plan and 50 for each of several.
 
     Returns:
       A :class:`BatchSizeSchedule`: batch sizes and numbers of steps float[J], excess loss float[J +
       1].
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
-    *Guarantees*: stays within the limits; without a horizon it ends no higher than the greedy
+    *Guarantees*: stays within the limits; without a horizon, ends no higher than the greedy
     schedule and any constant size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp

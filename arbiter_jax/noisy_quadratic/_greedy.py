@@ -1,4 +1,4 @@
-"""The greedy schedule: at each step the rates that lower the expected loss of the next one most."""
+"""The greedy schedule: at each step, the rates that minimize the expected loss of the next one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from arbiter_jax.noisy_quadratic._moments import (
 def greedy_rates(
     problem: NoisyQuadratic, moments: Moments, momentum: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The learning rate and the momentum that minimise the excess loss of the next step."""
+    """The learning rate and the momentum that minimize the excess loss of the next step."""
     h, noise = problem.curvature, problem.noise_variance
     e, u, V, W, S = moments
     # Inner products weighted by the curvature: g is the gradient, v the velocity, x the parameters.
@@ -33,13 +33,13 @@ def greedy_rates(
     if not momentum:
         return steepest, jnp.zeros_like(steepest)
     vv = jnp.sum(h * (u**2 + W))
-    # Splitting v into c g and the part w orthogonal to g solves the same 2x2 system as
-    # D = gg vv - gv^2 does, without the cancellation: ww = D / gg.
+    # Splitting v into c g and a component w orthogonal to g solves the 2x2 system without the
+    # cancellation in its determinant D = gg vv - gv^2: ww = D / gg.
     c = jnp.sum(h**2 * (e * u + S)) / jnp.where(gg > 0, gg, 1)
     w = u - c * h * e
     ww = jnp.sum(h * (w**2 + W - 2 * c * h * S + (c * h) ** 2 * (V + noise)))
     wx = jnp.sum(h * (e * w + S - c * h * V))
-    independent = ww > 1e-14 * vv  # at the first step there is no velocity
+    independent = ww > 1e-14 * vv  # the first step has no velocity
     mu = jnp.where(independent, -wx / jnp.where(independent, ww, 1), 0)
     return steepest + c * mu, mu
 
@@ -59,11 +59,11 @@ def _greedy_schedule(problem: NoisyQuadratic, num_steps: int, momentum: bool) ->
 def greedy_schedule(
     problem: NoisyQuadratic, num_steps: int, momentum: bool = False
 ) -> RateSchedule:
-    r"""The schedule that minimises the excess loss of the next step, at every step.
+    r"""The schedule that minimizes the excess loss of the next step, at every step.
 
     Without momentum the rate is :math:`\sum h^2 A / \sum h^3 (A + \sigma^2)` with :math:`A = E
-    \theta^2`; with momentum, rate and momentum solve the 2x2 system of the plane that gradient and
-    velocity span.
+    \theta^2`; with momentum, rate and momentum solve the 2x2 system of the plane spanned by
+    gradient and velocity.
 
     Args:
       problem: The quadratic, float[d] in each field.
@@ -74,14 +74,14 @@ def greedy_schedule(
       A :class:`RateSchedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
 
     Raises:
-      ValueError: If the fields of the problem differ in shape or are negative, or num_steps is no
-        integer >= 1.
+      ValueError: If the fields of the problem differ in shape or are negative, or num_steps is
+        not an integer >= 1.
 
     Reference:
       Wu et al. 2018, https://arxiv.org/abs/1803.02021, sections 2.2 and 2.3.
 
-    *Guarantees*: optimal where all curvatures are equal; without noise and with momentum it is
-    conjugate gradient, also in float32; the excess loss never grows.
+    *Guarantees*: optimal if all curvatures are equal; without noise and with momentum it is
+    conjugate gradient, also in float32; the excess loss never increases.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> h = jnp.array([1.0, 0.25])
@@ -93,8 +93,8 @@ def greedy_schedule(
     problem = as_problem(problem)
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     dtype = problem.curvature.dtype
-    # In float32 conjugate gradient loses its conjugacy after about 7 steps (the loss of the
-    # 1,000-dimensional problem is then 27% off by step 10), whatever the order of the sums.
+    # In float32, conjugate gradient loses conjugacy after about 7 steps, whatever the order of the
+    # sums (the loss of the 1,000-dimensional problem is off by 27% at step 10).
     with jax.enable_x64(True):
         wide = NoisyQuadratic(*(field.astype(jnp.float64) for field in problem))
         schedule = _greedy_schedule(wide, num_steps, bool(momentum))

@@ -1,8 +1,8 @@
-"""Descent on bounded schedules: L-BFGS over a parameterisation whose bounds can be reached.
+"""L-BFGS for bounded schedules, with a parameterization that attains the bounds.
 
-A schedule x in [low, high] is written as low + (high - low) sin^2(z). Unlike a sigmoid it attains
-both bounds at finite z, where the slope vanishes, so an optimum with many steps at the bound (the
-usual case: learning rates start at the cap) is an ordinary minimum, found to machine precision.
+A schedule x in [low, high] is written as low + (high - low) sin^2(z). Unlike a sigmoid, this attains
+both bounds at finite z, where the slope vanishes. An optimum with many steps at a bound (the usual
+case: learning rates start at the cap) is then an ordinary minimum, found to machine precision.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 _MEMORY_SIZE = 20
-_MAX_TRIALS = 25  # of one line search
-_MAX_STALLED = 8  # steps that gain nothing but rounding
+_MAX_TRIALS = 25  # per line search
+_MAX_STALLED = 8  # steps whose gain is within rounding
 _SUFFICIENT_DECREASE = 1e-4
 _SUFFICIENT_SLOPE = 0.9
 
@@ -27,22 +27,22 @@ def from_unconstrained(z: jax.Array, low: float | jax.Array, high: float | jax.A
 
 
 def to_unconstrained(x: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
-    """Inverse of :func:`from_unconstrained`, kept off the bounds: the slope is zero there."""
-    share = jnp.clip((x - low) / (high - low), 0.02, 0.98)
-    return jnp.arcsin(jnp.sqrt(share))
+    """Inverse of :func:`from_unconstrained`, kept away from the bounds, where the slope is zero."""
+    fraction = jnp.clip((x - low) / (high - low), 0.02, 0.98)
+    return jnp.arcsin(jnp.sqrt(fraction))
 
 
 class _State(NamedTuple):
-    """Where descent stands: the last accepted point, and the line search that starts from it."""
+    """The last accepted point, and the line search that starts from it."""
 
     z: jax.Array  # shape=(...), dtype=float
     value: jax.Array  # shape=(), dtype=float
     grad: jax.Array  # shape=(...), dtype=float
     direction: jax.Array  # shape=(...), dtype=float
     memory: optax.OptState
-    step: jax.Array  # shape=(), dtype=float, length of the next trial
+    step: jax.Array  # shape=(), dtype=float, length of the next trial step
     shortest: jax.Array  # shape=(), dtype=float, known to be too short
-    longest: jax.Array  # shape=(), dtype=float, known to be too long; inf at first
+    longest: jax.Array  # shape=(), dtype=float, known to be too long; initially inf
     num_trials: jax.Array  # shape=(), dtype=int32, of this line search
     num_steps: jax.Array  # shape=(), dtype=int32, accepted
     num_stalled: jax.Array  # shape=(), dtype=int32
@@ -51,20 +51,20 @@ class _State(NamedTuple):
 def minimize(
     objective: Callable[[jax.Array], jax.Array], start: jax.Array, max_iterations: int
 ) -> jax.Array:
-    """Minimises a smooth function by L-BFGS, inside `jit`.
+    """Minimizes a smooth function by L-BFGS, inside `jit`.
 
     The line search is the bisection of Lewis and Overton (2013) for the weak Wolfe conditions. Each
-    turn of the one loop makes one trial, so that the program holds the objective and its gradient
-    once: `optax.lbfgs` holds them several times, and compiling is most of the time here.
+    iteration of the single loop makes one trial, so the program contains the objective and its
+    gradient once. `optax.lbfgs` contains them several times, and compilation dominates here.
 
     Args:
       objective: float[...] -> float[].
-      start: Where to begin.
-      max_iterations: Limit of the number of steps. It ends before where the gradient vanishes, the
+      start: Initial point.
+      max_iterations: Maximum number of steps. The search ends earlier if the gradient vanishes, the
         value no longer falls by more than rounding, or a line search fails.
 
     Returns:
-      The last accepted point: no value on the way rises by more than rounding.
+      The last accepted point: no value along the path rises by more than rounding.
     """
     tx = optax.scale_by_lbfgs(memory_size=_MEMORY_SIZE)
     value_and_grad = jax.value_and_grad(objective)
@@ -95,7 +95,7 @@ def minimize(
         slope = jnp.vdot(state.grad, state.direction)
         decreases = (
             value <= state.value + _SUFFICIENT_DECREASE * state.step * slope + rounding
-        )  # false for nan as well
+        )  # also false for nan
         flattens = jnp.vdot(grad, state.direction) >= _SUFFICIENT_SLOPE * slope
 
         def accept(state: _State) -> _State:
@@ -113,7 +113,7 @@ def minimize(
 
         return jax.lax.cond(decreases & flattens, accept, search_on, state)
 
-    # The first turn of the loop is a trial of length zero: it only evaluates the start.
+    # The first iteration is a trial of length zero: it only evaluates the start.
     value = jnp.inf * one
     unit = jnp.ones_like(start)
     state = _State(

@@ -1,9 +1,9 @@
 """The noisy quadratic: a model of training whose expected loss under SGD is known in closed form.
 
-Every coordinate has a curvature and a noise of its own, so the first two moments of the parameters
-and velocities describe the loss exactly, at every step and for every schedule. It shows what a
-greedy choice of the learning rate costs. Wu et al., "Understanding Short-Horizon Bias in Stochastic
-Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
+Every coordinate has its own curvature and noise, so the first two moments of the parameters and
+velocities determine the expected loss exactly, at every step and for every schedule. It shows the
+cost of a greedy choice of the learning rate. Wu et al., "Understanding Short-Horizon Bias in
+Stochastic Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class NoisyQuadratic(NamedTuple):
     r"""A diagonal quadratic whose gradients are noisy.
 
     The gradient is :math:`g = h (\theta - c)` with :math:`c \sim N(0, \sigma^2)`, and the loss
-    :math:`\frac12 \sum_i h_i (\theta_i^2 + \sigma_i^2)`. Its second part cannot be trained away;
-    the first is the *excess loss* that is reported here.
+    :math:`\frac12 \sum_i h_i (\theta_i^2 + \sigma_i^2)`. Its second term is irreducible; the first
+    is the *excess loss* that is reported here.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> problem = aj.noisy_quadratic.NoisyQuadratic(
@@ -39,10 +39,10 @@ class NoisyQuadratic(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moments of parameters and velocities, per coordinate, with signal and noise apart.
+    """Moments of parameters and velocities per coordinate, with signal and noise kept separate.
 
-    Only their sums enter the loss. Kept together, they would lose 20% to rounding by step 10 of a
-    problem without noise, where position and velocity nearly cancel.
+    Only their sums enter the loss. Stored as sums they would be off by 20% at step 10 of a problem
+    without noise, because position and velocity nearly cancel.
     """
 
     position: jax.Array  # shape=(d,), dtype=float, e: the parameter without gradient noise
@@ -56,12 +56,12 @@ class RateSchedule(NamedTuple):
     """Learning rates and momenta of T steps, and the excess loss before, between and after them."""
 
     learning_rates: jax.Array  # shape=(T,), dtype=float
-    momenta: jax.Array  # shape=(T,), dtype=float, zeros where only the learning rate is chosen
+    momenta: jax.Array  # shape=(T,), dtype=float, zeros if only the learning rate is chosen
     excess_loss: jax.Array  # shape=(T + 1,), dtype=float
 
 
 def as_problem(problem: NoisyQuadratic) -> NoisyQuadratic:
-    """Returns the problem as float arrays, or raises if it is none."""
+    """Returns the problem as float arrays, or raises if it is not valid."""
     dtype = jnp.result_type(float, *(jnp.asarray(field) for field in problem))
     fields = [jnp.asarray(field, dtype) for field in problem]
     for name, field in zip(problem._fields, fields, strict=True):
@@ -82,7 +82,7 @@ def as_problem(problem: NoisyQuadratic) -> NoisyQuadratic:
 
 
 def initial_moments(problem: NoisyQuadratic) -> Moments:
-    """The moments before the first step: the whole of E theta_0^2 is signal, nothing moves."""
+    """The moments before the first step: E theta_0^2 is all signal, velocities are zero."""
     zeros = jnp.zeros_like(problem.curvature)
     return Moments(jnp.sqrt(problem.initial_second_moment), zeros, zeros, zeros, zeros)
 
@@ -114,7 +114,7 @@ def momentum_step(
 def rollout_from(
     problem: NoisyQuadratic, moments: Moments, learning_rates: jax.Array, momenta: jax.Array
 ) -> jax.Array:
-    """The excess loss after each of the steps, float[T], without the one before them."""
+    """The excess loss after each step, float[T], without the initial one."""
 
     def body(moments, rates):
         moments = momentum_step(problem, moments, *rates)
@@ -128,25 +128,25 @@ def rollout(
 ) -> jax.Array:
     r"""The expected excess loss along a schedule of learning rates and momenta.
 
-    Propagates the moments of :math:`v' = \mu v - \alpha g`, :math:`\theta' = \theta + v'` exactly;
-    nothing is sampled.
+    Propagates the moments of :math:`v' = \mu v - \alpha g`, :math:`\theta' = \theta + v'` exactly,
+    without sampling.
 
     Args:
       problem: The quadratic, float[d] in each field.
       learning_rates: float[T], the rate of each step.
-      momenta: float[T], in [0, 1); zeros where it is None.
+      momenta: float[T], in [0, 1); zeros if None.
 
     Returns:
       float[T + 1], the excess loss before the first step and after each.
 
     Raises:
       ValueError: If the fields of the problem differ in shape or are negative, or the schedules
-        have not the same shape (T,).
+        do not have the same shape (T,).
 
     Reference:
       Wu et al. 2018, https://arxiv.org/abs/1803.02021, section 2.
 
-    *Guarantees*: agrees with the mean of sampled runs; differentiable in both schedules; jit-able.
+    *Guarantees*: agrees with the mean of sampled runs; differentiable in both schedules; jittable.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> one = jnp.ones(1)

@@ -1,9 +1,9 @@
-"""Schedules of the noisy quadratic that look further ahead than one step, by descent through it.
+"""Schedules that optimize several steps of the noisy quadratic together, by L-BFGS through them.
 
-The long-horizon optimum minimises the excess loss at the end of training; a receding horizon
-minimises it a fixed number of steps ahead and takes the first of them, so that it leads from greedy
-to optimal. Wu et al., "Understanding Short-Horizon Bias in Stochastic Meta-Optimization", ICLR
-2018, https://arxiv.org/abs/1803.02021.
+The long-horizon optimum minimizes the excess loss at the end of training. A receding horizon
+minimizes it a fixed number of steps ahead and applies the first step only; its length interpolates
+between greedy and optimal. Wu et al., "Understanding Short-Horizon Bias in Stochastic
+Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from arbiter_jax import _validate
-from arbiter_jax.noisy_quadratic import _lbfgs as _descent
+from arbiter_jax.noisy_quadratic import _lbfgs
 from arbiter_jax.noisy_quadratic._greedy import greedy_rates, greedy_schedule
 from arbiter_jax.noisy_quadratic._moments import (
     Moments,
@@ -34,23 +34,23 @@ _INITIAL_MOMENTUM = 0.5
 
 def _decode(z: jax.Array, cap: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Learning rates and momenta, float[T] each, from float[1 or 2, T]."""
-    rates = _descent.from_unconstrained(z[0], 0.0, cap)
+    rates = _lbfgs.from_unconstrained(z[0], 0.0, cap)
     if z.shape[0] == 1:
         return rates, jnp.zeros_like(rates)
-    return rates, _descent.from_unconstrained(z[1], 0.0, MAX_MOMENTUM)
+    return rates, _lbfgs.from_unconstrained(z[1], 0.0, MAX_MOMENTUM)
 
 
 def _encode(learning_rates: jax.Array, cap: jax.Array, momentum: bool) -> jax.Array:
-    """Where descent starts: the given rates, all momenta one half."""
-    rows = [_descent.to_unconstrained(learning_rates, 0.0, cap)]
+    """The initial point: the given rates, and all momenta one half."""
+    rows = [_lbfgs.to_unconstrained(learning_rates, 0.0, cap)]
     if momentum:
         mus = jnp.full_like(learning_rates, _INITIAL_MOMENTUM)
-        rows.append(_descent.to_unconstrained(mus, 0.0, MAX_MOMENTUM))
+        rows.append(_lbfgs.to_unconstrained(mus, 0.0, MAX_MOMENTUM))
     return jnp.stack(rows)
 
 
 def _log(excess_loss: jax.Array) -> jax.Array:
-    # The floor keeps a problem that is solved exactly (no noise, d <= T) finite.
+    # The floor keeps the logarithm finite if the problem is solved exactly (no noise, d <= T).
     return jnp.log(excess_loss + jnp.finfo(excess_loss.dtype).tiny)
 
 
@@ -65,7 +65,7 @@ def _optimize(
     def objective(z):
         return _log(rollout_from(problem, initial_moments(problem), *_decode(z, cap))[-1])
 
-    z = _descent.minimize(objective, _encode(start, cap, momentum), max_iterations)
+    z = _lbfgs.minimize(objective, _encode(start, cap, momentum), max_iterations)
     return _decode(z, cap)
 
 
@@ -84,32 +84,32 @@ def optimal_schedule(
     *,
     max_iterations: int = 400,
 ) -> RateSchedule:
-    r"""The schedule that minimises the excess loss after the last step.
+    r"""The schedule that minimizes the excess loss after the last step.
 
-    Minimises :math:`\log L_T(\alpha_1 \ldots \alpha_T, \mu_1 \ldots \mu_T)` by L-BFGS through the
+    Minimizes :math:`\log L_T(\alpha_1 \ldots \alpha_T, \mu_1 \ldots \mu_T)` by L-BFGS through the
     exact dynamics, with :math:`0 \le \alpha_t \le` `max_learning_rate` and :math:`0 \le \mu_t \le
-    0.99`. Without such bounds the problem has many local minima, among them schedules whose loss
-    soars before it falls.
+    0.99`. Without these bounds the problem has many local minima, among them schedules whose loss
+    first rises by orders of magnitude.
 
     Args:
       problem: The quadratic, float[d] in each field.
       num_steps: T, an integer >= 1.
       momentum: Whether to choose the momenta as well.
-      max_learning_rate: Upper bound of the learning rate, > 0; 1 / max h where it is None.
-      max_iterations: Limit of the number of L-BFGS iterations, an integer >= 1.
+      max_learning_rate: Upper bound of the learning rate, > 0; 1 / max h if None.
+      max_iterations: Maximum number of L-BFGS iterations, an integer >= 1.
 
     Returns:
       A :class:`RateSchedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
 
     Raises:
       ValueError: If the fields of the problem differ in shape or are negative, or another argument
-        is outside of its range.
+        is outside its range.
 
     Reference:
       Wu et al. 2018, https://arxiv.org/abs/1803.02021, section 2.4.
 
-    *Guarantees*: stays within the bounds; without momentum, where the greedy schedule stays within
-    them too, it ends no higher than that. With momentum the minimum found is a local one.
+    *Guarantees*: stays within the bounds; without momentum, ends no higher than the greedy schedule
+    if that stays within the bounds too. With momentum, the minimum found is a local one.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> h = jnp.array([1.0, 0.05])
@@ -150,19 +150,19 @@ def _recede(
 
     def body(carry, step):
         moments, plan = carry
-        ahead = jnp.minimum(horizon, num_steps - step)  # never past the end of training
+        ahead = jnp.minimum(horizon, num_steps - step)  # not past the end of training
 
         def objective(z):
             return _log(rollout_from(problem, moments, *_decode(z, cap))[ahead - 1])
 
-        plan = _descent.minimize(objective, plan, max_iterations)
+        plan = _lbfgs.minimize(objective, plan, max_iterations)
         rate, mu = (row[0] for row in _decode(plan, cap))
         moments = momentum_step(problem, moments, rate, mu)
-        # The rest of this plan is where the next one starts, moved off bounds it might stick to.
+        # Start the next plan from the rest of this one, moved off bounds that have no slope.
         rates, mus = (jnp.append(row[1:], row[-1]) for row in _decode(plan, cap))
-        plan = _descent.to_unconstrained(rates, 0.0, cap)[None]
+        plan = _lbfgs.to_unconstrained(rates, 0.0, cap)[None]
         if momentum:
-            plan = jnp.append(plan, _descent.to_unconstrained(mus, 0.0, MAX_MOMENTUM)[None], axis=0)
+            plan = jnp.append(plan, _lbfgs.to_unconstrained(mus, 0.0, MAX_MOMENTUM)[None], axis=0)
         return (moments, plan), (rate, mu, excess_of(problem, moments))
 
     moments = initial_moments(problem)
@@ -181,26 +181,26 @@ def receding_horizon_schedule(
     *,
     max_iterations: int = 50,
 ) -> RateSchedule:
-    r"""At every step the first rate of the schedule that is optimal over the next `horizon` steps.
+    r"""A schedule that optimizes the next `horizon` steps at every step, and applies the first one.
 
-    This is what a meta-optimiser with a look-ahead of that many steps would do if it solved its own
-    problem exactly. The look-ahead ends where training does: step t sees min(horizon, T - t) steps.
+    This is what a meta-optimizer with that look-ahead would do if it solved its own problem exactly.
+    The look-ahead does not exceed training: at step t it covers min(horizon, T - t) steps.
 
     Args:
       problem: The quadratic, float[d] in each field.
       num_steps: T, an integer >= 1.
-      horizon: Steps of look-ahead, an integer of [1, num_steps]. 1 is greedy (with the cap), T is
+      horizon: Look-ahead in steps, an integer in [1, num_steps]. 1 is greedy (with the cap), T is
         optimal.
       momentum: Whether to choose the momenta as well.
-      max_learning_rate: Upper bound of the learning rate, > 0; 1 / max h where it is None.
-      max_iterations: Limit of the number of L-BFGS iterations of each step, an integer >= 1.
+      max_learning_rate: Upper bound of the learning rate, > 0; 1 / max h if None.
+      max_iterations: Maximum number of L-BFGS iterations per step, an integer >= 1.
 
     Returns:
       A :class:`RateSchedule`: learning rates float[T], momenta float[T], excess loss float[T + 1].
 
     Raises:
       ValueError: If the fields of the problem differ in shape or are negative, or another argument
-        is outside of its range.
+        is outside its range.
 
     Reference:
       Wu et al. 2018, https://arxiv.org/abs/1803.02021, section 2.

@@ -1,8 +1,8 @@
-"""Segments of training at one batch size, in closed form for any real number of steps.
+"""Segments of training at a constant batch size, in closed form for any real number of steps.
 
-With a constant learning rate the moments of the noisy quadratic obey a linear recursion, so that n
-steps are the n-th power of a 2x2 matrix, for real n as well. That makes the loss at the end of a
-fixed number of examples a smooth function of the batch sizes.
+With a constant learning rate the moments of the noisy quadratic follow a linear recursion, so n
+steps are the n-th power of a 2x2 matrix, also for real n. The loss after a fixed number of examples
+is then a smooth function of the batch sizes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from arbiter_jax.noisy_quadratic._moments import Moments, NoisyQuadratic
 
 
 class Budget(NamedTuple):
-    """What is fixed while batch sizes vary."""
+    """Everything that stays fixed while the batch sizes vary."""
 
     learning_rate: jax.Array  # shape=(), dtype=float
     momentum: jax.Array  # shape=(), dtype=float
-    segment: jax.Array  # shape=(), dtype=float, examples of one segment
+    segment: jax.Array  # shape=(), dtype=float, examples per segment
     min_batch_size: jax.Array  # shape=(), dtype=float
     max_batch_size: jax.Array  # shape=(), dtype=float
 
@@ -30,18 +30,18 @@ def _power_coefficients(
 ) -> tuple[jax.Array, jax.Array]:
     """Coefficients (a, b) of M^n = a M + b I, for the matrix M of one step and a real n.
 
-    M = [[1 - lr h, mu], [-lr h, mu]] has determinant mu, and for lr h <= 1 no negative eigenvalue.
+    M = [[1 - lr h, mu], [-lr h, mu]] has determinant mu and, for lr h <= 1, no negative eigenvalue.
     """
     tiny = 10 * jnp.finfo(lr_h.dtype).eps
     half_trace = 0.5 * (1 - lr_h + mu)
-    # A double eigenvalue is moved apart, and none is zero, so that every quotient below exists.
+    # Keep the eigenvalues distinct and nonzero, so that every quotient below is defined.
     mu = jnp.maximum(mu, tiny**2)
     gap = half_trace**2 - mu
     gap = jnp.where(jnp.abs(gap) < tiny * mu, tiny * mu, gap)
     larger = half_trace + jnp.sqrt(gap + 0j)
     smaller = mu / larger
     log_larger, log_smaller = jnp.log(larger), jnp.log(smaller)
-    # larger^n - smaller^n over their difference, as expm1 of their ratio: exact where they are near
+    # (larger^n - smaller^n) / (larger - smaller) by expm1, which is accurate if they are close.
     ratio = log_smaller - log_larger
     quotient = jnp.expm1(num_steps * ratio) / jnp.expm1(ratio)
     a = jnp.exp((num_steps - 1) * log_larger) * quotient
@@ -53,15 +53,15 @@ def _power_coefficients(
 def segment_moments(
     problem: NoisyQuadratic, moments: Moments, budget: Budget, batch_size: jax.Array
 ) -> Moments:
-    """The moments after one segment of steps of one batch size."""
+    """The moments after one segment of steps at one batch size."""
     lr_h = budget.learning_rate * problem.curvature
     mu = budget.momentum
     a, b = _power_coefficients(lr_h, mu, budget.segment / batch_size)
-    # Rows of M^n: what the position and the velocity become.
+    # Rows of M^n: position and velocity after n steps.
     xx, xv = a * (1 - lr_h) + b, a * mu
     vx, vv = -a * lr_h, a * mu + b
 
-    # The stationary covariance of heavy-ball SGD; the distance from it decays by M^n on each side.
+    # The deviation from the stationary covariance of heavy-ball SGD decays by M^n on each side.
     noise = lr_h * problem.noise_variance / batch_size
     V = noise * (1 + mu) / ((1 - mu) * (2 * (1 + mu) - lr_h))
     S = V * lr_h / (1 + mu)
@@ -81,15 +81,16 @@ def segment_moments(
 
 
 def greedy_size(problem: NoisyQuadratic, moments: Moments, budget: Budget) -> jax.Array:
-    """The size that maximises the expected progress of the next step, per example.
+    """The batch size that maximizes the expected progress per example of the next step.
 
-    Progress is p - q / B: per example it is greatest at B = 2 q / p, and where even a step without
-    noise makes none (p <= 0), at the largest size; without noise (q = 0), at the smallest.
+    The progress is p - q / B; per example it is largest at B = 2 q / p. If even a step without
+    noise makes no progress (p <= 0), the largest size is returned; without noise (q = 0), the
+    smallest.
     """
     h, lr, mu = problem.curvature, budget.learning_rate, budget.momentum
     e, u, V, W, S = moments
     lr_h = lr * h
-    # E (x + mu v - lr g)^2 without the part that the batch size divides
+    # Change of E theta^2 without the noise term, which the batch size divides.
     change = (lr_h**2 - 2 * lr_h) * (e**2 + V) + mu**2 * (u**2 + W)
     change += 2 * mu * (1 - lr_h) * (e * u + S)
     progress = -0.5 * jnp.sum(h * change)

@@ -1,4 +1,4 @@
-"""Learning rate, momentum and decay by descent on the loss some steps ahead."""
+"""Learns learning rate, momentum and decay by gradient descent on the loss several steps ahead."""
 
 from arbiter_jax.stochastic_meta_descent._look_ahead import Hyperparameters
 from arbiter_jax.stochastic_meta_descent._offline import OfflineResult, offline

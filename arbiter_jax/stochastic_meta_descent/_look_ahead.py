@@ -1,7 +1,7 @@
-"""The hypergradient of a look-ahead, in forward mode through the step that training runs.
+"""The hypergradient of a look-ahead, in forward mode through the inner step of `run_window`.
 
-The parameters after T steps are a function of the hyperparameters; their derivative is carried
-along with them, one tangent for each hyperparameter, so that memory does not grow with T. Wu et
+The parameters after T steps are a function of the hyperparameters. Their derivative is propagated
+forward together with them, one tangent per hyperparameter, so memory does not grow with T. Wu et
 al., "Understanding Short-Horizon Bias in Stochastic Meta-Optimization", ICLR 2018,
 https://arxiv.org/abs/1803.02021.
 """
@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import tree_where
 from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.batching import advance, num_rows, sample_batch
 from arbiter_jax.gradients import Gradient, masked_value_and_grad
 from arbiter_jax.training import TrainState
 from arbiter_jax.training._window import inner_step
 
-# Of the effective learning rate, of 1 - momentum, and of the decay.
+# Ranges of the effective learning rate, of 1 - momentum, and of the decay.
 _BOUNDS = {"learning_rate": (1e-4, 10.0), "momentum": (1e-4, 1.0), "decay": (1e-4, 1e3)}
 _MAX_GRADIENT = 10.0
 
@@ -34,29 +35,31 @@ InnerOptimizer = Callable[..., optax.GradientTransformation]
 """``inner_optimizer(learning_rate, momentum) -> transformation``: `optax.sgd`, `optax.adam`, ..."""
 
 LogValues = dict[str, jax.Array]
-"""Logarithms of those hyperparameters that are learned: of the effective learning rate
-``learning_rate / (1 - momentum)``, of ``1 - momentum``, and of the decay."""
+"""Logarithms of the learned ones among the effective learning rate
+``learning_rate / (1 - momentum)``, ``1 - momentum``, and the decay."""
 
 
 class Hyperparameters(NamedTuple):
-    r"""What meta-descent may learn: the rate of step t is :math:`\alpha_0 (1 + t/K)^{-\beta}`."""
+    r"""Hyperparameters to learn: the rate of step t is :math:`\alpha_0 (1 + t/K)^{-\beta}`."""
 
     learning_rate: jax.Array | float  # shape=(), dtype=float, alpha_0 > 0
-    momentum: jax.Array | float  # shape=(), dtype=float, of [0, 1); the first decay rate of Adam
+    momentum: jax.Array | float  # shape=(), dtype=float, in [0, 1); the first decay rate of Adam
     decay: jax.Array | float  # shape=(), dtype=float, beta >= 0
 
 
 @dataclasses.dataclass(frozen=True)
 class LookAheadConfig:
-    """What is static while hyperparameters are learned."""
+    """Everything that is static while hyperparameters are learned."""
 
     loss_fn: LossFn
     inner_optimizer: InnerOptimizer
-    learned: tuple[str, ...]
-    horizon: int
     batch_size: int
-    time_constant: float
-    effective: bool
+    time_constant: float  # K, in steps
+    horizon: int = 1  # T, in steps
+    learned: tuple[str, ...] = ()
+    effective_learning_rate: bool = False  # learn learning_rate / (1 - momentum)
+    meta_optimizer: optax.GradientTransformation = DEFAULT_META_OPTIMIZER
+    reset_meta_state: bool = False  # before every meta step
 
     def __post_init__(self):
         """Checks the ranges."""
@@ -69,7 +72,7 @@ class LookAheadConfig:
     def transformation(
         self, hyperparameters: Hyperparameters, step: jax.typing.ArrayLike = 0
     ) -> optax.GradientTransformationExtraArgs:
-        """The inner optimizer as it is at one step."""
+        """The inner optimizer at one step."""
         rate, momentum, decay = hyperparameters
         rate = rate * (1 + step / self.time_constant) ** -decay
         return optax.with_extra_args_support(self.inner_optimizer(rate, momentum))
@@ -84,24 +87,24 @@ def as_hyperparameters(hyperparameters: Hyperparameters) -> Hyperparameters:
     return Hyperparameters(*(jnp.asarray(x, jnp.result_type(float)) for x in hyperparameters))
 
 
-def to_log_values(setting: LookAheadConfig, hyperparameters: Hyperparameters) -> LogValues:
-    """The coordinates in which hyperparameters are learned, within their bounds."""
+def to_log_values(config: LookAheadConfig, hyperparameters: Hyperparameters) -> LogValues:
+    """The coordinates in which hyperparameters are learned, clipped to their ranges."""
     rate, momentum, decay = hyperparameters
-    effective = rate / (1 - momentum) if setting.effective else rate
+    effective = rate / (1 - momentum) if config.effective_learning_rate else rate
     values = {"learning_rate": effective, "momentum": 1 - momentum, "decay": decay}
-    return {name: _clip_log(name, jnp.log(values[name])) for name in setting.learned}
+    return {name: _clip_log(name, jnp.log(values[name])) for name in config.learned}
 
 
 def from_log_values(
-    setting: LookAheadConfig, log_values: LogValues, fixed: Hyperparameters
+    config: LookAheadConfig, log_values: LogValues, fixed: Hyperparameters
 ) -> Hyperparameters:
-    """The hyperparameters at these coordinates; those that are not learned are as in `fixed`."""
+    """The hyperparameters at these coordinates; those not learned are taken from `fixed`."""
     rate, momentum, decay = fixed
     if "momentum" in log_values:
         momentum = 1 - jnp.exp(log_values["momentum"])
     if "learning_rate" in log_values:
         rate = jnp.exp(log_values["learning_rate"])
-        rate = rate * (1 - momentum) if setting.effective else rate
+        rate = rate * (1 - momentum) if config.effective_learning_rate else rate
     if "decay" in log_values:
         decay = jnp.exp(log_values["decay"])
     return Hyperparameters(rate, momentum, decay)
@@ -115,47 +118,45 @@ def _clip_log(name: str, log_value: jax.Array) -> jax.Array:
 def draw(
     state: TrainState, data: PyTree, batch_size: int
 ) -> tuple[TrainState, tuple[PyTree, jax.Array]]:
-    """The next examples of a state's sampler, with a mask that is all true."""
+    """The next batch of a state's sampler, with a mask of ones."""
     sampler, batch, mask = sample_batch(state.train_sampler, data, batch_size, batch_size)
     return state._replace(train_sampler=sampler), (batch, mask)
 
 
 def skip_examples(state: TrainState, data: PyTree, num_examples: int) -> TrainState:
-    """The state with its sampler moved past some examples."""
+    """The state with its sampler advanced by `num_examples`."""
     sampler = advance(state.train_sampler, num_examples, num_rows(data))
     return state._replace(train_sampler=sampler)
 
 
 def train_steps(
-    setting: LookAheadConfig,
+    config: LookAheadConfig,
     state: TrainState,
     data: PyTree,
     hyperparameters: Hyperparameters,
     num_steps: int,
 ) -> tuple[TrainState, jax.Array]:
-    """Trains for some steps and returns the state and the loss before each, float[num_steps]."""
-    gradient_fn = masked_value_and_grad(setting.loss_fn)
+    """Trains for `num_steps` steps; returns the state and the loss before each, float[num_steps]."""
+    gradient_fn = masked_value_and_grad(config.loss_fn)
 
     def body(state, _):
-        tx = setting.transformation(hyperparameters, state.num_steps)
-        state, batch = draw(state, data, setting.batch_size)
+        tx = config.transformation(hyperparameters, state.num_steps)
+        state, batch = draw(state, data, config.batch_size)
         state, gradient = inner_step(state, *batch, gradient_fn=gradient_fn, tx=tx)
         return state, gradient.value
 
     return jax.lax.scan(body, state, None, length=num_steps)
 
 
-def evaluate(
-    setting: LookAheadConfig, params: PyTree, batch: PyTree, state: TrainState
-) -> Gradient:
-    """The mean loss of all rows of a batch, with its gradient; of `state` only the model's."""
+def evaluate(config: LookAheadConfig, params: PyTree, batch: PyTree, state: TrainState) -> Gradient:
+    """The mean loss of all rows of a batch, with its gradient, at the model state of `state`."""
     mask = jnp.ones(num_rows(batch), bool)
-    gradient_fn = masked_value_and_grad(setting.loss_fn)
+    gradient_fn = masked_value_and_grad(config.loss_fn)
     return gradient_fn(params, batch, mask, state.model_state, state.key)
 
 
 def look_ahead_gradient(
-    setting: LookAheadConfig,
+    config: LookAheadConfig,
     coordinates: PyTree,
     decode: Callable[[PyTree], Hyperparameters],
     state: TrainState,
@@ -165,26 +166,26 @@ def look_ahead_gradient(
     """The loss after T steps, and its derivative with respect to the coordinates.
 
     Args:
-      setting: What is static.
+      config: The static configuration.
       coordinates: Pytree of scalars.
-      decode: From coordinates to hyperparameters.
-      state: Where the look-ahead begins.
+      decode: Maps coordinates to hyperparameters.
+      state: Where the look-ahead starts.
       data: Pytree of arrays [num_examples, ...].
-      evaluation: Batch whose mean loss is wanted at the end.
+      evaluation: Batch whose mean loss is evaluated at the end.
     """
 
     def look_ahead(coordinates):
-        after, _ = train_steps(setting, state, data, decode(coordinates), setting.horizon)
+        after, _ = train_steps(config, state, data, decode(coordinates), config.horizon)
         return after.params, after
 
-    # One unit tangent for each coordinate; under vmap they share the primal computation.
+    # One unit tangent per coordinate; under vmap they share the primal computation.
     leaves, treedef = jax.tree.flatten(coordinates)
     units = treedef.unflatten(list(jnp.eye(len(leaves), dtype=leaves[0].dtype)))
     params, tangents, after = jax.vmap(
         lambda tangent: jax.jvp(look_ahead, (coordinates,), (tangent,), has_aux=True),
         out_axes=(None, 0, None),
     )(units)
-    gradient = evaluate(setting, params, evaluation, after)
+    gradient = evaluate(config, params, evaluation, after)
     # <grad L(theta_T), d theta_T / d coordinate>
     pairs = zip(jax.tree.leaves(gradient.grads), jax.tree.leaves(tangents), strict=True)
     slopes = jnp.stack([jnp.sum(g[None] * t, axis=range(1, t.ndim)) for g, t in pairs]).sum(0)
@@ -199,36 +200,28 @@ class MetaState(NamedTuple):
     num_skipped: jax.Array  # shape=(), dtype=int32, meta steps whose hypergradient was not finite
 
 
-def init_meta_state(
-    setting: LookAheadConfig, start: Hyperparameters, meta_optimizer: optax.GradientTransformation
-) -> MetaState:
-    """Where meta-descent begins."""
-    log_values = to_log_values(setting, start)
-    return MetaState(log_values, meta_optimizer.init(log_values), jnp.zeros((), jnp.int32))
+def init_meta_state(config: LookAheadConfig, start: Hyperparameters) -> MetaState:
+    """The initial state of meta-descent."""
+    log_values = to_log_values(config, start)
+    opt_state = config.meta_optimizer.init(log_values)
+    return MetaState(log_values, opt_state, jnp.zeros((), jnp.int32))
 
 
-def meta_step(
-    meta: MetaState,
-    gradient: LogValues,
-    meta_optimizer: optax.GradientTransformation,
-    reset_meta_state: bool,
-) -> MetaState:
-    """One step of the hyperparameters against a hypergradient, within all limits."""
-    if reset_meta_state:
-        meta = meta._replace(opt_state=meta_optimizer.init(meta.log_values))
+def meta_step(config: LookAheadConfig, meta: MetaState, gradient: LogValues) -> MetaState:
+    """One step of the hyperparameters against a hypergradient, with all limits applied."""
+    if config.reset_meta_state:
+        meta = meta._replace(opt_state=config.meta_optimizer.init(meta.log_values))
     finite = jnp.all(jnp.isfinite(jnp.stack(list(gradient.values()))))
-    # d/d log x = x d/dx, and it is d/dx that is limited.
+    # d/d log x = x d/dx, and the limit applies to d/dx.
     limits = {name: _MAX_GRADIENT * jnp.exp(x) for name, x in meta.log_values.items()}
     clipped = {
         name: jnp.where(finite, jnp.clip(g, -limits[name], limits[name]), 0)
         for name, g in gradient.items()
     }
-    updates, opt_state = meta_optimizer.update(clipped, meta.opt_state, meta.log_values)
+    updates, opt_state = config.meta_optimizer.update(clipped, meta.opt_state, meta.log_values)
     moved: Any = optax.apply_updates(meta.log_values, updates)
     moved = {name: _clip_log(name, x) for name, x in moved.items()}
-    log_values, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (moved, opt_state),
-        (meta.log_values, meta.opt_state),
+    log_values, opt_state = tree_where(
+        finite, (moved, opt_state), (meta.log_values, meta.opt_state)
     )
     return MetaState(log_values, opt_state, meta.num_skipped + ~finite)

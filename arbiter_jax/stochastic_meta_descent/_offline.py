@@ -1,9 +1,9 @@
-"""Offline stochastic meta-descent: learn a schedule by repeating the same stretch of training.
+"""Offline stochastic meta-descent: learns a schedule by repeating the same segment of training.
 
 Every meta step trains T steps from the same parameters and moves learning rate and decay against
-the derivative of the loss at their end. Where T is much shorter than the run that the schedule is
-for, the rate that it learns decays far too early. Wu et al., "Understanding Short-Horizon Bias in
-Stochastic Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
+the derivative of the final loss. If T is much shorter than the run that the schedule is for, the
+learned rate decays far too early. Wu et al., "Understanding Short-Horizon Bias in Stochastic
+Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PRETRAINING = Hyperparameters(learning_rate=0.1, momentum=0.9, decay=0.0)
 
 
 class OfflineResult(NamedTuple):
-    """What :func:`offline` returns."""
+    """Result of :func:`offline`."""
 
-    hyperparameters: Hyperparameters  # the learned ones, scalars
-    history: Hyperparameters  # those of each look-ahead, shape=(num_meta_steps,)
+    hyperparameters: Hyperparameters  # after the last meta step, scalars
+    history: Hyperparameters  # of each look-ahead, shape=(num_meta_steps,)
     losses: jax.Array  # shape=(num_meta_steps,), dtype=float, at the end of each look-ahead
-    state: TrainState  # after pretraining: where every look-ahead began
+    state: TrainState  # after pretraining, where every look-ahead starts
     num_skipped: jax.Array  # shape=(), dtype=int32, meta steps without a finite hypergradient
 
 
@@ -69,28 +69,29 @@ def offline(
 ) -> OfflineResult:
     r"""Learns a schedule by repeating the same T steps of training from the same parameters.
 
-    After a short pretraining, whose velocity is dropped, every meta step trains T steps on fresh
-    batches from those parameters, takes the mean loss over the whole data, and moves the logarithms
-    of the hyperparameters against its derivative.
+    After a short pretraining, whose velocity is discarded, every meta step trains T steps from
+    those parameters on fresh batches, computes the mean loss over all data, and moves the
+    logarithms of the hyperparameters against its derivative.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, twice differentiable almost everywhere.
       params: Parameters before pretraining.
       data: Pytree of arrays [num_examples, ...]; the meta-objective is the mean loss over it.
       key: PRNG key of the batches.
-      horizon: T, steps of look-ahead, an integer >= 1.
-      hyperparameters: Where to start: learning rate > 0, momentum in [0, 1), decay >= 0.
-      learned: Names of those that descend; the others stay.
+      horizon: T, the look-ahead in steps, an integer >= 1.
+      hyperparameters: Initial values: learning rate > 0, momentum in [0, 1), decay >= 0.
+      learned: Names of the hyperparameters to learn; the others stay fixed.
       inner_optimizer: ``inner_optimizer(learning_rate, momentum) -> transformation``, such as
         `optax.sgd` and `optax.adam`.
-      num_meta_steps: How many meta steps to take, an integer >= 1.
-      meta_optimizer: Optimizer of the logarithms; `optax.adam(0.01)` where it is None.
+      num_meta_steps: Number of meta steps, an integer >= 1.
+      meta_optimizer: Optimizer of the logarithms; `optax.adam(0.01)` if None.
       reset_meta_state: Whether every meta step starts from a fresh state of the meta optimizer, as
-        in the published code; steps of Adam are then of its rate times the sign.
-      batch_size: Examples of one batch, an integer >= 1.
+        in the published code. Every step of Adam then has the size of its learning rate.
+      batch_size: Examples per batch, an integer >= 1.
       time_constant: K of the rate :math:`\alpha_0 (1 + t / K)^{-\beta}`, in steps, > 0.
-      effective_learning_rate: Whether it is learning_rate / (1 - momentum) whose logarithm descends
-        and whose range is limited. False suits optimizers whose momentum is an average (Adam).
+      effective_learning_rate: Whether to learn, and limit the range of, the effective rate
+        learning_rate / (1 - momentum) instead of the learning rate. Use False for optimizers whose
+        momentum is an average (Adam).
       num_pretraining_steps: Steps before the first look-ahead, an integer >= 0.
       pretraining: Hyperparameters of those steps.
       model_state: State of the model that is not trained by gradients, or None.
@@ -99,14 +100,14 @@ def offline(
       An :class:`OfflineResult`.
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
     Reference:
       Wu et al. 2018, https://arxiv.org/abs/1803.02021, section 4.2.
 
     *Guarantees*: hyperparameters stay in their ranges (effective learning rate [1e-4, 10], 1 -
-    momentum [1e-4, 1], decay [1e-4, 1e3]); derivatives are limited to 10, and skipped and counted
-    where they are not finite; memory does not depend on the horizon.
+    momentum [1e-4, 1], decay [1e-4, 1e3]); derivatives are limited to 10, and skipped and counted if
+    they are not finite; memory does not depend on the horizon.
 
     >>> import arbiter_jax as aj, jax, jax.numpy as jnp, optax
     >>> result = aj.stochastic_meta_descent.offline(
@@ -117,16 +118,18 @@ def offline(
     >>> bool(result.losses[-1] < 0.5 * result.losses[0])
     True
     """
-    setting = LookAheadConfig(
+    config = LookAheadConfig(
         loss_fn,
         inner_optimizer,
-        tuple(learned),
-        horizon,
         batch_size,
         time_constant,
-        effective_learning_rate,
+        horizon,
+        tuple(learned),
+        bool(effective_learning_rate),
+        meta_optimizer or DEFAULT_META_OPTIMIZER,
+        bool(reset_meta_state),
     )
-    if not setting.learned:
+    if not config.learned:
         raise ValueError("learned must name at least one hyperparameter, got ().")
     return _offline(
         params,
@@ -135,26 +138,15 @@ def offline(
         key,
         as_hyperparameters(hyperparameters),
         as_hyperparameters(pretraining),
-        setting=setting,
+        config=config,
         num_meta_steps=_validate.integer(num_meta_steps=num_meta_steps, minimum=1),
         num_pretraining_steps=_validate.integer(
             num_pretraining_steps=num_pretraining_steps, minimum=0
         ),
-        meta_optimizer=meta_optimizer or DEFAULT_META_OPTIMIZER,
-        reset_meta_state=bool(reset_meta_state),
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "setting",
-        "num_meta_steps",
-        "num_pretraining_steps",
-        "meta_optimizer",
-        "reset_meta_state",
-    ),
-)
+@partial(jax.jit, static_argnames=("config", "num_meta_steps", "num_pretraining_steps"))
 def _offline(
     params,
     model_state,
@@ -163,28 +155,26 @@ def _offline(
     start: Hyperparameters,
     pretraining: Hyperparameters,
     *,
-    setting: LookAheadConfig,
+    config: LookAheadConfig,
     num_meta_steps: int,
     num_pretraining_steps: int,
-    meta_optimizer: optax.GradientTransformation,
-    reset_meta_state: bool,
 ) -> OfflineResult:
-    state = init_state(params, setting.transformation(pretraining), key, model_state)
-    state, _ = train_steps(setting, state, data, pretraining, num_pretraining_steps)
-    # The velocity is dropped, and the schedule counts its steps from here.
-    opt_state = setting.transformation(start).init(state.params)
+    state = init_state(params, config.transformation(pretraining), key, model_state)
+    state, _ = train_steps(config, state, data, pretraining, num_pretraining_steps)
+    # Discard the velocity; the schedule counts its steps from here.
+    opt_state = config.transformation(start).init(state.params)
     state = state._replace(opt_state=opt_state, num_steps=jnp.zeros_like(state.num_steps))
-    decode = partial(from_log_values, setting, fixed=start)
+    decode = partial(from_log_values, config, fixed=start)
 
     def body(carry, _):
         meta, state = carry
         now = decode(meta.log_values)
-        value, gradient = look_ahead_gradient(setting, meta.log_values, decode, state, data, data)
-        meta = meta_step(meta, gradient, meta_optimizer, reset_meta_state)
-        # Fresh batches every time: where this look-ahead's ended, the next one's begin.
-        state = skip_examples(state, data, setting.horizon * setting.batch_size)
+        value, gradient = look_ahead_gradient(config, meta.log_values, decode, state, data, data)
+        meta = meta_step(config, meta, gradient)
+        # The next look-ahead continues with fresh batches.
+        state = skip_examples(state, data, config.horizon * config.batch_size)
         return (meta, state), (now, value)
 
-    meta = init_meta_state(setting, start, meta_optimizer)
+    meta = init_meta_state(config, start)
     (meta, _), (history, losses) = jax.lax.scan(body, (meta, state), None, length=num_meta_steps)
     return OfflineResult(decode(meta.log_values), history, losses, state, meta.num_skipped)

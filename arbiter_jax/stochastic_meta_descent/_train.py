@@ -1,7 +1,7 @@
 """Stochastic meta-descent: the loss T steps ahead, and its derivative, as functions.
 
-:func:`train` is the loop that meta-descent looks ahead with, :func:`hypergradient` the derivative
-of the loss at its end with respect to learning rate, momentum and decay. Wu et al., "Understanding
+:func:`train` is the training loop of the look-ahead, :func:`hypergradient` the derivative of the
+final loss with respect to learning rate, momentum and decay. Wu et al., "Understanding
 Short-Horizon Bias in Stochastic Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
 """
 
@@ -38,7 +38,7 @@ def train(
 ) -> tuple[TrainState, jax.Array]:
     r"""Trains with fixed hyperparameters, at the rate :math:`\alpha_0 (1 + t / K)^{-\beta}`.
 
-    The loop that :func:`offline` looks ahead with. It is a pure function: under `jax.vmap` over the
+    This is the look-ahead loop of :func:`offline`. It is a pure function: under `jax.vmap` over the
     hyperparameters it computes a whole surface of the meta-objective.
 
     Args:
@@ -46,16 +46,16 @@ def train(
       state: From ``aj.init_state(params, inner_optimizer(...), key)``; t is its `num_steps`.
       data: Pytree of arrays [num_examples, ...].
       hyperparameters: Learning rate > 0, momentum in [0, 1), decay >= 0.
-      num_steps: How many steps to take, an integer >= 1.
+      num_steps: Number of steps, an integer >= 1.
       inner_optimizer: ``inner_optimizer(learning_rate, momentum) -> transformation``.
-      batch_size: Examples of one batch, an integer >= 1.
+      batch_size: Examples per batch, an integer >= 1.
       time_constant: K, in steps, > 0.
 
     Returns:
       (state, losses): the state after the last step and the batch losses float[num_steps].
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
     >>> import arbiter_jax as aj, jax, jax.numpy as jnp, optax
     >>> smd = aj.stochastic_meta_descent
@@ -68,13 +68,13 @@ def train(
     [0.5, 0.405, 0.2592]
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
-    setting = LookAheadConfig(loss_fn, inner_optimizer, (), 1, batch_size, time_constant, False)
-    return _train(state, data, as_hyperparameters(hyperparameters), setting, num_steps)
+    config = LookAheadConfig(loss_fn, inner_optimizer, batch_size, time_constant)
+    return _train(state, data, as_hyperparameters(hyperparameters), config, num_steps)
 
 
-@partial(jax.jit, static_argnames=("setting", "num_steps"))
-def _train(state, data, hyperparameters, setting: LookAheadConfig, num_steps: int):
-    return train_steps(setting, state, data, hyperparameters, num_steps)
+@partial(jax.jit, static_argnames=("config", "num_steps"))
+def _train(state, data, hyperparameters, config: LookAheadConfig, num_steps: int):
+    return train_steps(config, state, data, hyperparameters, num_steps)
 
 
 def hypergradient(
@@ -96,21 +96,21 @@ def hypergradient(
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, twice differentiable almost everywhere.
-      state: Where the look-ahead begins; it draws the next batches of its sampler.
+      state: Where the look-ahead starts; it draws the next batches of its sampler.
       data: Pytree of arrays [num_examples, ...].
-      evaluation: Batch whose mean loss is wanted at the end, a pytree like data.
+      evaluation: Batch whose mean loss is evaluated at the end, a pytree like `data`.
       hyperparameters: Learning rate > 0, momentum in [0, 1), decay >= 0.
-      horizon: T, steps of look-ahead, an integer >= 1.
+      horizon: T, the look-ahead in steps, an integer >= 1.
       inner_optimizer: ``inner_optimizer(learning_rate, momentum) -> transformation``.
-      batch_size: Examples of one batch, an integer >= 1.
+      batch_size: Examples per batch, an integer >= 1.
       time_constant: K, in steps, > 0.
 
     Returns:
-      (value, gradient): float[], and the derivatives with respect to learning rate, momentum and
-      decay themselves, a :class:`Hyperparameters` of scalars.
+      (value, gradient): float[], and a :class:`Hyperparameters` of scalars, the derivatives with
+      respect to learning rate, momentum and decay (not their logarithms).
 
     Raises:
-      ValueError: If an argument is outside of its range.
+      ValueError: If an argument is outside its range.
 
     *Guarantees*: equals reverse mode and finite differences; its memory does not depend on T.
 
@@ -125,14 +125,12 @@ def hypergradient(
     >>> float(value), round(float(gradient.learning_rate), 4)  # (1 - lr)^2 / 2 at lr = .5
     (0.125, -0.5)
     """
-    setting = LookAheadConfig(
-        loss_fn, inner_optimizer, (), horizon, batch_size, time_constant, False
-    )
-    return _hypergradient(state, data, evaluation, as_hyperparameters(hyperparameters), setting)
+    config = LookAheadConfig(loss_fn, inner_optimizer, batch_size, time_constant, horizon)
+    return _hypergradient(state, data, evaluation, as_hyperparameters(hyperparameters), config)
 
 
-@partial(jax.jit, static_argnames="setting")
-def _hypergradient(state, data, evaluation, hyperparameters, setting: LookAheadConfig):
+@partial(jax.jit, static_argnames="config")
+def _hypergradient(state, data, evaluation, hyperparameters, config: LookAheadConfig):
     return look_ahead_gradient(
-        setting, hyperparameters, lambda coordinates: coordinates, state, data, evaluation
+        config, hyperparameters, lambda coordinates: coordinates, state, data, evaluation
     )
