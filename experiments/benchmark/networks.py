@@ -15,7 +15,7 @@ from flax import nnx
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, models
-from arbiter_jax.learning_rate import _autowu, _gaussian_process
+from arbiter_jax.learning_rate import _gaussian_process, _turning_point
 from arbiter_jax.models._lenet import LeNet
 from arbiter_jax.models._wide_resnet import WideResNet
 
@@ -145,9 +145,10 @@ def autowu_test(num_losses: int = 1000) -> Timed:
     @jax.jit
     def test(key):
         count, rate = jnp.asarray(num_losses, jnp.int32), jnp.asarray(0.1)
-        indices = _autowu._draw(key, losses, num_tests=5)
+        indices = _turning_point.draw_subsets(key, losses, num_tests=5)
         options = {"steps_per_epoch": 20, "min_learning_rate": 1e-5}
-        return _autowu._test(_gaussian_process.init(), losses, count, rate, *indices, **options)
+        process = _gaussian_process.init()
+        return _turning_point.find_turning_point(process, losses, count, rate, *indices, **options)
 
     def run() -> float:
         start = time.perf_counter()

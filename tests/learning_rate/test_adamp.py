@@ -1,4 +1,4 @@
-"""AdamP against the algorithm written out in NumPy, and what JAX expects."""
+"""AdamP against the algorithm in NumPy, and what JAX expects."""
 
 import chex
 import jax
@@ -13,7 +13,7 @@ RATE, WEIGHT_DECAY, DELTA, WD_RATIO, EPS = 0.0625, 0.1, 0.1, 0.2, 1e-8
 
 
 def project(param, grad, direction, channel_axis=-1):
-    """Channel by channel, or else as a layer, or else not: the projected step and its decay."""
+    """The projected step and its decay: per channel, or else as a layer, or else unprojected."""
     for as_layer in (False, True):
         if as_layer:
             rows = [a.reshape(1, -1) for a in (param, grad, direction)]
@@ -37,7 +37,7 @@ def project(param, grad, direction, channel_axis=-1):
 
 
 def reference(params, all_grads, channel_axis=-1):
-    """Parameters after every step, and the share of the weight decay at each."""
+    """Parameters and factor of the weight decay after every step."""
     moments = {k: (np.zeros_like(p), np.zeros_like(p)) for k, p in params.items()}
     params, history = dict(params), []
     for step, grads in enumerate(all_grads, start=1):
@@ -58,7 +58,7 @@ def reference(params, all_grads, channel_axis=-1):
 
 
 def tangent(rng, param, axes):
-    """A random gradient at right angles to the weights along the axes."""
+    """A random gradient orthogonal to the weights along the axes."""
     grad = rng.normal(size=param.shape)
     square = np.sum(param * param, axis=axes, keepdims=True)
     return grad - param * np.sum(grad * param, axis=axes, keepdims=True) / square
@@ -111,8 +111,8 @@ def test_equals_the_algorithm(channel_axis):
             chex.assert_trees_all_close(params, expected, rtol=1e-10)
 
 
-def test_projected_steps_are_at_right_angles_to_the_weights():
-    """Guarantee: At right angles."""
+def test_orthogonal():
+    """Guarantee: Orthogonal."""
     params, (grads, _) = make_problem()
     params, grads = (
         jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (params, grads)
@@ -126,8 +126,8 @@ def test_projected_steps_are_at_right_angles_to_the_weights():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_adamw_where_nothing_is_projected(nesterov):
-    """Guarantee: Is AdamW where nothing is projected."""
+def test_is_adamw_without_projection(nesterov):
+    """Guarantee: Is AdamW without projection."""
     params, all_grads = make_problem()
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     tx = adamp(RATE, weight_decay=WEIGHT_DECAY, delta=0.0, nesterov=nesterov)
@@ -141,7 +141,8 @@ def test_adamw_where_nothing_is_projected(nesterov):
         chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
-def test_the_rate_is_in_the_state_and_follows_a_schedule():
+def test_the_rate_is_in_the_state():
+    """And follows a schedule, if there is one."""
     params = {"w": jnp.ones((2, 2))}
     tx = adamp(optax.linear_schedule(1.0, 0.0, 4))
     state, update = tx.init(params), jax.jit(tx.update)
@@ -155,20 +156,27 @@ def test_the_rate_is_in_the_state_and_follows_a_schedule():
     np.testing.assert_allclose(jax.jit(tx.update)(params, state, params)[0]["w"], -0.3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e30])
-def test_gradients_that_are_not_finite_are_skipped(bad):
-    """Guarantee: Skips and counts. The square of 1e30 is no float32."""
+def test_skips_and_counts():
+    """Guarantee: Skips and counts. The square of 1e30 is infinite in float32."""
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
     tx = adamp(0.1, weight_decay=0.1)
     update = jax.jit(tx.update)
     _, state = update(params, tx.init(params), params)
-    grads = {"w": params["w"].at[0, 1].set(bad), "b": params["b"]}
-    updates, skipped = update(grads, state, params)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
-    chex.assert_trees_all_equal(skipped, state._replace(num_skipped=jnp.int32(1)))
+    for bad in (jnp.nan, jnp.inf, 1e30):
+        grads = {"w": params["w"].at[0, 1].set(bad), "b": params["b"]}
+        updates, skipped = update(grads, state, params)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+        chex.assert_trees_all_equal(skipped, state._replace(num_skipped=jnp.int32(1)))
 
 
-def test_types_are_stable_nothing_recompiles_and_it_vmaps():
+def test_a_probe_is_an_ordinary_update():
+    params, tx = jnp.ones(2), adamp(0.1)
+    updates, state = jax.jit(lambda s: tx.update(params, s, params, probe=True))(tx.init(params))
+    np.testing.assert_allclose(updates, -0.1, rtol=1e-4)
+    assert state.adam.count == 1
+
+
+def test_stable_types_one_program_vmap():
     tx = adamp(1e-2, weight_decay=0.1)
     params = {"w": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(2), "s": jnp.ones(())}
     state = tx.init(params)

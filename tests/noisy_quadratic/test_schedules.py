@@ -1,4 +1,4 @@
-"""The noisy quadratic: recorded numbers, Monte Carlo, autodiff and the facts of the paper."""
+"""The noisy quadratic against recorded numbers, Monte Carlo, autodiff and facts of the paper."""
 
 import pathlib
 
@@ -104,7 +104,7 @@ def test_greedy_without_noise_is_conjugate_gradient():
         problem = problem_of("det")
         with_momentum = noisy_quadratic.greedy_schedule(problem, 10, momentum=True)
         np.testing.assert_allclose(with_momentum.excess_loss, recorded("det", "cg_L"), rtol=1e-8)
-        # and so equals the best that ten learning rates chosen together can do, without momentum
+        # and equals the best that ten jointly chosen learning rates can do without momentum
         np.testing.assert_allclose(
             with_momentum.excess_loss[-1], recorded("det", "ritz_L")[-1], rtol=1e-8
         )
@@ -115,18 +115,19 @@ def test_greedy_without_noise_is_conjugate_gradient():
 
 
 @PRECISIONS
-def test_greedy_costs_a_factor_of_2_3_with_noise_and_unequal_curvature(x64, rtol):
+def test_greedy_costs_a_factor_of_2_3(x64, rtol):
+    """With noise and unequal curvatures."""
     with jax.enable_x64(x64):
         greedy = noisy_quadratic.greedy_schedule(ill_conditioned(), 250)
         np.testing.assert_allclose(greedy.excess_loss[-1], 9.1526023, rtol=rtol)
-        optimal = noisy_quadratic.optimal_schedule(ill_conditioned(), 250)
+        optimal = noisy_quadratic.optimal_schedule(ill_conditioned(), 250, max_iterations=60)
         assert 4.0 < optimal.excess_loss[-1] <= 4.0022
         assert optimal.learning_rates.max() <= 1.0
         ratio = greedy.excess_loss[-1] / optimal.excess_loss[-1]
         np.testing.assert_allclose(ratio, 2.287, atol=1e-3)
 
 
-def test_greedy_is_optimal_where_all_curvatures_are_equal():
+def test_greedy_is_optimal_if_all_curvatures_are_equal():
     with jax.enable_x64(True):
         problem = problem_of("dyn")._replace(curvature=jnp.full(4, 0.7))
         greedy = noisy_quadratic.greedy_schedule(problem, 20)
@@ -147,7 +148,8 @@ def test_optimal_schedule_equals_the_recorded_one(x64, rtol):
         )
 
 
-def test_momentum_lowers_the_optimum_and_stays_within_its_bounds():
+def test_momentum_lowers_the_optimum():
+    """And stays within its bounds."""
     problem = problem_of("dyn")
     alone = noisy_quadratic.optimal_schedule(problem, 20)
     both = noisy_quadratic.optimal_schedule(problem, 20, momentum=True)
@@ -160,7 +162,7 @@ def test_momentum_lowers_the_optimum_and_stays_within_its_bounds():
     np.testing.assert_allclose(with_full_horizon.excess_loss[-1], both.excess_loss[-1], rtol=1e-3)
 
 
-def test_optimum_has_no_slope_left_but_at_its_bounds():
+def test_the_optimum_has_slope_only_at_its_bounds():
     with jax.enable_x64(True):
         problem = problem_of("dyn")
         optimal = noisy_quadratic.optimal_schedule(problem, 20)
@@ -168,11 +170,11 @@ def test_optimum_has_no_slope_left_but_at_its_bounds():
         def objective(rates):
             return jnp.log(noisy_quadratic.rollout(problem, rates)[-1])
 
-        slope = jax.grad(objective)(optimal.learning_rates)
+        slope = jax.jit(jax.grad(objective))(optimal.learning_rates)
         inside = optimal.learning_rates < 1.0 - 1e-6
         assert 5 < inside.sum() < 15
         np.testing.assert_allclose(slope[inside], 0, atol=1e-6)
-        assert (slope[~inside] < 0).all()  # there, only a larger rate would help
+        assert (slope[~inside] < 0).all()  # only a larger rate would help
 
 
 def test_receding_horizon_leads_from_greedy_to_optimal():
@@ -188,12 +190,12 @@ def test_receding_horizon_leads_from_greedy_to_optimal():
     assert losses[0] > 1.1 * losses[1] > 1.1 * losses[2]
 
 
-def test_receding_horizon_of_one_step_is_the_greedy_rate_below_the_cap():
+def test_horizon_one_is_the_greedy_rate_up_to_the_cap():
     problem = problem_of("dyn")
     rates = noisy_quadratic.receding_horizon_schedule(
         problem, 20, 1, max_learning_rate=0.5
     ).learning_rates
-    assert rates[0] == pytest.approx(0.5, rel=1e-5)  # where the greedy rate is .98
+    assert rates[0] == pytest.approx(0.5, rel=1e-5)  # the greedy rate is .98
     assert rates[-1] < 0.25
 
 
@@ -209,8 +211,8 @@ def sample_runs(problem, rates, momenta, num_runs, key):
     def body(carry, inputs):
         theta, v = carry
         rate, mu, key = inputs
-        centre = deviation * jax.random.normal(key, shape, problem.curvature.dtype)
-        v = mu * v - rate * problem.curvature[None] * (theta - centre)
+        center = deviation * jax.random.normal(key, shape, problem.curvature.dtype)
+        v = mu * v - rate * problem.curvature[None] * (theta - center)
         return (theta + v, v), (theta + v, v)
 
     keys = jax.random.split(noise_key, rates.size)
@@ -231,22 +233,27 @@ def test_moments_equal_those_of_sampled_runs(key):
 
 
 @pytest.mark.parametrize("momentum", [False, True])
-def test_greedy_closed_form_is_where_autodiff_finds_no_slope(momentum):
+def test_autodiff_finds_no_slope_at_the_greedy_rates(momentum):
     with jax.enable_x64(True):
         problem = problem_of("dyn")
-        moments = initial_moments(problem)
-        for rate, mu in ((0.3, 0.0), (0.2, 0.5), (0.1, 0.7)):
-            moments = momentum_step(problem, moments, rate, mu)
 
-        def loss(rate, mu):
-            after = momentum_step(problem, moments, rate, mu)
-            return (problem.curvature * (after.position**2 + after.position_variance)).sum()
+        @jax.jit
+        def derivatives():
+            moments = initial_moments(problem)
+            for rate, mu in ((0.3, 0.0), (0.2, 0.5), (0.1, 0.7)):
+                moments = momentum_step(problem, moments, rate, mu)
 
-        rate, mu = greedy_rates(problem, moments, momentum)
-        slopes = jax.grad(loss, argnums=(0, 1))(rate, mu)
+            def loss(rate, mu):
+                after = momentum_step(problem, moments, rate, mu)
+                return (problem.curvature * (after.position**2 + after.position_variance)).sum()
+
+            rates = greedy_rates(problem, moments, momentum)
+            return jax.grad(loss, argnums=(0, 1))(*rates), jax.hessian(loss)(*rates)
+
+        slopes, curvature = derivatives()
         assert abs(slopes[0]) < 1e-12
         assert (abs(slopes[1]) < 1e-12) == momentum
-        assert (jax.hessian(loss)(rate, mu) > 0).all()
+        assert curvature > 0
 
 
 def test_rollout_is_differentiable_in_both_schedules():
@@ -254,6 +261,7 @@ def test_rollout_is_differentiable_in_both_schedules():
         problem = problem_of("dyn")
         rates, momenta = jnp.full(6, 0.3), jnp.full(6, 0.5)
 
+        @jax.jit
         def loss(rates, momenta):
             return noisy_quadratic.rollout(problem, rates, momenta)[-1]
 
@@ -267,13 +275,13 @@ def test_rollout_is_differentiable_in_both_schedules():
             np.testing.assert_allclose(slopes[argument][2], difference, rtol=1e-5)
 
 
-def test_greedy_excess_loss_never_grows():
+def test_greedy_excess_loss_never_increases():
     for momentum in (False, True):
         losses = noisy_quadratic.greedy_schedule(problem_of("dyn"), 50, momentum).excess_loss
         assert (jnp.diff(losses) <= 0).all()
 
 
-def test_signal_and_noise_apart_keep_what_their_sum_would_lose():
+def test_without_noise_all_variances_stay_zero():
     with jax.enable_x64(True):
         problem = problem_of("det")
         moments = initial_moments(problem)
@@ -315,6 +323,6 @@ def test_schedules_are_jittable_and_vmap():
         (lambda p: noisy_quadratic.rollout(p._replace(curvature=-p.curvature), jnp.ones(3)), "curvature must hold finite numbers >= 0"),  # noqa: E501
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named(call, message):
+def test_arguments_out_of_range(call, message):
     with pytest.raises(ValueError, match=message):
         call(problem_of("dyn"))

@@ -1,13 +1,12 @@
-"""Rates that follow the batch size: the power rule and the gain of AdaScale, by hand."""
+"""The gain of AdaScale by hand, its averages, and what JAX expects."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.learning_rate import AdaScaleState, adascale, scale_by_batch_size
+from arbiter_jax.learning_rate import AdaScaleState, adascale
 
 UPDATES = {"w": jnp.array([1.0, -2.0]), "b": jnp.ones(1, jnp.bfloat16)}
 STATS = {"batch_sq_norm": 1.0, "half_cosine": 0.0, "inner_product_variance": 1.0}
@@ -32,33 +31,6 @@ def run(tx, all_stats, batch_sizes):
     return np.array(factors), states
 
 
-# --- The power of the batch size
-
-
-@pytest.mark.parametrize(
-    ("exponent", "batch_size", "factor"),
-    [(1.0, 256, 4.0), (0.5, 256, 2.0), (0.5, 16, 0.5), (0.0, 256, 1.0), (-1.0, 256, 0.25)],
-)
-def test_the_power_rule(exponent, batch_size, factor):
-    tx = scale_by_batch_size(64, exponent)
-    updates, state = tx.update(UPDATES, tx.init(UPDATES), batch_size=batch_size)
-    chex.assert_trees_all_close(updates, jax.tree.map(lambda u: factor * u, UPDATES))
-    chex.assert_trees_all_equal_dtypes(updates, UPDATES)
-    np.testing.assert_allclose(state.learning_rate, factor)
-
-
-def test_the_reference_is_neutral():
-    """Guarantee of both: The reference is neutral."""
-    tx = scale_by_batch_size(64, 0.7)
-    updates, _ = tx.update(UPDATES, tx.init(UPDATES), batch_size=64)
-    chex.assert_trees_all_equal(updates, UPDATES)
-    factors, _ = run(adascale(64), [make_stats(1.0, 50.0)] * 2, [64, 64])
-    np.testing.assert_allclose(factors, 1.0, rtol=1e-6)
-
-
-# --- AdaScale
-
-
 def test_the_gain_by_hand():
     # m^2 = 2, s^2 = 192 / 64 = 3, S = 4: (3 + 2) / (3 / 4 + 2).
     factors, (state,) = run(adascale(64), [make_stats(2.0, 192.0)], [256])
@@ -67,7 +39,14 @@ def test_the_gain_by_hand():
     np.testing.assert_allclose(state.progress, 5 / 2.75, rtol=1e-6)
 
 
-def test_numerator_and_denominator_are_averaged_apart_and_survive_a_change_of_size():
+def test_the_reference_is_neutral():
+    """Guarantee: The reference is neutral."""
+    factors, _ = run(adascale(64), [make_stats(1.0, 50.0)] * 2, [64, 64])
+    np.testing.assert_allclose(factors, 1.0, rtol=1e-6)
+
+
+def test_averages_numerator_and_denominator_separately():
+    """Their averages refer to the reference size, so they survive a change of the batch size."""
     decay = 0.75
     samples = [(2.0, 192.0, 256), (-1.0, 64.0, 128), (0.5, 640.0, 1024)]
     factors, states = run(
@@ -98,14 +77,14 @@ def test_the_published_decay():
 @pytest.mark.parametrize(
     ("mean_sq_norm", "variance", "batch_size", "gain"),
     [
-        (-1.0, 192.0, 256, 4.0),  # noise alone: as the linear rule
-        (5.0, 0.0, 256, 1.0),  # no noise: a larger batch brings nothing
-        (0.0, 0.0, 256, 1.0),  # nothing known
+        (-1.0, 192.0, 256, 4.0),  # noise only: the linear rule
+        (5.0, 0.0, 256, 1.0),  # no noise: a larger batch does not help
+        (0.0, 0.0, 256, 1.0),  # no information
         (0.0, 192.0, 16, 0.25),
         (1.0, 192.0, 0, 4 / 193),  # an empty batch counts as one example
     ],
 )
-def test_the_gain_stays_between_one_and_the_relative_size(mean_sq_norm, variance, batch_size, gain):
+def test_the_gain_is_between_1_and_s(mean_sq_norm, variance, batch_size, gain):
     """Guarantee: Between 1 and S."""
     _, (state,) = run(adascale(64), [make_stats(mean_sq_norm, variance)], [batch_size])
     np.testing.assert_allclose(state.gain, gain, rtol=1e-5)
@@ -116,11 +95,17 @@ def test_a_sum_that_overflows_leaves_the_gain_at_one():
     assert state.gain == 1
 
 
-def test_a_schedule_is_driven_by_the_progress():
+def test_the_schedule_is_a_function_of_the_progress():
     tx = adascale(64, learning_rate=lambda step: 1.0 / (1 + step))
     factors, states = run(tx, [make_stats(0.0, 192.0)] * 3, [160, 160, 160])  # gain 2.5
     np.testing.assert_allclose(factors, [2.5, 2.5 / 3, 2.5 / 6], rtol=1e-5)  # floor of 0, 2.5, 5
     np.testing.assert_allclose([s.learning_rate for s in states], factors, rtol=1e-6)
+
+
+def test_the_loop_reads_the_gain_as_progress_per_step():
+    _, (state,) = run(adascale(64), [make_stats(2.0, 192.0)], [256])
+    assert state.progress_per_step is state.gain
+    assert aj.base.requests((state,)).progress_per_step is state.gain
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
@@ -134,13 +119,9 @@ def test_statistics_that_are_not_finite_are_skipped(bad):
     assert np.isfinite(states[-1].progress)
 
 
-# --- What JAX expects
-
-
-@pytest.mark.parametrize("tx", [scale_by_batch_size(64, 0.5), adascale(64)])
-def test_types_are_stable_nothing_recompiles_and_scan_equals_a_loop(tx):
-    sizes = jnp.array([64, 128, 32, 512], jnp.int32)
-    stats = make_stats(2.0, 192.0)
+def test_stable_types_one_program_scan_equals_loop():
+    tx = adascale(64)
+    sizes, stats = jnp.array([64, 128, 32, 512], jnp.int32), make_stats(2.0, 192.0)
 
     def update(state, batch_size):
         return tx.update(UPDATES, state, grad_stats=stats, batch_size=batch_size, value=1.0)
@@ -163,9 +144,6 @@ def test_types_are_stable_nothing_recompiles_and_scan_equals_a_loop(tx):
 
 def test_signals():
     assert AdaScaleState.requires == ("grad_stats",)
-    tx = scale_by_batch_size(64)
-    with pytest.raises(TypeError, match="scale_by_batch_size needs the signal `batch_size`"):
-        tx.update(UPDATES, tx.init(UPDATES))
     tx = adascale(64)
     with pytest.raises(TypeError, match="adascale needs the signal `grad_stats`"):
         tx.update(UPDATES, tx.init(UPDATES), batch_size=4)
@@ -173,11 +151,17 @@ def test_signals():
         tx.update(UPDATES, tx.init(UPDATES), grad_stats=make_stats(1.0, 1.0))
 
 
+def test_a_probe_passes_through():
+    tx = adascale(64)
+    state = tx.init(UPDATES)
+    updates, after = tx.update(UPDATES, state, probe=True)
+    assert updates is UPDATES
+    assert after is state
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scale_by_batch_size(0), "reference must be an integer >= 1, got 0"),
-        (lambda: scale_by_batch_size(64, 3), r"exponent must be in \[-2, 2\], got 3"),
         (lambda: adascale(0.5), "reference must be an integer >= 1, got 0.5"),
         (lambda: adascale(64, -1.0), "learning_rate must be a finite number >= 0, got -1.0"),
         (lambda: adascale(64, decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
