@@ -213,7 +213,7 @@ def autowu(
       <https://arxiv.org/abs/2107.05855>`_, 2021.
 
     *Guarantees*:
-      * Finite: the rate is in [0, max_learning_rate] whatever the losses are.
+      * Finite: the rate is in [0, max_learning_rate] for any losses.
       * Skips and counts: a loss that is not finite enters no regression; `num_skipped` counts it.
       * Idle between tests: the regression runs at epoch ends only, under ``vmap`` as well.
 

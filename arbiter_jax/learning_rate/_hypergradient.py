@@ -142,8 +142,7 @@ def sgd_hd(
       <https://arxiv.org/abs/1703.04782>`_, ICLR 2018.
 
     *Guarantees*:
-      * Stays in range: the rate is in [min_learning_rate, max_learning_rate] whatever the
-        gradients are.
+      * Stays in range: the rate is in [min_learning_rate, max_learning_rate] for any gradients.
       * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`.
       * Is SGD at beta = 0: the updates are those of ``optax.sgd``.
 
@@ -207,8 +206,7 @@ def adam_hd(
       <https://arxiv.org/abs/1703.04782>`_, ICLR 2018.
 
     *Guarantees*:
-      * Stays in range: the rate is in [min_learning_rate, max_learning_rate] whatever the
-        gradients are.
+      * Stays in range: the rate is in [min_learning_rate, max_learning_rate] for any gradients.
       * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`.
       * Is Adam at beta = 0: the updates are those of ``optax.adam``.
 

@@ -7,18 +7,13 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax.learning_rate import AdaScaleState, adascale
+from tests.problems import grad_stats
 
 UPDATES = {"w": jnp.array([1.0, -2.0]), "b": jnp.ones(1, jnp.bfloat16)}
-STATS = {"batch_sq_norm": 1.0, "half_cosine": 0.0, "inner_product_variance": 1.0}
 
 
 def make_stats(mean_sq_norm, variance_trace, batch_size=256.0):
-    values = STATS | {
-        "mean_sq_norm": mean_sq_norm,
-        "variance_trace": variance_trace,
-        "batch_size": batch_size,
-    }
-    return aj.GradStats(**{name: jnp.asarray(value, float) for name, value in values.items()})
+    return grad_stats(batch_size, mean_sq_norm=mean_sq_norm, variance_trace=variance_trace)
 
 
 def run(tx, all_stats, batch_sizes):

@@ -54,7 +54,7 @@ def test_switches_where_the_published_one_does():
             warm = (phase == 0) & (RECORDED[f"{name}/phase"] == 0)
             np.testing.assert_allclose(rate[warm], RECORDED[f"{name}/lr"][warm], rtol=1e-5)
             end = np.argmax(phase > 0) + 1
-            if case == "monotone":  # never switched: the warm-up ran its course
+            if case == "monotone":  # never switched: the longest warm-up
                 assert end == NUM_STEPS // 2
                 np.testing.assert_allclose(rate[:-1], RECORDED[f"{name}/lr"][:-1], rtol=1e-5)
                 np.testing.assert_array_equal(phase, RECORDED[f"{name}/phase"])
@@ -181,7 +181,7 @@ def bad_runs(epochs, immediate):
     num_steps = epochs[0] * epochs[1]
     losses = [make(num_steps) for make in BAD_LOSSES.values()]
     losses = np.stack(losses + (COLLAPSES if epochs == EPOCHS else []))
-    # A few steps too many must do no harm.
+    # Steps after the end of training must be harmless.
     losses = jnp.asarray(np.concatenate([losses, losses[:, -3:]], axis=1), jnp.float32)
     tx = autowu(*epochs, immediate_cooldown=immediate)
     return losses, *jax.jit(jax.vmap(lambda x: run(tx, x)))(losses)
@@ -203,7 +203,7 @@ def test_finite(epochs, immediate):
     np.testing.assert_array_equal(states.num_skipped, bad)
 
 
-def test_an_epoch_without_a_finite_loss_ends_the_warm_up():
+def test_an_epoch_of_bad_losses_ends_the_warm_up():
     _, rates, phases, states = jax.tree.map(lambda x: x[-3:], bad_runs(EPOCHS, False))
     switches = np.argmax(np.asarray(phases) > 0, axis=1) + 1
     np.testing.assert_array_equal(switches, [20, 25, 5])

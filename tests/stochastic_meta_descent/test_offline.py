@@ -1,0 +1,118 @@
+"""Offline meta-descent: what it repeats, what it learns, and what short horizons do."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import arbiter_jax as aj
+from arbiter_jax import stochastic_meta_descent as smd
+from tests.stochastic_meta_descent.problems import loss_fn, mean_loss, regression
+
+
+@pytest.mark.parametrize("inner_optimizer", [optax.sgd, optax.adam])
+def test_every_look_ahead_starts_after_pretraining(inner_optimizer, key):
+    """And the loss at its end descends."""
+    params, data = regression()
+    options = {
+        "horizon": 10,
+        "num_meta_steps": 30,
+        "num_pretraining_steps": 3,
+        "inner_optimizer": inner_optimizer,
+        "effective_learning_rate": inner_optimizer is optax.sgd,
+        "batch_size": 10,
+        "hyperparameters": smd.Hyperparameters(0.002, 0.5, 0.1),
+        "pretraining": smd.Hyperparameters(0.01, 0.5, 0.0),
+        "meta_optimizer": optax.adam(0.1),
+    }
+    result = smd.offline(loss_fn, params, data, key, **options)
+    assert result.losses.shape == result.history.decay.shape == (30,)
+    assert result.losses[-3:].mean() < 0.95 * result.losses[:3].mean()
+    assert result.hyperparameters.learning_rate > 1.5 * 0.002
+    np.testing.assert_allclose(result.history.momentum, 0.5)  # not learned
+    assert int(result.num_skipped) == 0
+    # Pretraining is three steps of training, after which the velocity is discarded.
+    state = aj.init_state(params, inner_optimizer(0.01, 0.5), key)
+    state, _ = smd.train(
+        loss_fn, state, data, smd.Hyperparameters(0.01, 0.5, 0.0),
+        num_steps=3, inner_optimizer=inner_optimizer, batch_size=10,
+    )  # fmt: skip
+    chex.assert_trees_all_close(result.state.params, state.params, rtol=1e-6)
+    assert all(not jnp.any(x) for x in jax.tree.leaves(result.state.opt_state))
+    assert int(result.state.num_steps) == 0
+    # The first look-ahead, again.
+    again, _ = smd.train(
+        loss_fn, result.state, data, jax.tree.map(lambda x: x[0], result.history),
+        num_steps=10, inner_optimizer=inner_optimizer, batch_size=10,
+    )  # fmt: skip
+    np.testing.assert_allclose(result.losses[0], mean_loss(again.params, data), rtol=1e-5)
+
+
+def noisy_quadratic_loss(params, batch):
+    """Half h (theta - c)^2 with curvatures 1 and .01, for batches of centers c."""
+    curvature = jnp.array([[1.0, 0.01]])
+    return 0.5 * (curvature * (params[None] - batch) ** 2).sum(1)
+
+
+def test_a_longer_horizon_learns_a_larger_final_rate(key):
+    centers = jax.random.normal(key, (512, 2)) * jnp.array([[1.0, 10.0]])
+    centers = centers - centers.mean(0, keepdims=True)
+    finals = []
+    for horizon in (5, 100):
+        result = smd.offline(
+            noisy_quadratic_loss,
+            jnp.array([3.0, 30.0]),
+            centers,
+            key,
+            horizon=horizon,
+            num_meta_steps=200,
+            hyperparameters=smd.Hyperparameters(0.1, 0.0, 1.0),
+            num_pretraining_steps=0,
+            meta_optimizer=optax.adam(0.05),
+            batch_size=1,
+            time_constant=20.0,
+        )
+        rate, _, decay = result.hyperparameters
+        finals.append(float(rate * (1 + 100 / 20.0) ** -decay))
+    assert finals[1] > 3 * finals[0]
+
+
+def test_a_model_with_state_is_trained_and_evaluated(key):
+    params, data = regression()
+
+    def stateful(params, batch, model_state, mask, key):
+        del mask, key
+        return loss_fn(params, batch) * model_state, model_state
+
+    result = smd.offline(
+        stateful, params, data, key, horizon=2, num_meta_steps=2, num_pretraining_steps=0,
+        batch_size=40, model_state=jnp.asarray(2.0),
+    )  # fmt: skip
+    # Twice the loss at rate .01 follows the same path as the loss at rate .02.
+    state, _ = smd.train(
+        loss_fn, aj.init_state(params, optax.sgd(0.02, 0.9), key), data,
+        smd.Hyperparameters(0.02, 0.9, 0.1), num_steps=2, batch_size=40,
+    )  # fmt: skip
+    np.testing.assert_allclose(result.losses[0], 2 * mean_loss(state.params, data), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 0}, "horizon must be an integer >= 1"),
+        ({"num_meta_steps": 0}, "num_meta_steps must be"),
+        ({"num_pretraining_steps": -1}, "num_pretraining_steps must be"),
+        ({"learned": ()}, "learned must name"),
+        ({"learned": ("rate",)}, "learned must be one of 'learning_rate', 'momentum', 'decay'"),
+        ({"hyperparameters": smd.Hyperparameters(0.0, 0.9, 0.1)}, "learning_rate must be"),
+        ({"hyperparameters": smd.Hyperparameters(0.1, 1.0, 0.1)}, "momentum must be in"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"time_constant": 0.0}, "time_constant must be"),
+    ],
+)
+def test_arguments_out_of_range(options, message, key):
+    params, data = regression()
+    with pytest.raises(ValueError, match=message):
+        smd.offline(loss_fn, params, data, key, **({"horizon": 2} | options))
