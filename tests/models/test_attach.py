@@ -420,7 +420,7 @@ def test_functions_behind_the_head_are_no_difference_between_training_and_infere
             lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=2)[0],
             "w",
             {"init": lambda key: {"w": jnp.ones((4, 4))}},
-            "meets it inside of `scan`",
+            "meets it inside `scan`",
         ),
     ],
 )
