@@ -142,7 +142,8 @@ def as_matrix(site: Site) -> Matrix | None:
         types = zip(op.operands, op.operand_types, strict=True)
         (before,) = [type_ for operand, type_ in types if isinstance(operand, int)]
         (after,) = op.result_types
-        cast = op.name == "convert_element_type" and jnp.issubdtype(before.dtype, jnp.inexact)
+        inexact = all(jnp.issubdtype(x.dtype, jnp.inexact) for x in (before, after))
+        cast = op.name == "convert_element_type" and inexact
         if not (cast or op.name in _ISOMETRIES) or before.size != after.size:
             return None
     if site.op.name == "dot_general":
