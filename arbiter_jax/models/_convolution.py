@@ -78,11 +78,12 @@ def conv_general_dilated(
 
     Layers of Flax accept it as an argument:
 
-    >>> import jax, jax.numpy as jnp
+    >>> import functools, jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from arbiter_jax.models import conv_general_dilated
-    >>> layer = nnx.Conv(3, 8, (3, 3), conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))
-    >>> jax.eval_shape(layer, jnp.ones((2, 32, 32, 3))).shape
+    >>> Conv = functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
+    >>> apply = lambda x: Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))(x)
+    >>> jax.eval_shape(apply, jnp.ones((2, 32, 32, 3))).shape
     (2, 32, 32, 8)
 
     *Guarantees*

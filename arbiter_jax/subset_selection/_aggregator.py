@@ -64,8 +64,8 @@ def dynamic_batch_adaptation(
     >>> state = tx.init(params)
     >>> loss = lambda params, x, y: (x @ params["w"] - y) ** 2
     >>> x, y = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), jnp.array([1.0, 1.0, -9.0])
-    >>> grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
-    >>> updates, state = tx.update(grads, state, params)
+    >>> grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, x, y)
+    >>> updates, state = jax.jit(tx.update)(grads, state, params)
     >>> state[1].num_selected.tolist()
     [2]
 

@@ -153,14 +153,12 @@ def as_matrix(site: Site) -> Matrix | None:
     # The branches of `lax.platform_dependent` compute the same function: one that is a convolution
     # is enough.
     for branch in _jaxpr.platform_branches(site.op):
-        convolutions = [op for op in branch.ops if op.name == "conv_general_dilated"]
-        if len(branch.ops) == len(convolutions) == 1:
-            (op,) = convolutions
-            if all(x in branch.inputs for x in op.operands):
-                # The first operand of the conditional is the index of the branch.
-                data, kernel = (1 + branch.inputs.index(x) for x in op.operands)
-                if kernel == site.position:
-                    return _conv_matrix(op.params, site.operand, data - (data > kernel))
+        if [op.name for op in branch.ops] == ["conv_general_dilated"]:
+            # The first operand of the conditional is the index of the branch.
+            positions = {value: 1 + i for i, value in enumerate(branch.inputs)}
+            data, kernel = (positions.get(x) for x in branch.ops[0].operands)
+            if data is not None and kernel == site.position:
+                return _conv_matrix(branch.ops[0].params, site.operand, data - (data > kernel))
     return None
 
 

@@ -87,10 +87,10 @@ def subset_gradients(
     Reference:
       Simionescu et al., 2022, https://arxiv.org/abs/2208.00815
 
-    >>> import arbiter_jax as aj, jax.numpy as jnp
+    >>> import arbiter_jax as aj, jax, jax.numpy as jnp
     >>> loss_fn = lambda w, batch: (batch[0] @ w - batch[1]) ** 2
     >>> batch = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), jnp.array([1.0, 1.0, -9.0])
-    >>> gradient = aj.subset_gradients(loss_fn)(jnp.zeros(2), batch)
+    >>> gradient = jax.jit(aj.subset_gradients(loss_fn))(jnp.zeros(2), batch)
     >>> gradient.selected.tolist(), [round(float(g), 3) for g in gradient.grads]
     ([[True, True, False]], [-2.0, -0.1])
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 from arbiter_jax import models
+from arbiter_jax.models import _cut
 
 xent = optax.softmax_cross_entropy_with_integer_labels
 IMAGES = (8, 8, 1)
@@ -468,6 +469,24 @@ def test_errors_say_what_is_wrong(model, head, kwargs, message):
 def test_a_sample_without_rows_is_an_error():
     with pytest.raises(ValueError, match="sample_input must have the same number of leading rows"):
         models.attach(Branching, "a", (jnp.ones((2, 4)), jnp.ones((3, 4))))
+
+
+def test_a_head_without_a_row_per_example_is_an_error():
+    def apply(params, x):
+        return x.reshape(-1) @ params["w"]
+
+    init = lambda key: {"w": jnp.ones((8, 2))}
+    with pytest.raises(ValueError, match=r"head='w' must be called with float\[M, .*shape \(8,\)"):
+        models.attach(apply, "w", jnp.ones((2, 4)), init=init)
+
+
+def test_a_mask_must_divide_the_rows_of_batch_norm(key):
+    """As it does where other axes are folded into the batch."""
+    x = jax.ShapeDtypeStruct((6, 3, 2), jnp.float32)
+    mask = jnp.array([True, False, True])
+    assert _cut.row_mask(mask, x)[:, 0, 0].tolist() == [True, True, False, False, True, True]
+    with pytest.raises(ValueError, match=r"mask must have a number of rows .* 6, got 4"):
+        _cut.row_mask(jnp.ones(4, bool), x)
 
 
 def test_call_arguments_are_passed_on(key):

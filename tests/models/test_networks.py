@@ -232,6 +232,8 @@ def test_transformer_is_causal_and_its_positions_differ():
     same = np.asarray(predict(params, np.full((3, 8), 3)))[0]
     assert not np.allclose(same[0], same[1], atol=1e-3)
     assert jax.eval_shape(predict, params, tokens[:, :4]).shape == (3, 4, 11)
+    with pytest.raises(ValueError, match="inputs must have a length <= 8, got 9"):
+        jax.eval_shape(predict, params, np.zeros((3, 9), np.int32))
 
 
 def test_padding_tokens_weigh_nothing():

@@ -98,11 +98,16 @@ def nnx_problem(make, x):
     return lambda p, b: cross_entropy(nnx.merge(graph, p)(b[0]), b[1]), filled(shapes), x
 
 
-def linen_problem(wrap=lambda f: f):
+def linen_problem(wrap=lambda f: f, num_positions=1):
     model = linen.Sequential([linen.Dense(12), linen.relu, linen.Dense(10)])
-    x = inputs(16, 20)
-    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), x)
-    return wrap(lambda p, b: cross_entropy(model.apply(p, b[0]), b[1])), filled(shapes), x
+    x = inputs(16, num_positions * 20)
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), x[:, :20])
+
+    def loss_fn(p, batch):
+        positions = batch[0].reshape(-1, num_positions, 20)
+        return cross_entropy(model.apply(p, positions).mean(axis=1), batch[1])
+
+    return wrap(loss_fn), filled(shapes), x
 
 
 def plain_problem():
@@ -145,7 +150,7 @@ PROBLEMS = {
         functools.partial(Network, conv_general_dilated=conv_general_dilated), inputs(16, 6, 6, 1)
     ),
     "attention": lambda: nnx_problem(Attention, inputs(16, 7, 12)),
-    "linen": lambda: linen_problem(lambda f: jax.checkpoint(jax.jit(f))),
+    "linen": lambda: linen_problem(lambda f: jax.checkpoint(jax.jit(f)), num_positions=2),
     "plain": plain_problem,
     "penalized": penalized_problem,
     "weighted": weighted_problem,

@@ -67,12 +67,11 @@ def test_probes_add_to_the_results_of_the_sites():
     np.testing.assert_array_equal(site.view(w), w.T)
 
 
-def conv(w, x, **settings):
-    return lax.conv_general_dilated(x, w, (1, 1), "VALID", **settings)
+def conv(w, x, by=lax.conv_general_dilated, **settings):
+    return by(x, w, (1, 1), "VALID", **settings)
 
 
-IMAGES = jnp.ones((2, 4, 5, 5))
-DOT = (((1,), (0,)), ((), ()))
+IMAGES, KERNEL = jnp.ones((2, 4, 5, 5)), jnp.ones((6, 4, 3, 3))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,9 @@ DOT = (((1,), (0,)), ((), ()))
         ),
         (lambda w, x: conv(w, x), (6, 4, 3, 3), IMAGES, True),
         (lambda w, x: conv(w, x, feature_group_count=2), (6, 2, 3, 3), IMAGES, False),
-        (lambda w, x: conv(x, w), (2, 4, 5, 5), jnp.ones((6, 4, 3, 3)), False),  # w is the image
+        (lambda w, x: conv(w, x, by=models.conv_general_dilated), (6, 4, 3, 3), IMAGES, True),
+        (lambda w, x: conv(x, w, by=models.conv_general_dilated), IMAGES.shape, KERNEL, False),
+        (lambda w, x: conv(x, w), IMAGES.shape, KERNEL, False),  # w is the image
     ],
 )
 def test_which_sites_are_matrix_products(fn, shape, x, is_matrix):

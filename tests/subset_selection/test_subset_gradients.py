@@ -1,6 +1,7 @@
 """Gradients over a selected subset, without the gradients of the examples."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -152,6 +153,21 @@ def test_fit_reports_the_selected_fraction():
 def test_bad_max_bytes():
     with pytest.raises(ValueError, match="max_bytes must be an integer >= 1, got 0"):
         ss.subset_gradients(lambda p, b: b, max_bytes=0)
+
+
+def test_a_loss_may_have_no_signature():
+    """Then a model state is found when the gradient is called."""
+
+    class Loss:
+        __signature__ = "not one"
+
+        def __call__(self, params, batch):
+            return batch * params
+
+    with pytest.raises((TypeError, ValueError)):
+        inspect.signature(Loss())
+    gradient = ss.subset_gradients(Loss(), metric="norm")(2.0, jnp.array([1.0, -3.0]))
+    assert float(gradient.value) == -2
 
 
 def test_batch_norm_is_refused():
