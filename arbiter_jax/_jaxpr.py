@@ -1,6 +1,6 @@
 """Traced programs (jaxprs): inlined, searched, trimmed and evaluated.
 
-JAX may change the inside of its programs with every version. All code that depends on it is here.
+JAX may change how it represents programs in any version, so all code that depends on that is here.
 Reference: https://docs.jax.dev/en/latest/notebooks/Writing_custom_interpreters_in_Jax.html
 """
 
@@ -124,7 +124,7 @@ def _body(op: Op) -> tuple[core.Jaxpr, Sequence[Any]]:
 
 
 def has_body(op: Op) -> bool:
-    """Whether an operation runs a program of its own: a call, a loop, a conditional."""
+    """Whether an operation contains a program: a call, a loop, a conditional."""
     return any(True for _ in core.jaxprs_in_params(op.params))
 
 
@@ -142,7 +142,7 @@ def platform_branches(op: Op) -> list[Program]:
 
 
 def live(program: Program) -> Program:
-    """The program without the operations that neither an output nor the outside world depends on."""
+    """The program without the operations that no output and no side effect depends on."""
     needed = {x for x in program.outputs if isinstance(x, int)}
     ops = []
     for op in reversed(program.ops):

@@ -1,4 +1,4 @@
-"""Programs taken apart; the only module that depends on the inside of JAX."""
+"""Traced programs, and that only one module depends on how JAX represents them."""
 
 import pathlib
 import re
@@ -18,7 +18,7 @@ INTERNALS = re.compile(
 )
 
 
-def test_no_other_module_touches_the_inside_of_jax():
+def test_no_other_module_uses_internals_of_jax():
     root = pathlib.Path(arbiter_jax.__file__).parent
     users = [path.name for path in root.rglob("*.py") if INTERNALS.search(path.read_text())]
     assert users == ["_jaxpr.py"]
@@ -58,7 +58,7 @@ def test_transparent_calls_are_inlined(wrap):
 
 
 def test_closed_calls_are_inlined():
-    """JAX leaves one where the residuals of a function with a gradient of its own are not used."""
+    """One remains of a function with a custom gradient if its residuals are not used."""
     closed, _ = _jaxpr.trim(jax.make_jaxpr(lambda x: jax.vjp(sine, x)[0])(0.5))
     assert "closed_call" in str(closed)
     program = _jaxpr.inline(closed, [None], largest, lambda marks: True)
@@ -160,7 +160,7 @@ def test_trim_drops_what_no_output_needs():
     assert _jaxpr.trim(trace(3.0, 4.0))[0].jaxpr is trimmed.jaxpr
 
 
-def test_text_is_the_same_for_functions_made_anew():
+def test_text_is_without_addresses():
     def trace():
         return jax.make_jaxpr(
             lambda x: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), jnp.float32), x)

@@ -111,7 +111,7 @@ def make_losses(
 
     *Guarantees*
       - a response of zero changes nothing: the response loss is the loss in inference mode;
-      - the response loss has a gradient with respect to the response alone;
+      - the response loss has a gradient only with respect to the response;
       - the mask reaches BatchNorm: its statistics are those of the unpadded batch.
     """
 

@@ -111,7 +111,7 @@ def _override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> Non
 
 
 def _value(variable: nnx.Variable) -> Any:
-    """What a variable holds; `variable[...]`, the usual way, reads arrays alone."""
+    """What a variable holds; `variable[...]`, the usual way, only works for arrays."""
     return variable.get_value()
 
 

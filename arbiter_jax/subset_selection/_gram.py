@@ -94,10 +94,10 @@ def per_example(
     rest_grams, rest_sums = (
         _whole(rest_rows) if whole else _in_blocks(rows_of, batch, n, 2 * row_bytes, max_bytes)
     )
-    grams = {i: layer[0] for i, layer in layers.items()} | dict(zip(rest, rest_grams, strict=True))
+    grams = {i: gram for i, (gram, _) in layers.items()} | dict(zip(rest, rest_grams, strict=True))
 
     def combine(weights, valid):
-        sums = {i: layer[1](weights[i], valid) for i, layer in layers.items()}
+        sums = {i: weighted(weights[i], valid) for i, (_, weighted) in layers.items()}
         rest_weights = [weights[i] for i in rest]
         sums |= zip(rest, rest_sums(rest_weights, valid), strict=True)
         return [sums[i] for i in range(len(leaves))]
@@ -217,7 +217,7 @@ def _in_blocks(rows_of: Callable, batch: PyTree, n: int, bytes_per_row: int, max
 
 
 def _largest_block(n: int, bytes_per_row: int, max_bytes: int) -> int:
-    """The largest divisor of n such that so many rows fit in memory, at least 1."""
+    """The largest number of rows that divides n and fits in memory, at least 1."""
     return max(
         m
         for m in range(1, n + 1)

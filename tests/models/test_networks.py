@@ -218,7 +218,7 @@ def small_transformer():
     return model, params
 
 
-def test_transformer_is_causal_and_its_positions_differ():
+def test_transformer_is_causal_with_positions():
     """Guarantee: the logits at a position do not depend on later tokens."""
     model, params = small_transformer()
     predict = jax.jit(models.make_losses(model, xent).predict)

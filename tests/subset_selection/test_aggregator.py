@@ -153,7 +153,7 @@ def imports_when_loaded(tree):
             yield from imports_when_loaded(node)
 
 
-def test_importing_the_package_needs_no_experimental_optax():
+def test_only_the_factory_imports_experimental_optax():
     root = pathlib.Path(arbiter_jax.__file__).parent
     users = []
     for path in root.rglob("*.py"):
