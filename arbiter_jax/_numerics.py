@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from arbiter_jax.base import PyTree
 
@@ -37,6 +39,15 @@ def raw_key(seed: Any) -> jax.Array:
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(seed)
     return jax.random.PRNGKey(seed) if jnp.ndim(seed) == 0 else jnp.asarray(seed)
+
+
+def typed_key(key: jax.Array | None) -> jax.Array:
+    """A raw or typed PRNG key as a typed one; a constant if None, for code that draws nothing."""
+    if key is None:
+        return jax.random.key(0)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
 
 
 def all_finite(*trees: PyTree) -> jax.Array:
@@ -101,3 +112,44 @@ def tree_dot(a: PyTree, b: PyTree) -> jax.Array:
         return jnp.vdot(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), start=jnp.zeros(()))
+
+
+def extract_patches(
+    x: jax.Array, window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> jax.Array:
+    """The part of the input that each output of a convolution depends on.
+
+    Args:
+      x: [batch, *spatial, features], padded.
+      window: Size of the kernel along each spatial axis.
+      strides: Distance between windows along each spatial axis.
+      dilation: Distance between the elements of a window along each spatial axis.
+
+    Returns:
+      [batch, *out, prod(window) * features], the elements of a window in the kernel's order.
+    """
+    last = x.ndim - 1
+    axes = []
+    for axis in range(1, last):
+        size, stride, step = window[axis - 1], strides[axis - 1], dilation[axis - 1]
+        num_outputs = max(0, (x.shape[axis] - (size - 1) * step - 1) // stride + 1)
+        if num_outputs:
+            extent = (num_outputs - 1) * stride + 1
+            axes.append([(axis, k * step, k * step + extent, stride) for k in range(size)])
+        else:  # a window larger than its input
+            axes.append([(axis, 0, 0, stride)] * size)
+    if x.shape[-1] < 16:
+        # One axis at a time: 2n slices for a window of n x n instead of n^2, which compile faster
+        # and, with few features, run faster. The last axis first gives the kernel's order.
+        passes = [[(cut,) for cut in cuts] for cuts in reversed(axes)]
+    else:
+        passes = [[*itertools.product(*axes)]]
+    for cuts in passes:
+        pieces = []
+        for cut in cuts:
+            piece = x
+            for axis, start, limit, stride in cut:
+                piece = lax.slice_in_dim(piece, start, limit, stride, axis=axis)
+            pieces.append(piece)
+        x = pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, last)
+    return x

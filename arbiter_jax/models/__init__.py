@@ -1,4 +1,4 @@
-"""Networks as pure functions, and :func:`attach`, which makes one of any Flax module."""
+"""Networks as pure functions, and :func:`attach`, which turns any Flax module into one."""
 
 from arbiter_jax.models._attach import attach
 from arbiter_jax.models._convolution import conv_general_dilated, max_pool

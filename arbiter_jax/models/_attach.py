@@ -1,7 +1,7 @@
 """Attaches to a model that was written without this library in mind.
 
-The model's head is named, and what it is called with is intercepted: that is where hyper-learning
-multiplies by its response. The model itself is left as it is.
+The user names the head, and its input is intercepted: there hyper-learning multiplies by its
+response. The model itself does not change.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
-from arbiter_jax.models import _cut, _linen, _nnx
-from arbiter_jax.models import _plain as _functions
+from arbiter_jax.base import PyTree
+from arbiter_jax.models import _cut, _linen, _nnx, _plain
 from arbiter_jax.models._model import Model
-
-PyTree = Any
 
 
 def attach(
@@ -27,7 +25,7 @@ def attach(
     init: Callable[[Any], PyTree] | None = None,
     call_arguments: Callable[[bool], dict[str, Any]] | None = None,
 ) -> Model:
-    r"""Makes pure functions of a model, cut in two at the input of its head.
+    r"""Turns a model into pure functions, cut in two at the input of its head.
 
     .. math:: \mathrm{model}(x) = \mathrm{head}(\mathrm{features}(x))
 
@@ -36,33 +34,34 @@ def attach(
     Args:
       model: One of
 
-        - an ``nnx.Module``, whose parameters are then the initial ones whatever the key, or a
-          function that builds one, called as ``model(rngs=nnx.Rngs(key))``;
+        - an ``nnx.Module``, whose parameters are the initial ones for every key, or a function that
+          builds one, called as ``model(rngs=nnx.Rngs(key))``;
         - a ``linen.Module``;
         - a plain function ``(params, inputs) -> outputs``, together with ``init``.
 
-      head: Path of the head, with dots between names and indices: ``"head"``,
-        ``"decoder.layers.3"``. A submodule of the model, or a method of one
-        (``"embedding.attend"``); names that Linen made up are as in its parameters (``"Dense_1"``).
-        For a plain function, a path in ``params``, whose first meeting with the data is the head.
-      sample_input: A batch of M >= 1 examples, or its shape and type (``jax.ShapeDtypeStruct``), as
+      head: Path of the head, names and indices joined by dots: ``"head"``, ``"decoder.layers.3"``.
+        A submodule of the model, or a method of one (``"embedding.attend"``); automatic names of
+        Linen are those of its parameters (``"Dense_1"``). For a plain function, a path in
+        ``params``: the head is the operation in which these parameters first meet the data.
+      sample_input: A batch of M >= 1 examples, or its shape and dtype (``jax.ShapeDtypeStruct``), as
         the model takes it: any pytree whose leaves have M leading rows. Nothing is computed.
       init: For a plain function, ``init(key) -> params``; None otherwise.
-      call_arguments: What the model is called with besides the inputs, from whether it is training:
-        ``lambda train: {"deterministic": not train}``. Where it is None, arguments of the usual
-        names are given: ``train``, ``training``, ``is_training``, ``deterministic``,
+      call_arguments: Function of ``train`` that returns the model's other keyword arguments:
+        ``lambda train: {"deterministic": not train}``. If None, arguments with the usual names are
+        passed: ``train``, ``training``, ``is_training``, ``deterministic``,
         ``use_running_average``, and ``rngs`` for NNX.
 
     Returns:
-      A :class:`arbiter_jax.models.Model`. Its parameters are nested dicts, or whatever ``init``
-      returns. Its state is None for a model without BatchNorm, dropout or anything else besides
-      parameters. In training, the mask is passed on to each ``BatchNorm`` of Flax, and the key to
-      each random stream.
+      A :class:`arbiter_jax.models.Model`. Its parameters are nested dicts, or what ``init``
+      returns. Its state is None for a model that has nothing but parameters (no BatchNorm, no
+      dropout). In training, every ``BatchNorm`` of Flax receives the mask, and every random stream
+      the key.
 
     Raises:
-      ValueError: If the head does not exist, is called not exactly once, is called with an array
-        that has no row for each example, is not the only way from the inputs to the outputs, or is
-        followed by dropout, BatchNorm or anything else that differs between training and inference.
+      ValueError: If ``model`` is none of the above; if the head does not exist, is not called
+        exactly once, is called with an array without a row for each example, is not the only way
+        from the inputs to the outputs, or is followed by dropout, BatchNorm or anything else that
+        differs between training and inference.
 
     Reference:
       Flax, "NNX basics", https://flax.readthedocs.io/en/latest/nnx_basics.html, on splitting a
@@ -81,24 +80,21 @@ def attach(
     >>> model = models.attach(lambda rngs: Network(rngs), "classifier", jnp.zeros((1, 64)))
     >>> model.num_features
     32
-    >>> params, model_state = model.init(jax.random.PRNGKey(0))
-    >>> features, _ = model.features(params, model_state, jnp.ones((4, 64)))
-    >>> features.shape, model.head(params, model_state, features).shape
+    >>> params, model_state = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+    >>> inputs = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    >>> features, _ = jax.eval_shape(model.features, params, model_state, inputs)
+    >>> features.shape, jax.eval_shape(model.head, params, model_state, features).shape
     ((4, 32), (4, 10))
 
     *Guarantees*
       - features and head together equal the model, for NNX, Linen and plain functions;
-      - ``head`` computes nothing of the body, ``features`` under ``jit`` nothing of the head;
+      - ``head`` computes no part of the body, and ``features`` under ``jit`` no part of the head;
       - the mask reaches BatchNorm: its statistics are those of the unpadded batch.
     """
     if isinstance(model, nn.Module):
         network = _linen.network(model, head, sample_input, call_arguments)
     elif init is not None:
-        network = _functions.network(model, init, head)
-    elif callable(model):
-        network = _nnx.network(model, head, call_arguments)
+        network = _plain.network(model, init, head)
     else:
-        raise ValueError(
-            f"model must be an nnx.Module, a linen.Module or a function, got {model!r}."
-        )
+        network = _nnx.network(model, head, call_arguments)
     return _cut.cut(network, head, sample_input)

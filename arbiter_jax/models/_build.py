@@ -1,7 +1,7 @@
-"""The library's own networks: all random weights from one draw.
+"""Initializes the library's own networks: all random weights from one draw.
 
-On CPU a random draw costs about half a second of compilation for each shape, several times as much
-for a kernel of four axes. Here there is one draw, flat, and each layer takes its piece of it.
+On CPU a random draw costs about half a second of compilation per shape, and several times as much for
+a kernel of four axes. So there is one flat draw, and each layer takes its piece of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flax import nnx
 from arbiter_jax.models._attach import attach
 from arbiter_jax.models._model import Model
 
-# Standard deviation of a standard normal variable cut off at two of its own.
+# Standard deviation of a standard normal variable that is truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
 
 
@@ -25,15 +25,18 @@ def build_model(
     sample_input: jax.ShapeDtypeStruct,
     gain: float = 1.0,
 ) -> Model:
-    """The model of a module whose kernels share one draw, and whose head is called `head`.
+    """Builds a module whose kernels share one draw, and attaches to it at its attribute `head`.
 
     The kernels have the distribution of ``nnx.initializers.variance_scaling(gain, "fan_in",
     "truncated_normal")``.
 
     Args:
       build: `(*, rngs, kernel_init) -> module`, which passes `kernel_init` to its layers.
-      sample_input: Shape and type of a batch of one example.
+      sample_input: Shape and dtype of a batch of one example.
       gain: Variance of a kernel times its fan-in: 1 for LeCun's, 2 for He's initialization.
+
+    Returns:
+      The model; its ``init`` is jitted.
     """
 
     def factory(rngs: nnx.Rngs) -> nnx.Module:

@@ -1,8 +1,8 @@
-"""Convolution and pooling that are fast inside ``lax.scan`` on a CPU, too.
+"""Convolution and pooling that are also fast inside ``lax.scan`` on a CPU.
 
-XLA's CPU backend runs a convolution inside a loop without its threaded library, many times slower
-than outside of one. The same convolution written as one matrix product of the shifted slices of its
-input (its *patches*) with the kernel stays fast, and differentiates as any other ``jnp`` code.
+Inside a loop XLA's CPU backend runs a convolution without its threaded library, many times slower than
+outside. The same convolution as a matrix product of the shifted slices of its input (its *patches*)
+with the kernel stays fast, and has derivatives like any other ``jnp`` code.
 Reference: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for
 Document Processing", 2006.
 """
@@ -10,7 +10,6 @@ Document Processing", 2006.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import extract_patches
 
 
 def conv_general_dilated(
@@ -48,9 +48,9 @@ def conv_general_dilated(
     ``lax.conv_general_dilated`` itself. The platform is chosen when the program is lowered, so one
     traced function exports for all of them.
 
-    Any number of spatial axes, any order of the axes, strides, padding, dilation of either operand
-    and feature groups are computed this way. What goes to ``lax`` on CPU as well: integer operands,
-    ``batch_group_count`` other than 1, and an explicit ``out_sharding``.
+    This covers any number of spatial axes, any order of the axes, strides, padding, dilation of
+    either operand, and feature groups. Integer operands, ``batch_group_count`` other than 1 and an
+    explicit ``out_sharding`` go to ``lax`` on CPU as well.
 
     Args:
       lhs: Input, rank n + 2, by default ``[batch, features, *spatial]``.
@@ -63,26 +63,27 @@ def conv_general_dilated(
       feature_group_count: Number of groups of features, an integer >= 1.
       batch_group_count: Number of groups of the batch, an integer >= 1.
       precision: Precision of the products, as for ``lax.dot_general``.
-      preferred_element_type: Type to accumulate in and to return, as for ``lax.dot_general``.
+      preferred_element_type: Dtype of accumulation and result, as for ``lax.dot_general``.
       out_sharding: Sharding of the result.
 
     Returns:
       The convolution, in the order of axes that ``dimension_numbers`` gives for the output.
 
     Raises:
-      TypeError: If shapes do not fit together.
-      ValueError: The same, for strides, padding, dilation and groups; both as ``lax`` raises them.
+      TypeError: If shapes do not fit together, raised by ``lax``.
+      ValueError: If strides, padding, dilation or groups do not fit, raised by ``lax``.
 
     Reference:
       Chellapilla et al., 2006, https://inria.hal.science/inria-00112631
 
-    Layers of Flax take it as it is:
+    Layers of Flax accept it as an argument:
 
-    >>> import jax, jax.numpy as jnp
+    >>> import functools, jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from arbiter_jax.models import conv_general_dilated
-    >>> layer = nnx.Conv(3, 8, (3, 3), conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((2, 32, 32, 3))).shape
+    >>> Conv = functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
+    >>> apply = lambda x: Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))(x)
+    >>> jax.eval_shape(apply, jnp.ones((2, 32, 32, 3))).shape
     (2, 32, 32, 8)
 
     *Guarantees*
@@ -107,7 +108,7 @@ def conv_general_dilated(
 
 
 class _Settings(NamedTuple):
-    """The arguments of a convolution that are no arrays, hashable, in the order of `lax`."""
+    """The static arguments of a convolution, hashable, in the order of `lax`."""
 
     strides: tuple[int, ...]
     padding: str | tuple[tuple[int, int], ...]
@@ -120,8 +121,7 @@ class _Settings(NamedTuple):
     preferred_element_type: Any
 
 
-# Jitted for calls outside of any jit, each of which would be compiled anew; inside of one it leaves
-# no trace.
+# Outside any jit, every call would compile again without this one; inside a jit, `inline` removes it.
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _convolve(lhs, rhs, settings):
     def by_lax(lhs, rhs):
@@ -133,15 +133,15 @@ def _convolve(lhs, rhs, settings):
     def convolve(lhs, rhs):
         return lax.platform_dependent(lhs, rhs, cpu=by_patches, default=by_lax)
 
-    # Abstract evaluation only: lax's own checks and messages, whatever the platform.
+    # Abstract evaluation: lax's own checks and messages on every platform.
     jax.eval_shape(by_lax, lhs, rhs)
-    # Left to itself, reverse mode keeps the residuals of every platform's branch, many times larger
-    # than the operands. Within one program XLA still builds the patches only once.
+    # Without the checkpoint, reverse mode keeps the residuals of every platform's branch, many times
+    # larger than the operands. XLA still builds the patches only once within a program.
     return jax.checkpoint(convolve, prevent_cse=False)(lhs, rhs)
 
 
 def _convolve_by_patches(lhs, rhs, settings):
-    """The convolution as one dot, of operands that `lax` has accepted."""
+    """The convolution as one dot; `lax` has already checked the operands."""
     strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, num_groups, *_ = settings
     num_spatial = lhs.ndim - 2
     lhs_dilation = lhs_dilation or (1,) * num_spatial
@@ -161,15 +161,15 @@ def _convolve_by_patches(lhs, rhs, settings):
         "precision": settings.precision,
         "preferred_element_type": settings.preferred_element_type,
     }
-    # [features_out, k features_in / groups], and the compiler kept from undoing the transposition:
-    # the gradient is then of this form, too, which is the one that comes fast.
+    # [groups, features_out / groups, k features_in / groups]. The barrier keeps the compiler from
+    # undoing the transposition: so the gradient also has this form, which is the fast one.
     shape = (math.prod(window) * group_features, num_groups, num_outputs // num_groups)
     matrix = lax.optimization_barrier(kernel.reshape(shape).transpose(1, 2, 0))
 
     def convolve(x):
         if any(c != (0, 0, 0) for c in config):
             x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-        patches = _patches(x, window, strides, rhs_dilation)
+        patches = extract_patches(x, window, strides, rhs_dilation)
         last = patches.ndim - 1
         if num_groups == 1:
             return lax.dot_general(patches, matrix[0], (((last,), (1,)), ((), ())), **dot)
@@ -177,7 +177,7 @@ def _convolve_by_patches(lhs, rhs, settings):
         patches = jnp.swapaxes(patches, -3, -2)  # [batch, *out, groups, k, features]
         patches = patches.reshape(*patches.shape[:-2], -1)
         y = lax.dot_general(patches, matrix, (((last + 1,), (2,)), ((last,), (0,))), **dot)
-        y = jnp.moveaxis(y, 0, -2)  # dot_general puts the groups first
+        y = jnp.moveaxis(y, 0, -2)  # dot_general returns the groups first
         return y.reshape(*y.shape[:-2], num_outputs)
 
     y = _map_over_batch(convolve, x, growth=math.prod(window) // math.prod(strides))
@@ -185,20 +185,20 @@ def _convolve_by_patches(lhs, rhs, settings):
     return lax.transpose(y, [out_spec.index(axis) for axis in range(y.ndim)])
 
 
-# Patches of this many bytes stay in the cache of a core between their making and their use.
+# Patches of up to this many bytes stay in the cache of a core until they are used.
 _CHUNK_BYTES = 2**21
 
 
 def _map_over_batch(convolve, x, growth):
-    """`convolve(x)`, a chunk of the batch at a time where the patches would not fit the cache.
+    """`convolve(x)`, one chunk of the batch at a time if the patches would not fit in the cache.
 
     Args:
       convolve: Function of x, [batch, *spatial, features].
       x: Input of the convolution.
-      growth: How many times as large as their input the patches are.
+      growth: Size of the patches relative to their input.
     """
     num_bytes = growth * x.size * x.dtype.itemsize
-    if growth <= 1 or num_bytes <= 4 * _CHUNK_BYTES:  # worth no loop
+    if growth <= 1 or num_bytes <= 4 * _CHUNK_BYTES:  # too small for a loop to pay off
         return convolve(x)
     per_example = num_bytes // x.shape[0]
     # The largest divisor of the batch that keeps a chunk small; batches are powers of two.
@@ -214,50 +214,21 @@ def _map_over_batch(convolve, x, growth):
     return jnp.swapaxes(y, 0, 1).reshape(x.shape[0], *y.shape[2:])
 
 
-def _patches(x, window, strides, dilation):
-    """What each position of the output sees of the input, [batch, *out, k features]."""
-    last = x.ndim - 1
-    axes = []
-    for axis in range(1, last):
-        size, stride, step = window[axis - 1], strides[axis - 1], dilation[axis - 1]
-        num_outputs = max(0, (x.shape[axis] - (size - 1) * step - 1) // stride + 1)
-        if num_outputs:
-            extent = (num_outputs - 1) * stride + 1
-            axes.append([(axis, k * step, k * step + extent, stride) for k in range(size)])
-        else:  # a window larger than its input
-            axes.append([(axis, 0, 0, stride)] * size)
-    if x.shape[-1] < 16:
-        # One axis at a time: 2n slices for a window of n x n instead of n^2, quicker to compile
-        # and, with few features, to run. The last axis first: k runs in the kernel's order.
-        passes = [[(cut,) for cut in cuts] for cuts in reversed(axes)]
-    else:
-        passes = [[*itertools.product(*axes)]]
-    for cuts in passes:
-        pieces = []
-        for cut in cuts:
-            piece = x
-            for axis, start, limit, stride in cut:
-                piece = lax.slice_in_dim(piece, start, limit, stride, axis=axis)
-            pieces.append(piece)
-        x = pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, last)
-    return x
-
-
 def max_pool(inputs: jax.Array, window_shape: Sequence[int] = (2, 2)) -> jax.Array:
-    r"""The maximum over windows that do not overlap: the stride is the window.
+    r"""The maximum over windows that do not overlap: the stride equals the window.
 
-    A reshape and a maximum, faster on CPU than ``lax.reduce_window``. Rows and columns that do not
-    fill a window are dropped, as with ``padding="VALID"``.
+    It is a reshape and a maximum, faster on CPU than ``lax.reduce_window``. Rows and columns that do
+    not fill a window are dropped, as with ``padding="VALID"``.
 
     Args:
       inputs: float[batch, \*spatial, features].
       window_shape: Size of the window along each spatial axis, integers >= 1.
 
     Returns:
-      float[batch, \*pooled, features], where an axis of n elements keeps ``n // window`` of them.
+      float[batch, \*pooled, features]; an axis of n elements keeps ``n // window`` of them.
 
     Raises:
-      ValueError: If the window's rank is not the number of spatial axes, or an entry is no
+      ValueError: If the window's rank is not the number of spatial axes, or an entry is not an
         integer >= 1.
 
     >>> import jax.numpy as jnp
@@ -271,8 +242,8 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int] = (2, 2)) -> jax.Arr
     window_shape = tuple(window_shape)
     if len(window_shape) != inputs.ndim - 2:
         raise ValueError(
-            f"window_shape must have one entry for each of the {inputs.ndim - 2} spatial axes of "
-            f"inputs, got {window_shape!r}."
+            f"window_shape must have one entry per spatial axis of inputs, {inputs.ndim - 2}, got "
+            f"{window_shape!r}."
         )
     window = [_validate.integer(window_shape=k, minimum=1) for k in window_shape]
     batch, *spatial, features = inputs.shape

@@ -1,109 +1,84 @@
-"""Cuts a network at the input of its head; what is common to every kind of network.
+"""Cuts a network at the input of its head: the part that all kinds of networks share.
 
-An adapter (NNX, Linen, plain functions) supplies a :class:`Network`: how to run the whole network
-while what its head is called with is recorded or replaced. The rest follows from that alone.
+An adapter (NNX, Linen, plain functions) supplies a :class:`Network`, which runs the whole network
+while it records or replaces the head's input. The cut needs nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
+from arbiter_jax import _jaxpr
+from arbiter_jax.base import PyTree
 from arbiter_jax.models._model import Model
-
-PyTree = Any
 
 
 class Network(NamedTuple):
-    """A network whose head's input can be seen and set."""
+    """A network that can record or replace the input of its head."""
 
     # init(key) -> (params, model_state)
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
     # run(params, model_state, inputs, *, train, mask, key, features)
-    #   -> (outputs, inputs that the head was called with, model_state); where `features` is not
-    # None the head is called with it instead.
+    #   -> (outputs, inputs that the head was called with, model_state). Unless `features` is None,
+    # the head is called with it instead.
     run: Callable[..., tuple[PyTree, tuple[jax.Array, ...], PyTree]]
 
 
 def cut(network: Network, head: str, sample_input: PyTree) -> Model:
-    """Splits a network into `features` and `head`; see :func:`arbiter_jax.attach`."""
+    """Splits a network into `features` and `head`; see :func:`arbiter_jax.models.attach`."""
     sample = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sample_input)
-    num_rows = {x.shape[0] if x.shape else None for x in jax.tree.leaves(sample)}
-    if len(num_rows) != 1 or None in num_rows or 0 in num_rows:
-        raise ValueError(
-            "sample_input must have the same number of leading rows, >= 1, in every leaf, got "
-            f"{jax.tree.map(lambda x: x.shape, sample)}."
-        )
-    (num_rows,) = num_rows
-
-    def run(params, model_state, inputs, *, train=False, mask=None, key=None, features=None):
-        return network.run(
-            params, model_state, inputs, train=train, mask=mask, key=key, features=features
-        )
+    num_rows = _num_rows(sample)
+    # Abstract evaluation, which finds a wrong name of the head now and computes nothing.
+    variables = jax.eval_shape(network.init, jax.random.PRNGKey(0))
+    sample_features = _head_input(network, head, variables, sample, num_rows)
 
     def features_fn(params, model_state, inputs, *, train=False, mask=None, key=None):
-        _, recorded, new_state = run(params, model_state, inputs, train=train, mask=mask, key=key)
+        _, recorded, new_state = network.run(
+            params, model_state, inputs, train=train, mask=mask, key=key, features=None
+        )
         return recorded[0], new_state if train else model_state
 
-    def rest(params, model_state, features, train=False):
-        """What follows the head's input: its program, constants, operands, form of the outputs."""
-        # The whole network on inputs of zeros, less everything that the outputs do not need.
+    def outputs(train, inputs, params, model_state, features):
+        return network.run(
+            params, model_state, inputs, train=train, mask=None, key=None, features=features
+        )[0]
+
+    # JAX caches the trace of a function for as long as that function object lives: the head is
+    # traced, and trimmed, once per mode and shape.
+    trace = {
+        train: jax.make_jaxpr(functools.partial(outputs, train), return_shape=True)
+        for train in (False, True)
+    }
+
+    def tail(params, model_state, features, train):
+        """The program that follows the head's input, its operands, and the form of the outputs."""
+        # The whole network on inputs of the right shape, without all that the outputs do not need.
         rows = features.shape[0] * num_rows // sample_features.shape[0]
-        leaves, treedef = jax.tree.flatten(sample)
-        dummies = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in leaves]
-
-        def outputs(dummies, params, model_state, features):
-            inputs = treedef.unflatten(dummies)
-            return run(params, model_state, inputs, train=train, features=features)[0]
-
-        operands = (dummies, params, model_state, features)
-        closed, shapes = jax.make_jaxpr(outputs, return_shape=True)(*operands)
-        jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-        if any(used[: len(dummies)]):
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), sample)
+        operands = (inputs, params, model_state, features)
+        program, shapes = trace[train](*operands)
+        program, used = _jaxpr.trim(program)
+        if any(used[: len(jax.tree.leaves(inputs))]):
             raise ValueError(
                 f"head={head!r} must be the only way from the inputs to the outputs, but the "
-                "outputs depend on the inputs by another way, too: name a later layer."
+                "outputs depend on the inputs in another way, too: name a later layer."
             )
-        needed = [x for x, n in zip(jax.tree.leaves(operands), used, strict=True) if n]
-        return jaxpr, closed.consts, needed, jax.tree.structure(shapes)
+        needed = [x for x, use in zip(jax.tree.leaves(operands), used, strict=True) if use]
+        return program, needed, jax.tree.structure(shapes)
 
     def head_fn(params, model_state, features):
-        jaxpr, consts, operands, structure = rest(params, model_state, features)
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(jaxpr, consts, *operands))
+        program, operands, structure = tail(params, model_state, features, train=False)
+        return jax.tree.unflatten(structure, _jaxpr.evaluate_closed(program, operands))
 
-    # Shapes only: whatever is wrong with the head's name shows now, and nothing is computed.
-    variables = jax.eval_shape(network.init, jax.random.PRNGKey(0))
-    recorded = jax.eval_shape(lambda v, x: run(*v, x)[1], variables, sample)
-    if len(recorded) != 1:
-        raise ValueError(
-            f"head={head!r} must be called exactly once when the model is applied, "
-            f"was called {len(recorded)} times."
-        )
-    (sample_features,) = recorded
-    if sample_features.ndim < 2 or sample_features.shape[0] % num_rows:
-        raise ValueError(
-            f"head={head!r} must be called with float[M, ..., num_features] on a batch of M "
-            f"examples, was called with shape {sample_features.shape} on {num_rows} examples."
-        )
-
-    def program(train):
-        texts = []
-        jax.eval_shape(
-            lambda *args: texts.append(str(rest(*args, train=train)[0])),
-            *variables,
-            sample_features,
-        )
-        # Without the addresses of functions, which are made anew each time.
-        return re.sub(r"0x[0-9a-f]+", "", texts[0])
-
-    if program(train=True) != program(train=False):
+    programs = [tail(*variables, sample_features, train=train)[0] for train in (True, False)]
+    if len({_jaxpr.text(program) for program in programs}) > 1:
         raise ValueError(
             f"head={head!r} must be followed by nothing that differs between training and "
             "inference, such as dropout or BatchNorm: name a later layer."
@@ -111,8 +86,41 @@ def cut(network: Network, head: str, sample_input: PyTree) -> Model:
     return Model(network.init, features_fn, head_fn, sample_features.shape[-1])
 
 
+def _num_rows(sample: PyTree) -> int:
+    lengths = {x.shape[0] if x.shape else 0 for x in jax.tree.leaves(sample)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            "sample_input must have the same number of leading rows, >= 1, in every leaf, got "
+            f"{jax.tree.map(lambda x: x.shape, sample)}."
+        )
+    return lengths.pop()
+
+
+def _head_input(
+    network: Network, head: str, variables: PyTree, sample: PyTree, num_rows: int
+) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the head's input for the sample."""
+
+    def record(variables, inputs):
+        return network.run(*variables, inputs, train=False, mask=None, key=None, features=None)[1]
+
+    recorded = jax.eval_shape(record, variables, sample)
+    if len(recorded) != 1:
+        raise ValueError(
+            f"head={head!r} must be called exactly once when the model is applied, but is called "
+            f"{len(recorded)} times."
+        )
+    (features,) = recorded
+    if features.ndim < 2 or features.shape[0] % num_rows:
+        raise ValueError(
+            f"head={head!r} must be called with float[M, ..., num_features] on a batch of M "
+            f"examples, but is called with shape {features.shape} on {num_rows} examples."
+        )
+    return features
+
+
 def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
-    """The keyword arguments by which a module's call usually learns whether it is training."""
+    """The keyword arguments that usually tell a module whether it is training."""
     names = inspect.signature(call).parameters
     values = {
         **dict.fromkeys(("train", "training", "is_training"), train),
@@ -125,8 +133,8 @@ def row_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
     """A mask of the M examples, in the shape that BatchNorm takes for its input."""
     if x.shape[0] % mask.shape[0]:
         raise ValueError(
-            f"mask has {mask.shape[0]} rows and cannot mark the {x.shape[0]} rows of the input of "
-            "BatchNorm."
+            "mask must have a number of rows that divides the number of rows of the input of "
+            f"BatchNorm, {x.shape[0]}, got {mask.shape[0]}."
         )
     # More rows than examples: the other axes were folded into the batch, examples first.
     mask = jnp.repeat(mask, x.shape[0] // mask.shape[0], axis=0)
@@ -144,12 +152,3 @@ def reseeded(template: PyTree, key: jax.Array) -> PyTree:
         else:
             fresh.append(jnp.zeros(leaf.shape, leaf.dtype))
     return treedef.unflatten(fresh)
-
-
-def typed_key(key: jax.Array | None) -> jax.Array:
-    """A key of the new style; a fixed one for code that draws nothing."""
-    if key is None:
-        return jax.random.key(0)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)

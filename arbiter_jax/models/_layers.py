@@ -1,4 +1,4 @@
-"""What the convolutional networks share: their layers, and the check of an image's shape."""
+"""Layers of the convolutional networks, and the check of the shape of an image."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from flax import nnx
 from arbiter_jax import _validate
 from arbiter_jax.models._convolution import conv_general_dilated
 
-# The convolution that is fast inside a scan on CPU, too.
+# A convolution that is also fast inside a scan on CPU.
 Conv = functools.partial(nnx.Conv, conv_general_dilated=conv_general_dilated)
 
-# The momentum and epsilon of the published networks, in the convention of Flax.
+# Momentum and epsilon of the published networks; Flax's momentum weighs the past.
 BatchNorm = functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
@@ -22,7 +22,7 @@ def image_shape(input_shape: Sequence[int], minimum: int) -> tuple[int, int, int
 
     Args:
       input_shape: Shape of one image.
-      minimum: Least height and width.
+      minimum: Smallest height and width.
     """
     if len(tuple(input_shape)) != 3:
         raise ValueError(

@@ -1,6 +1,6 @@
 """LeNet-5: two convolutions, each with pooling, and three dense layers.
 
-As usual today with ReLU and max pooling, where the original had tanh and trained averages.
+With ReLU and max pooling, as is usual today; the original has tanh and trained averages.
 Reference: LeCun, Bottou, Bengio and Haffner, "Gradient-Based Learning Applied to Document
 Recognition", Proceedings of the IEEE 86(11), 1998.
 """
@@ -22,11 +22,11 @@ from arbiter_jax.models._model import Model
 
 
 class LeNet(nnx.Module):
-    """LeNet-5 for images of any size from 4x4."""
+    """LeNet-5 for images of 4x4 pixels or more."""
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, dtype, **layer_args):
         height, width, channels = input_shape
-        # The original is made for 32x32: smaller images are padded where they would not last.
+        # The original takes 32x32 pixels. Smaller images are padded so that some pixels remain.
         padding = ["VALID" if min(height, width) >= 32 else "SAME"]
         padding += ["VALID" if min(height, width) >= 24 else "SAME"]
 
@@ -40,7 +40,7 @@ class LeNet(nnx.Module):
             height, width = (height - lost) // 2, (width - lost) // 2
         self.dense1 = nnx.Linear(height * width * 16, 120, dtype=dtype, **layer_args)
         self.dense2 = nnx.Linear(120, 84, dtype=dtype, **layer_args)
-        self.head = nnx.Linear(84, num_classes, **layer_args)  # in the type of its parameters
+        self.head = nnx.Linear(84, num_classes, **layer_args)  # in the dtype of its parameters
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits, float[M, num_classes]."""
@@ -60,31 +60,32 @@ def lenet(
 ) -> Model:
     r"""LeNet-5, for images of 4x4 pixels or more.
 
-    61,706 parameters for 28x28x1 and 62,006 for 32x32x3, each with 10 classes.
+    With 10 classes it has 61,706 parameters for images of 28x28x1, and 62,006 for 32x32x3.
 
     Args:
       input_shape: (height, width, channels) of one image; height and width >= 4.
       num_classes: Number of outputs, an integer >= 1.
-      dtype: Type to compute in below the head, say ``jnp.bfloat16``; the inputs' own where it is
-        None. Parameters and outputs are float32 in any case.
+      dtype: Dtype of the computation below the head, such as ``jnp.bfloat16``; that of the inputs if
+        None. Parameters and outputs are always float32.
 
     Returns:
-      A model without state, from images float[M, height, width, channels] to logits
+      A model without state that maps images float[M, height, width, channels] to logits
       float32[M, num_classes]; its features are the 84 units of the last hidden layer.
 
     Raises:
-      ValueError: If the shape is not that of an image, or a size too small.
+      ValueError: If the shape is not that of an image, or a size is too small.
 
     Reference:
       LeCun et al., Proceedings of the IEEE 86(11), 1998, https://doi.org/10.1109/5.726791
 
     >>> import jax, jax.numpy as jnp
     >>> from arbiter_jax import models
-    >>> model = models.lenet((8, 8, 1), num_classes=10)
-    >>> params, model_state = model.init(jax.random.PRNGKey(0))
-    >>> features, _ = model.features(params, model_state, jnp.ones((2, 8, 8, 1)))
-    >>> features.shape
-    (2, 84)
+    >>> model = models.lenet((28, 28, 1), num_classes=10)
+    >>> params, model_state = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+    >>> images = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+    >>> features, _ = jax.eval_shape(model.features, params, model_state, images)
+    >>> models.count_params(params), features.shape
+    (61706, (2, 84))
     """
     shape = image_shape(input_shape, minimum=4)
     num_outputs = _validate.integer(num_classes=num_classes, minimum=1)

@@ -1,7 +1,7 @@
 """Flax Linen modules as pure functions, with the head's input intercepted.
 
-What is recorded or used by an intercepted call lives in a collection of variables of its own, so
-that it passes Flax's own transformations (``nn.jit``, ``nn.remat``) as well.
+What an intercepted call records or uses is kept in a separate collection of variables, so that it
+also passes through Flax's own transformations (``nn.jit``, ``nn.remat``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from arbiter_jax.models._cut import Network, mode_arguments, row_mask, typed_key
+from arbiter_jax._numerics import typed_key
+from arbiter_jax.base import PyTree
+from arbiter_jax.models._cut import Network, mode_arguments, row_mask
 
-PyTree = Any
 _COLLECTION = "arbiter_intercepted"
 
 
@@ -44,7 +45,7 @@ def network(
         shapes = jax.eval_shape(variables_of, jax.random.PRNGKey(0))
     owner, method = _find(calls, head)
     batch_norms = [path for (path, _), m in calls.items() if isinstance(m, nn.BatchNorm)]
-    # What `init` sowed is no state.
+    # What `init` sowed is not part of the state.
     collections = [c for c in shapes if c not in ("params", "intermediates", "perturbations")]
     has_state = bool(collections) or _draws(module, shapes, sample_input, arguments(True))
 
@@ -78,7 +79,7 @@ def network(
                 {"params": params, **(model_state or {}), _COLLECTION: intercepted},
                 inputs,
                 **arguments(train),
-                # Any other stream that a module asks for is drawn from "params".
+                # Linen draws any other stream that a module asks for from "params".
                 rngs={"params": key, "dropout": jax.random.fold_in(key, 1)},
                 mutable=[_COLLECTION, *(collections if train else ())],
             )

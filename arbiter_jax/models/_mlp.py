@@ -30,9 +30,8 @@ class MLP(nnx.Module):
         self.hidden = nnx.List(
             [nnx.Linear(a, b, dtype=dtype, **layer_args) for a, b in itertools.pairwise(sizes)]
         )
-        self.head = nnx.Linear(
-            sizes[-1], num_classes, **layer_args
-        )  # in the type of its parameters
+        # The head computes in the dtype of its parameters.
+        self.head = nnx.Linear(sizes[-1], num_classes, **layer_args)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits, float[M, num_classes]."""
@@ -52,28 +51,28 @@ def mlp(
     r"""A multilayer perceptron, :math:`h_{l+1} = \max(0, h_l W_l + b_l)`, with a linear head.
 
     Args:
-      input_shape: Shape of one example, (784,) or (28, 28, 1) alike.
+      input_shape: Shape of one example, such as (784,) or (28, 28, 1).
       hidden_sizes: Number of units of each hidden layer, integers >= 1. May be empty: the head
         alone is multinomial logistic regression.
       num_classes: Number of outputs, an integer >= 1.
-      dtype: Type to compute the hidden layers in, say ``jnp.bfloat16``; the inputs' own where it is
-        None. Parameters and outputs are float32 in any case.
+      dtype: Dtype of the computation in the hidden layers, such as ``jnp.bfloat16``; that of the
+        inputs if None. Parameters and outputs are always float32.
 
     Returns:
-      A model without state, from inputs float[M, \*input_shape], flattened or not, to logits
+      A model without state that maps inputs float[M, \*input_shape], flattened or not, to logits
       float32[M, num_classes]; its features are the last hidden layer.
 
     Raises:
-      ValueError: If a size is no integer >= 1.
+      ValueError: If a size is not an integer >= 1.
 
     Reference:
       Rumelhart et al., Nature 323, 1986, https://doi.org/10.1038/323533a0
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax
     >>> from arbiter_jax import models
     >>> model = models.mlp((28, 28, 1), hidden_sizes=(256,), num_classes=10)
-    >>> params, _ = model.init(jax.random.PRNGKey(0))
-    >>> jax.tree.map(jnp.shape, params)
+    >>> params, _ = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+    >>> jax.tree.map(lambda x: x.shape, params)
     {'head': {'bias': (10,), 'kernel': (256, 10)},
      'hidden': {'0': {'bias': (256,), 'kernel': (784, 256)}}}
     >>> model.num_features

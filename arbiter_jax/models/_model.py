@@ -1,7 +1,7 @@
-"""A model as pure functions, cut in two at the input of its head.
+"""A model as pure functions, cut in two at the input of its head, and its losses.
 
-The engine sees a loss for each example; hyper-learning sees the loss of the meta examples after the
-head's input was multiplied by ``1 + response``. Both are made here from one model.
+Training needs a loss per example; hyper-learning needs the loss of the meta examples after the head's
+input was multiplied by ``1 + response``. Both are made here from one model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax import lax
 
-from arbiter_jax import base
-
-PyTree = Any
+from arbiter_jax.base import PyTree, WeightedLoss
 
 
 class FeaturesFn(Protocol):
-    """The part of the model below its head."""
+    """The part of a model below its head."""
 
     def __call__(
         self,
@@ -38,13 +36,13 @@ class FeaturesFn(Protocol):
 class Model(NamedTuple):
     """A network as pure functions.
 
-    ``init(key) -> (params, model_state)``. ``model_state`` is None for a model that has none, and
-    otherwise a pytree: the statistics of BatchNorm, empty for a model with nothing but dropout.
+    ``init(key) -> (params, model_state)``. ``model_state`` is None for a model without state, and
+    otherwise a pytree: the statistics of BatchNorm, or empty if dropout is all there is.
 
     ``features(params, model_state, inputs, *, train=False, mask=None, key=None)`` ``->``
     ``(features, model_state)`` is the input of the head, float[M, ..., num_features]. ``train``
-    switches BatchNorm and dropout to training, where ``mask``, bool[M], marks the examples that
-    count for the statistics, and ``key`` feeds dropout.
+    switches BatchNorm and dropout to training: ``mask``, bool[M], then selects the examples that
+    enter the statistics, and ``key`` is the source of randomness of dropout.
 
     ``head(params, model_state, features) -> outputs`` is the rest of the model, in inference mode.
     """
@@ -56,7 +54,7 @@ class Model(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What training needs of a model; see :func:`losses`.
+    """The functions that training needs from a model; see :func:`make_losses`.
 
     For a model without state, ``loss_fn(params, batch) -> float[M]``,
     ``response_loss(params, response, meta_batch) -> float[M]`` and
@@ -67,15 +65,15 @@ class Losses(NamedTuple):
     """
 
     loss_fn: Callable[..., Any]
-    response_loss: Callable[..., jax.Array | base.WeightedLoss]
+    response_loss: Callable[..., jax.Array | WeightedLoss]
     predict: Callable[..., PyTree]
 
 
 def make_losses(
     model: Model,
-    per_example_loss: Callable[[PyTree, PyTree], jax.Array | base.WeightedLoss],
+    per_example_loss: Callable[[PyTree, PyTree], jax.Array | WeightedLoss],
 ) -> Losses:
-    r"""The losses of a model in the form that training and hyper-learning take.
+    r"""Makes the losses of a model in the form that training and hyper-learning take.
 
     With features :math:`h(x)`, head :math:`f`, and response :math:`r`,
 
@@ -90,12 +88,12 @@ def make_losses(
 
     Returns:
       :class:`Losses`. ``response`` is float[num_features]; batches are ``(inputs, labels)``. The
-      loss is that of training mode (batch statistics, dropout), while the response loss and the
-      predictions are those of inference mode, which leaves the model state as it is.
+      loss is computed in training mode (batch statistics, dropout), the response loss and the
+      predictions in inference mode, which does not change the model state.
 
     Reference:
-      The response enters at the head alone, so that its gradient costs one forward pass of the body
-      and no backward pass: see :func:`arbiter_jax.arbiter`.
+      Only the head sees the response, so that its gradient costs one forward pass of the body and no
+      backward pass: see :func:`arbiter_jax.arbiter`.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from arbiter_jax import models
@@ -105,7 +103,7 @@ def make_losses(
     ... )
     >>> params, model_state = model.init(jax.random.PRNGKey(0))
     >>> batch = (jnp.ones((4, 8, 8, 1)), jnp.array([0, 1, 2, 3]))
-    >>> loss_fn(params, batch).shape
+    >>> jax.eval_shape(loss_fn, params, batch).shape
     (4,)
     >>> response = jnp.zeros(model.num_features)
     >>> bool(jnp.allclose(response_loss(params, response, batch), loss_fn(params, batch)))
@@ -113,7 +111,7 @@ def make_losses(
 
     *Guarantees*
       - a response of zero changes nothing: the response loss is the loss in inference mode;
-      - the response loss has a gradient with respect to the response alone;
+      - the response loss has a gradient only with respect to the response;
       - the mask reaches BatchNorm: its statistics are those of the unpadded batch.
     """
 
@@ -124,7 +122,7 @@ def make_losses(
             features = lax.stop_gradient(features) * scale
         return model.head(params, model_state, features), model_state
 
-    # Shapes only: nothing is computed to learn whether there is a state.
+    # Abstract evaluation: nothing is computed to find out whether there is a state.
     _, model_state_shape = jax.eval_shape(model.init, jax.random.PRNGKey(0))
 
     if model_state_shape is None:
@@ -160,10 +158,13 @@ def make_losses(
 
 
 def count_params(params: PyTree) -> int:
-    """The number of parameters.
+    """Counts the parameters of a model.
 
     Args:
-      params: Parameters, or their shapes as from ``jax.eval_shape``.
+      params: Parameters, or their shapes, from ``jax.eval_shape``.
+
+    Returns:
+      The number of elements of all leaves.
 
     >>> import jax
     >>> from arbiter_jax import models

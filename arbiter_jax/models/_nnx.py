@@ -1,8 +1,8 @@
 """Flax NNX modules as pure functions, with the head's input intercepted.
 
-Each run works on a fresh copy of the module, in which the class of single submodules is exchanged
-for a subclass with one method overridden. What such a method records or uses is a variable of the
-submodule, so that it passes Flax's own transformations (``nnx.jit``, ``nnx.remat``) as well.
+Each run works on a fresh copy of the module, in which single submodules are given a subclass with one
+method overridden. What such a method records or uses is a variable of the submodule, so that it also
+passes through Flax's own transformations (``nnx.jit``, ``nnx.remat``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from arbiter_jax.models._cut import Network, mode_arguments, reseeded, row_mask, typed_key
+from arbiter_jax._numerics import typed_key
+from arbiter_jax.base import PyTree
+from arbiter_jax.models._cut import Network, mode_arguments, reseeded, row_mask
 
-PyTree = Any
+# How a module is split: parameters, random state, everything else (the model state).
 _KINDS = (nnx.Param, nnx.RngState, ...)
 
 
@@ -31,84 +33,74 @@ def network(
     call_arguments: Callable[[bool], dict[str, Any]] | None,
 ) -> Network:
     """The adapter of an NNX module, or of a function that builds one when given ``rngs``."""
-    if isinstance(module, nnx.Module):
-        graphdef, *states = nnx.split(module, *_KINDS)
-        example = module
-
-        def init(key):
-            del key  # the module comes with its parameters
-            return pure(states)
-
-    else:
-        example = None
-        parameters = inspect.signature(module).parameters.values()
-        if any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
-            example = nnx.eval_shape(lambda: module(rngs=nnx.Rngs(0)))
-        if not isinstance(example, nnx.Module):
-            raise ValueError(
-                "model must be an nnx.Module, a linen.Module, a function of `rngs` that returns an "
-                "nnx.Module, or a function of params and inputs together with `init`, "
-                f"got {module!r}."
-            )
-        graphdef, *states = nnx.split(example, *_KINDS)
-
-        def init(key):
-            built = module(rngs=nnx.Rngs(typed_key(key)))
-            return pure(list(nnx.split(built, *_KINDS))[1:])
-
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)
-    params_template, rngs_template, rest_template = abstract
+    example = module if isinstance(module, nnx.Module) else _abstract(module)
+    graphdef, *states = nnx.split(example, *_KINDS)
+    templates = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states)
+    params_template, rngs_template, rest_template = templates
     owner, method = _find(example, head)
     call = type(example).__call__
     arguments = call_arguments or functools.partial(mode_arguments, call)
     takes_rngs = "rngs" in inspect.signature(call).parameters
     has_state = takes_rngs or bool(jax.tree.leaves((rngs_template, rest_template)))
 
-    def pure(states):
-        params, _, rest = states
+    def init(key):
+        if isinstance(module, nnx.Module):
+            params, _, rest = states  # the module comes with its parameters
+        else:
+            params, _, rest = nnx.split(module(rngs=nnx.Rngs(typed_key(key))), *_KINDS)[1:]
         return _to_dict(params), _to_dict(rest) if has_state else None
 
     def run(params, model_state, inputs, *, train, mask, key, features):
         key = typed_key(key)
-        module = nnx.merge(
+        copy = nnx.merge(
             graphdef,
             _from_dict(params_template, params),
             reseeded(rngs_template, key),
             _from_dict(rest_template, model_state),
         )
-        kwargs = arguments(train)
-        if takes_rngs:
-            kwargs = {"rngs": nnx.Rngs(key), **kwargs}
         if train:
-            module.train()
+            copy.train()
         else:
-            module.eval()
+            copy.eval()
         if train and mask is not None:
-            for _, node in nnx.iter_modules(module):
-                if isinstance(node, nnx.BatchNorm):
-                    node.arbiter_mask = _Intercepted(mask)
-                    _override(node, "__call__", _pass_mask)
-        target = functools.reduce(_child, owner, module)
-        if features is None:
-            target.arbiter_features = _Intercepted(())
-            _override(target, method, _record_input)
-        else:
-            target.arbiter_features = _Intercepted(features)
-            _override(target, method, _replace_input)
-
-        outputs = module(inputs, **kwargs)
-        recorded = target.arbiter_features.get_value() if features is None else ()
-        if has_state:
-            rest = nnx.state(module, nnx.Param, nnx.RngState, _Intercepted, ...)[-1]
-            # Variables that the call itself added, sown ones say, are no part of the state.
-            model_state = _to_dict(_like(rest_template, rest))
-        return outputs, recorded, model_state
+            _mask_batch_norms(copy, mask)
+        target = functools.reduce(_child, owner, copy)
+        _intercept(target, method, features)
+        rngs = {"rngs": nnx.Rngs(key)} if takes_rngs else {}
+        outputs = copy(inputs, **{**rngs, **arguments(train)})
+        recorded = _value(target.arbiter_features) if features is None else ()
+        return outputs, recorded, _rest_of(copy, rest_template) if has_state else model_state
 
     return Network(init, run)
 
 
+def _abstract(build: Any) -> nnx.Module:
+    """The module that a function of `rngs` builds, with shapes instead of arrays."""
+    example = None
+    if callable(build):
+        parameters = inspect.signature(build).parameters.values()
+        if any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters):
+            example = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    if not isinstance(example, nnx.Module):
+        raise ValueError(
+            "model must be an nnx.Module, a linen.Module, a function of `rngs` that returns an "
+            f"nnx.Module, or a function of params and inputs together with `init`, got {build!r}."
+        )
+    return example
+
+
+def _rest_of(module: nnx.Module, template: nnx.State) -> dict[str, Any]:
+    """The model state after a call, without variables that the call added, such as sown ones."""
+    *_, rest = nnx.state(module, nnx.Param, nnx.RngState, _Intercepted, ...)
+    return _to_dict(_from_dict(template, _to_dict(rest)))
+
+
 def _override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> None:
-    """Makes `node.method(...)` call `wrapper(node, the original method, ...)`."""
+    """Makes `node.method(...)` call `wrapper(node, the original method, ...)`.
+
+    Python looks up `node(...)` in the class, so an attribute of the node would not do. A subclass
+    keeps what Flax knows about the class, which a proxy would not.
+    """
     cls = type(node)
     original = getattr(cls, method)
 
@@ -118,18 +110,42 @@ def _override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> Non
     node.__class__ = type(cls.__name__, (cls,), {method: call})
 
 
+def _value(variable: nnx.Variable) -> Any:
+    """What a variable holds; `variable[...]`, the usual way, only works for arrays."""
+    return variable.get_value()
+
+
+def _intercept(target: Any, method: str, features: jax.Array | None) -> None:
+    """Makes a method record what it is called with or, unless None, use `features` instead."""
+    if features is None:
+        target.arbiter_features = _Intercepted(())
+        _override(target, method, _record_input)
+    else:
+        target.arbiter_features = _Intercepted(features)
+        _override(target, method, _replace_input)
+
+
 def _record_input(self, original, features, *args, **kwargs):
-    self.arbiter_features = _Intercepted((*self.arbiter_features.get_value(), features))
+    self.arbiter_features = _Intercepted((*_value(self.arbiter_features), features))
     return original(features, *args, **kwargs)
 
 
 def _replace_input(self, original, features, *args, **kwargs):
     del features
-    return original(self.arbiter_features.get_value(), *args, **kwargs)
+    return original(_value(self.arbiter_features), *args, **kwargs)
+
+
+def _mask_batch_norms(module: nnx.Module, mask: jax.Array) -> None:
+    """Passes the mask of the examples to every BatchNorm."""
+    node: Any
+    for _, node in nnx.iter_modules(module):
+        if isinstance(node, nnx.BatchNorm):
+            node.arbiter_mask = _Intercepted(mask)
+            _override(node, "__call__", _pass_mask)
 
 
 def _pass_mask(self, original, x, *args, **kwargs):
-    return original(x, *args, **{"mask": row_mask(self.arbiter_mask.get_value(), x), **kwargs})
+    return original(x, *args, **{"mask": row_mask(_value(self.arbiter_mask), x), **kwargs})
 
 
 def _child(node: Any, name: str) -> Any:
@@ -157,18 +173,21 @@ def _find(module: nnx.Module, head: str) -> tuple[tuple[str, ...], str]:
 
 
 def _paths(state: nnx.State) -> list[tuple[str, ...]]:
-    """Where each leaf of a state sits, in the order of its leaves."""
+    """The path of each leaf of a state, in the order of its leaves.
+
+    JAX has a key type per kind of node (dict, list, attribute); only the name or index counts here.
+    """
     paths = []
     for path, _ in jax.tree_util.tree_leaves_with_path(state):
         keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
-        # The last attribute is that of the variable which holds the array.
+        # A variable is a node whose one child is the array: that attribute is dropped.
         is_variable = isinstance(path[-1], jax.tree_util.GetAttrKey)
         paths.append(tuple(map(str, keys[:-1] if is_variable else keys)))
     return paths
 
 
 def _to_dict(state: nnx.State) -> dict[str, Any]:
-    """A state as nested dicts of arrays, which every library that takes pytrees knows."""
+    """A state as nested dicts of arrays, which every library that takes pytrees understands."""
     nested: dict[str, Any] = {}
     for path, leaf in zip(_paths(state), jax.tree.leaves(state), strict=True):
         node = functools.reduce(lambda node, name: node.setdefault(name, {}), path[:-1], nested)
@@ -180,7 +199,3 @@ def _from_dict(template: nnx.State, nested: PyTree) -> nnx.State:
     """The inverse of :func:`_to_dict`, for a state of the form of the template."""
     leaves = [functools.reduce(lambda node, name: node[name], p, nested) for p in _paths(template)]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _like(template: nnx.State, state: nnx.State) -> nnx.State:
-    return _from_dict(template, _to_dict(state))

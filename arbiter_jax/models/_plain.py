@@ -1,22 +1,23 @@
 """Plain functions of parameters and inputs, with the head's input intercepted.
 
-A function has no submodules to intercept, but its program shows where the parameters of the head
-first meet the data: what they meet is the head's input.
+A function has no submodules that could be intercepted, but its program shows where the parameters of
+the head first meet the data: the data in that operation is the head's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
 
+from arbiter_jax import _jaxpr
+from arbiter_jax.base import PyTree
 from arbiter_jax.models._cut import Network
 
-PyTree = Any
-# Calls that mean no more than the program inside of them.
-_TRANSPARENT = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+# What a value of the program was computed from; where two meet, the larger number wins. OUTPUT: from
+# the operation in which the head met the data. Everything else has no mark.
+HEAD, DATA, OUTPUT = range(1, 4)
 
 
 def network(
@@ -27,95 +28,58 @@ def network(
     def run(params, model_state, inputs, *, train, mask, key, features):
         del train, mask, key
         closed, shapes = jax.make_jaxpr(apply, return_shape=True)(params, inputs)
-        params_with_paths = jax.tree_util.tree_leaves_with_path(params)
-        marks = [HEAD if _under(head, path) else NEITHER for path, _ in params_with_paths]
-        if HEAD not in marks:
-            names = dict.fromkeys(_name(path[:1]) for path, _ in params_with_paths)
-            raise ValueError(f"head must be a path in params ({', '.join(names)}), got {head!r}.")
-        leaves = jax.tree.leaves(inputs)
-        interpreter = _Interpreter(head, features)
-        outputs = interpreter.evaluate(
-            closed.jaxpr,
-            [(x, NEITHER) for x in closed.consts],
-            [
-                *zip([x for _, x in params_with_paths], marks, strict=True),
-                *((x, DATA) for x in leaves),
-            ],
-        )
-        outputs = jax.tree.unflatten(jax.tree.structure(shapes), [x for x, _ in outputs])
-        return outputs, tuple(interpreter.recorded), model_state
+        marks = _marks_of_params(params, head) + [DATA] * len(jax.tree.leaves(inputs))
+        program = _jaxpr.inline(closed, marks, _propagate, opens=lambda marks: HEAD in marks)
+        recorded: list[jax.Array] = []
+
+        def meet(op, operands):
+            positions = _positions_of_data(program, op, head)
+            if features is None:
+                recorded.append(operands[positions[0]])
+            else:
+                operands = [features if i in positions else x for i, x in enumerate(operands)]
+            return _jaxpr.apply(op, operands)
+
+        overrides = {
+            op.results[0]: meet for op in program.ops if _is_meeting(program.operand_marks(op))
+        }
+        outputs = _jaxpr.evaluate(program, jax.tree.leaves((params, inputs)), overrides)
+        outputs = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        return outputs, tuple(recorded), model_state
 
     return Network(lambda key: (init(key), None), run)
 
 
-# What a value of the program was computed from; the larger number wins where two meet. OUTPUT: from
-# the operation where the head met the data.
-NEITHER, HEAD, DATA, OUTPUT = range(4)
-_Marked = tuple[Any, int]
-
-
-class _Interpreter:
-    """Evaluates a program while it records, or replaces, what the head's parameters meet."""
-
-    def __init__(self, head: str, replacement: jax.Array | None):
-        self.head = head
-        self.replacement = replacement
-        self.recorded: list[jax.Array] = []
-
-    def evaluate(
-        self, jaxpr: core.Jaxpr, consts: Iterable[_Marked], args: Iterable[_Marked]
-    ) -> list[_Marked]:
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-        def read(atom):
-            return (atom.val, NEITHER) if isinstance(atom, core.Literal) else known[atom]
-
-        for eqn in jaxpr.eqns:
-            results = self.step(jaxpr, eqn, [*map(read, eqn.invars)])
-            known.update(zip(eqn.outvars, results, strict=True))
-        return [*map(read, jaxpr.outvars)]
-
-    def step(self, jaxpr: core.Jaxpr, eqn: core.JaxprEqn, operands: list[_Marked]) -> list[_Marked]:
-        body = _TRANSPARENT.get(eqn.primitive.name)
-        if body is not None:
-            inner = eqn.params[body]
-            return self.evaluate(inner.jaxpr, [(x, NEITHER) for x in inner.consts], operands)
-
-        marks = [mark for _, mark in operands]
-        result = max(marks, default=NEITHER)
-        if HEAD in marks and result == DATA:
-            self.meet(eqn, operands)
-            result = OUTPUT
-        # One equation is a program, too: the public way to evaluate it.
-        variables = {
-            atom: value
-            for atom, (value, _) in zip(eqn.invars, operands, strict=True)
-            if not isinstance(atom, core.Literal)
-        }
-        program = jaxpr.replace(
-            constvars=[], invars=[*variables], outvars=[*eqn.outvars], eqns=[eqn]
-        )
-        outputs = jax.core.eval_jaxpr(program, [], *variables.values())
-        return [(value, result) for value in outputs]
-
-    def meet(self, eqn: core.JaxprEqn, operands: list[_Marked]) -> None:
-        """Records or replaces, in place, the one operand that is data."""
-        found = {id(v): i for i, v in enumerate(eqn.invars) if operands[i][1] == DATA}
-        if len(found) > 1 or any(True for _ in core.jaxprs_in_params(eqn.params)):
-            raise ValueError(
-                f"head={self.head!r} must meet the data in one operation on one array, but meets "
-                f"it inside of `{eqn.primitive.name}`."
-            )
-        (index,) = found.values()
-        if self.replacement is None:
-            self.recorded.append(operands[index][0])
-        else:
-            operands[index] = (self.replacement, DATA)
+def _marks_of_params(params: PyTree, head: str) -> list[int | None]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    marks = [HEAD if f"{_name(path)}.".startswith(f"{head}.") else None for path in paths]
+    if HEAD not in marks:
+        names = dict.fromkeys(_name(path[:1]) for path in paths)
+        raise ValueError(f"head must be a path in params ({', '.join(names)}), got {head!r}.")
+    return marks
 
 
 def _name(path: Sequence[Any]) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def _under(head: str, path: Sequence[Any]) -> bool:
-    return f"{_name(path)}.".startswith(f"{head}.")
+def _is_meeting(marks: list[int | None]) -> bool:
+    return HEAD in marks and DATA in marks and OUTPUT not in marks
+
+
+def _propagate(op: _jaxpr.Op, marks: list[int | None]) -> int | None:
+    del op
+    if _is_meeting(marks):
+        return OUTPUT
+    return max((mark for mark in marks if mark is not None), default=None)
+
+
+def _positions_of_data(program: _jaxpr.Program, op: _jaxpr.Op, head: str) -> list[int]:
+    """Which operands of a meeting are the data."""
+    (data, *others) = {x for x in op.values if program.marks.get(x) == DATA}
+    if others or _jaxpr.has_body(op):
+        raise ValueError(
+            f"head={head!r} must meet the data in one operation on one array, but meets it inside "
+            f"`{op.name}`."
+        )
+    return [i for i, x in enumerate(op.operands) if x == data]

@@ -20,7 +20,7 @@ from arbiter_jax.models._model import Model
 
 
 class Block(nnx.Module):
-    """Causal self-attention and a perceptron, each beside a shortcut."""
+    """Causal self-attention and a perceptron, each added to a shortcut."""
 
     def __init__(
         self, width: int, num_heads: int, dropout_rate: float, dtype, *, rngs: nnx.Rngs, kernel_init
@@ -77,14 +77,14 @@ class Transformer(nnx.Module):
             ]
         )
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        # In the type of its parameters.
+        # The head computes in the dtype of its parameters.
         self.head = nnx.Linear(width, vocab_size, rngs=rngs, kernel_init=kernel_init)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the logits of the next tokens, float[M, length, vocab_size]."""
         length = tokens.shape[1]
         if length > self.max_length:
-            raise ValueError(f"inputs must be of length <= {self.max_length}, got {length}.")
+            raise ValueError(f"inputs must have a length <= {self.max_length}, got {length}.")
         x = self.tokens(tokens) + self.positions(jnp.arange(length))[None]
         for block in self.blocks:
             x = block(x)
@@ -101,25 +101,26 @@ def transformer(
     dropout_rate: float = 0.0,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Model:
-    r"""A decoder-only transformer: the logits at a position depend on the tokens up to it.
+    r"""A decoder-only transformer that predicts each token from those before it.
 
     Args:
       vocab_size: Number of different tokens, an integer >= 1.
-      max_length: Greatest length of a sequence, in tokens, an integer >= 1.
+      max_length: Maximum length of a sequence, in tokens, an integer >= 1.
       num_layers: Number of blocks, an integer >= 1.
       num_heads: Number of attention heads, an integer >= 1.
       width: Number of features of a token, a multiple of ``num_heads``.
-      dropout_rate: Rate of the dropout behind attention and perceptron, in [0, 1).
-      dtype: Type to compute in below the head, say ``jnp.bfloat16``; float32 where it is None.
-        Parameters and outputs are float32 in any case.
+      dropout_rate: Rate of the dropout after attention and perceptron, in [0, 1).
+      dtype: Dtype of the computation below the head, such as ``jnp.bfloat16``; float32 if None.
+        Parameters and outputs are always float32.
 
     Returns:
-      A model from tokens int32[M, length] to logits float32[M, length, vocab_size]. Its features
-      are float[M, length, width], the normalized output of the last block. It has state only with
-      dropout. Its loss is :func:`token_cross_entropy`.
+      A model that maps tokens int32[M, length] to logits float32[M, length, vocab_size]. Its
+      features are float[M, length, width], the normalized output of the last block. It has state
+      only with dropout. Its loss is :func:`token_cross_entropy`.
 
     Raises:
-      ValueError: If an argument is out of its range, or ``width`` no multiple of ``num_heads``.
+      ValueError: If an argument is out of its range, or ``width`` is not a multiple of
+        ``num_heads``.
 
     Reference:
       Radford et al., 2019; Vaswani et al., 2017, https://arxiv.org/abs/1706.03762
@@ -128,14 +129,14 @@ def transformer(
     >>> from arbiter_jax import models
     >>> model = models.transformer(vocab_size=96, max_length=32, width=64)
     >>> losses = models.make_losses(model, models.token_cross_entropy)
-    >>> params, _ = model.init(jax.random.PRNGKey(0))
+    >>> params, _ = jax.eval_shape(model.init, jax.random.PRNGKey(0))
     >>> tokens = jnp.zeros((4, 33), jnp.int32)
-    >>> value = losses.loss_fn(params, (tokens[:, :-1], tokens[:, 1:]))
+    >>> value = jax.eval_shape(losses.loss_fn, params, (tokens[:, :-1], tokens[:, 1:]))
     >>> value.losses.shape, value.weights.shape
     ((4, 32), (4, 32))
 
     *Guarantees*
-      - no position sees a later one.
+      - the logits at a position do not depend on later tokens.
     """
     vocab_size = _validate.integer(vocab_size=vocab_size, minimum=1)
     max_length = _validate.integer(max_length=max_length, minimum=1)
@@ -156,10 +157,10 @@ def transformer(
 def token_cross_entropy(
     logits: jax.Array, labels: jax.Array, *, padding_label: int = -1
 ) -> base.WeightedLoss:
-    r"""The cross entropy of each token; padding has weight 0.
+    r"""The cross entropy of each token, with weight 0 for padding.
 
-    The engine takes the mean over the tokens, :math:`\sum w \ell / \sum w`, so that a batch of
-    sequences with much padding is not worth more than its tokens.
+    Training takes the mean over the tokens, :math:`\sum w \ell / \sum w`: a token counts the same in
+    a short and in a long sequence.
 
     Args:
       logits: float[M, length, vocab_size].

@@ -1,6 +1,6 @@
 """VGG11 with batch normalization, in the form that is usual for 32x32 images.
 
-Eight 3x3 convolutions, each with BatchNorm and ReLU, max pooling between, and one linear layer.
+Eight 3x3 convolutions, each with BatchNorm and ReLU, max pooling between them, and one linear layer.
 Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
 Recognition", ICLR 2015, configuration A; the form for small images is that of Liu,
 https://github.com/kuangliu/pytorch-cifar.
@@ -21,7 +21,7 @@ from arbiter_jax.models._convolution import max_pool
 from arbiter_jax.models._layers import BatchNorm, Conv, image_shape
 from arbiter_jax.models._model import Model
 
-# Features of the convolutions, one tuple for each resolution: a max pooling follows each.
+# Features of the convolutions, one tuple per resolution; a max pooling follows each tuple.
 _STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
@@ -43,7 +43,7 @@ class VGG11(nnx.Module):
             )
             self.norms.append(BatchNorm(features, dtype=dtype, rngs=rngs))
             num_channels = features
-        # In the type of its parameters.
+        # The head computes in the dtype of its parameters.
         self.head = nnx.Linear(num_channels, num_classes, rngs=rngs, kernel_init=kernel_init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ class VGG11(nnx.Module):
             for _ in stage:
                 conv, norm = next(layers)
                 x = nnx.relu(norm(conv(x)))
-            if min(x.shape[1:3]) >= 2:  # a smaller image has fewer resolutions
+            if min(x.shape[1:3]) >= 2:  # smaller images have fewer resolutions
                 x = max_pool(x)
         return self.head(x.mean(axis=(1, 2)))
 
@@ -64,21 +64,23 @@ def vgg11(
     *,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Model:
-    r"""VGG11 with batch normalization: 9,231,114 parameters for 32x32x3 and 10 classes.
+    r"""VGG11 with batch normalization, for images of 4x4 pixels or more.
+
+    It has 9,231,114 parameters for images of 32x32x3 and 10 classes.
 
     Args:
       input_shape: (height, width, channels) of one image; height and width >= 4.
       num_classes: Number of outputs, an integer >= 1.
-      dtype: Type to compute in below the head, say ``jnp.bfloat16``; the inputs' own where it is
-        None. Parameters, batch statistics and outputs are float32 in any case.
+      dtype: Dtype of the computation below the head, such as ``jnp.bfloat16``; that of the inputs if
+        None. Parameters, batch statistics and outputs are always float32.
 
     Returns:
-      A model with state (the statistics of BatchNorm), from images
+      A model with state (the statistics of BatchNorm) that maps images
       float[M, height, width, channels] to logits float32[M, num_classes]; its features are the 512
-      means over the last image.
+      channels of the last image, averaged over its pixels.
 
     Raises:
-      ValueError: If the shape is not that of an image, or a size too small.
+      ValueError: If the shape is not that of an image, or a size is too small.
 
     Reference:
       Simonyan and Zisserman, ICLR 2015, https://arxiv.org/abs/1409.1556

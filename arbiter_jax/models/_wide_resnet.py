@@ -1,4 +1,4 @@
-"""Wide residual networks: pre-activation residual blocks, few of them and wide.
+"""Wide residual networks: a few wide residual blocks with pre-activation.
 
 Reference: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016.
 """
@@ -19,7 +19,7 @@ from arbiter_jax.models._model import Model
 
 
 class Block(nnx.Module):
-    """BatchNorm, ReLU and 3x3 convolution, twice, beside a shortcut."""
+    """BatchNorm, ReLU and a 3x3 convolution, twice, added to a shortcut."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class WideResNet(nnx.Module):
                 self.blocks.append(Block(width, outputs, stride, dropout_rate, dtype, **layer_args))
                 width = outputs
         self.norm = BatchNorm(width, dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(width, num_classes, **layer_args)  # in the type of its parameters
+        self.head = nnx.Linear(width, num_classes, **layer_args)  # in the dtype of its parameters
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits, float[M, num_classes]."""
@@ -106,22 +106,22 @@ def wide_resnet(
 ) -> Model:
     r"""A wide residual network, WRN-d-k, of blocks :math:`x_{l+1} = S(x_l) + F(x_l)`.
 
-    For 32x32x3 and 10 classes WRN-16-4 has 2,748,890 parameters and WRN-28-10 36,479,194: the 2.75
-    and 36.5 million of the paper.
+    For images of 32x32x3 and 10 classes, WRN-16-4 has 2,748,890 parameters and WRN-28-10 has
+    36,479,194, as in the paper (2.75 and 36.5 million).
 
     Args:
       input_shape: (height, width, channels) of one image; height and width >= 4.
       num_classes: Number of outputs, an integer >= 1.
       depth: d, the number of layers, 6 n + 4 for n >= 1 blocks in each of the three groups.
-      widen_factor: k, the width of the blocks over that of the original ResNet, an integer >= 1.
+      widen_factor: k, the width of the blocks relative to the original ResNet, an integer >= 1.
       dropout_rate: Rate of the dropout between the two convolutions of a block, in [0, 1).
-      dtype: Type to compute in below the head, say ``jnp.bfloat16``; the inputs' own where it is
-        None. Parameters, batch statistics and outputs are float32 in any case.
+      dtype: Dtype of the computation below the head, such as ``jnp.bfloat16``; that of the inputs if
+        None. Parameters, batch statistics and outputs are always float32.
 
     Returns:
-      A model with state (the statistics of BatchNorm), from images
+      A model with state (the statistics of BatchNorm) that maps images
       float[M, height, width, channels] to logits float32[M, num_classes]; its features are the
-      64 k means over the last image.
+      64 k channels of the last image, averaged over its pixels.
 
     Raises:
       ValueError: If an argument is out of its range.

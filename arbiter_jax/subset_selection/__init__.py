@@ -1,11 +1,11 @@
-"""Dynamic Batch Adaptation: which examples of a batch the step of each layer is made of.
+"""Dynamic Batch Adaptation: chooses, for each layer, the examples of a batch to step on.
 
-The gradients of the single examples are analysed, and for each layer the update is the mean over
-the subset that scores best on a metric such as the variance of that mean. Among n examples in an
-order, only the n subsets of the first k are scored, all at once, from inner products of gradients.
+The update of a layer is the mean of the per-example gradients over the subset that scores best on a
+metric, such as the variance of that mean. The n examples are put in order, and only the n subsets
+"the first k" are scored, all at once, from the inner products of the gradients.
 
 Reference: Simionescu, Stoica and Herscovici, "Dynamic Batch Adaptation", 2022, arXiv:2208.00815.
-Its code is not public: order, metrics and edge cases are this project's reading of it.
+Its code is not public: order, metrics and edge cases are this project's interpretation.
 """
 
 from arbiter_jax.subset_selection._aggregator import (

@@ -1,10 +1,10 @@
-"""Gram matrices of per-example gradients, one for each parameter, mostly without the gradients.
+"""Gram matrices of per-example gradients, one per parameter, mostly without the gradients.
 
 A parameter that enters one matrix product, ``y = x @ w``, has the per-example gradients
 ``x_i' d_i``, with d the gradient of the loss with respect to y. Their inner products follow from x
 and d alone, ``<g_i, g_j> = sum((x_i x_j') * (d_i d_j'))``, and so does any weighted mean of them.
 References: Goodfellow 2015, arXiv:1510.01799, for dense layers; Bu et al. 2022, arXiv:2205.10683,
-for the choice by shape.
+for the choice between products and gradients by shape.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from arbiter_jax.base import LossFn, PyTree, WeightedLoss
 from arbiter_jax.batching import num_rows
 from arbiter_jax.subset_selection import _sites
 
-Weights = Sequence[jax.Array]  # float[n] for each leaf of the parameters
+Weights = Sequence[jax.Array]  # float[n] per leaf of the parameters
 
 
 class PerExample(NamedTuple):
-    """What is known of the gradients of the n examples of a batch."""
+    """The losses of the n examples of a batch, and products and sums of their gradients."""
 
     losses: jax.Array  # shape=(n,), dtype=float, times the weight of the example
-    weights: jax.Array  # shape=(n,), dtype=float, 1 but for a WeightedLoss
-    grams: list[jax.Array]  # shape=(n, n), dtype=float, inner products, one for each leaf
-    # (weights, bool[n] valid) -> leaves, the sums of the gradients of the valid rows
+    weights: jax.Array  # shape=(n,), dtype=float, 1 unless the loss is a WeightedLoss
+    grams: list[jax.Array]  # per leaf, shape=(n, n), dtype=float, inner products of the gradients
+    # (weights, bool[n] valid) -> leaves, the weighted sums of the gradients of the valid rows
     combine: Callable[[Weights, jax.Array], list[jax.Array]]
 
 
@@ -43,10 +43,10 @@ def per_example(
       loss_fn: ``loss_fn(params, batch) -> float[M]`` or a WeightedLoss.
       params: Pytree of float arrays.
       batch: Pytree of arrays with n leading rows.
-      factorize: Whether to use inputs and errors of the layers in place of gradients, where the
-        parameter allows for it: it enters exactly one operation.
-      max_bytes: Bound on the memory of the gradients of all other parameters, at least those of
-        two examples. Past it they are computed in blocks, and anew for each pair of blocks.
+      factorize: Whether to use the inputs and errors of a layer instead of gradients, for the
+        parameters that enter exactly one operation.
+      max_bytes: Bound on the memory of the gradients of all other parameters, though those of two
+        examples are always formed. Beyond it they are computed in blocks, once per pair of blocks.
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
     treedef = jax.tree.structure(params)
@@ -60,10 +60,10 @@ def per_example(
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     with linen.intercept_methods(_refuse_batch_norm):
         closed = jax.make_jaxpr(loss_of_one)(leaves, example)
-    program = _sites.inline(closed, len(leaves))
+    traced = _sites.find_sites(closed, len(leaves))
     if not factorize:
-        program = program._replace(sites={})
-    sites = program.sites
+        traced = traced._replace(by_leaf={})
+    sites = traced.by_leaf
 
     rest = [i for i in range(len(leaves)) if i not in sites]
     row_bytes = sum(leaves[i].size * leaves[i].dtype.itemsize for i in rest)
@@ -74,7 +74,7 @@ def per_example(
         for i, leaf in zip(rest, rest_leaves, strict=True):
             arguments[i] = leaf
         arguments += jax.tree.leaves(example)
-        (loss, weight), seen = _sites.evaluate(program, arguments, probes)
+        (loss, weight), seen = _sites.evaluate(traced, arguments, probes)
         return loss, (weight, seen)
 
     probes = {i: jnp.zeros(site.output.shape, site.output.dtype) for i, site in sites.items()}
@@ -94,10 +94,10 @@ def per_example(
     rest_grams, rest_sums = (
         _whole(rest_rows) if whole else _in_blocks(rows_of, batch, n, 2 * row_bytes, max_bytes)
     )
-    grams = {i: layer[0] for i, layer in layers.items()} | dict(zip(rest, rest_grams, strict=True))
+    grams = {i: gram for i, (gram, _) in layers.items()} | dict(zip(rest, rest_grams, strict=True))
 
     def combine(weights, valid):
-        sums = {i: layer[1](weights[i], valid) for i, layer in layers.items()}
+        sums = {i: weighted(weights[i], valid) for i, (_, weighted) in layers.items()}
         rest_weights = [weights[i] for i in rest]
         sums |= zip(rest, rest_sums(rest_weights, valid), strict=True)
         return [sums[i] for i in range(len(leaves))]
@@ -106,12 +106,12 @@ def per_example(
 
 
 def _total_loss(losses: jax.Array | WeightedLoss) -> tuple[jax.Array, jax.Array]:
-    """The loss of a batch of one times its weight, and that weight."""
+    """The loss of a batch of one example times its weight, and that weight."""
     values = losses.losses if isinstance(losses, WeightedLoss) else losses
     if jnp.ndim(values) < 1 or values.shape[0] != 1:
         raise ValueError(
-            "loss_fn must return one loss per example, shape (1,) or (1, ...) for a batch of one, "
-            f"got {jnp.shape(values)}: leave the mean to the caller."
+            "loss_fn must return one loss per example, of shape (1,) or (1, ...) for a batch of "
+            f"one, got {jnp.shape(values)}: do not take the mean."
         )
     if isinstance(losses, WeightedLoss):
         weights = lax.stop_gradient(losses.weights).astype(values.dtype)
@@ -155,13 +155,13 @@ def _rows_where(valid: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def weighted_sum(rows: jax.Array, weights: jax.Array, valid: jax.Array) -> jax.Array:
-    """Sum of the valid rows of float[n, ...] times their weights, whatever the others hold."""
+    """Sum of the valid rows of float[n, ...] times their weights; the other rows may be NaN."""
     total = jnp.tensordot(weights, _at_least_float32(_rows_where(valid, rows)), axes=1)
     return total.astype(rows.dtype)
 
 
 def _whole(rows: list[jax.Array]):
-    """Inner products and weighted sums of gradients that are all in memory."""
+    """Inner products and weighted sums of gradients that are all held in memory."""
 
     def sums(weights, valid):
         return [weighted_sum(r, w, valid) for r, w in zip(rows, weights, strict=True)]
@@ -170,7 +170,7 @@ def _whole(rows: list[jax.Array]):
 
 
 def _in_blocks(rows_of: Callable, batch: PyTree, n: int, bytes_per_row: int, max_bytes: int):
-    """The same of gradients of which two blocks are in memory at a time."""
+    """The same, with two blocks of the gradients in memory at a time."""
     size = _largest_block(n, bytes_per_row, max_bytes)
 
     def split(x):
@@ -217,7 +217,7 @@ def _in_blocks(rows_of: Callable, batch: PyTree, n: int, bytes_per_row: int, max
 
 
 def _largest_block(n: int, bytes_per_row: int, max_bytes: int) -> int:
-    """The largest divisor of n whose rows fit, at least 1."""
+    """The largest number of rows that divides n and fits in memory, at least 1."""
     return max(
         m
         for m in range(1, n + 1)
@@ -226,7 +226,7 @@ def _largest_block(n: int, bytes_per_row: int, max_bytes: int) -> int:
 
 
 def _gram_of_factors(x: jax.Array, d: jax.Array, max_bytes: int) -> jax.Array:
-    """Inner products of x_i' d_i, [n, t, p] and [n, t, q], from those of the rows of x and of d."""
+    """Inner products of the x_i' d_i, from those of the rows of x, [n, t, p], and d, [n, t, q]."""
     n, t, _ = x.shape
     if t == 1:
         return gram_matrix(x) * gram_matrix(d)
@@ -247,7 +247,7 @@ def _layer(site: _sites.Site, leaf: jax.Array, seen: list, errors: jax.Array, ma
     n = errors.shape[0]
     matrix = _sites.as_matrix(site)
     if matrix is None:
-        # Biases, scales, embeddings: the gradient itself, by the derivative of one equation.
+        # Biases, scales, embeddings: the gradients themselves, from the derivative of one equation.
         def gradient(error, others):
             return jax.vjp(lambda leaf: site.apply(leaf, others), leaf)[1](error)[0]
 
@@ -256,7 +256,8 @@ def _layer(site: _sites.Site, leaf: jax.Array, seen: list, errors: jax.Array, ma
 
     x, d = jax.vmap(matrix.factors)(seen[matrix.data], errors)
     (_, t, p), q = x.shape, d.shape[2]
-    # Few positions: inner products of factors. Many, as in a first convolution: p q is smaller.
+    # Inner products of the factors if there are few positions t. With many, as in a first
+    # convolution, the gradients are smaller than the products.
     if n * t * t * (p + q) < (n + t) * p * q:
         gram, rows = _gram_of_factors(x, d, max_bytes), None
     else:

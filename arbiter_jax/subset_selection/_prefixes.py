@@ -1,6 +1,6 @@
-"""The best of the subsets that are the first k examples of an order, for each layer.
+"""Scores the subsets "the first k examples" of an order, and selects the best one for each layer.
 
-Everything is found from the inner products of the per-example gradients: of n examples in O(n^2).
+All of it follows from the inner products of the per-example gradients, in O(n^2) for n examples.
 See :mod:`arbiter_jax.subset_selection` for the metrics, the orders and their source.
 """
 
@@ -26,12 +26,12 @@ GROUPS = ("module", "leaf", "model")
 
 
 class PrefixScores(NamedTuple):
-    """The subsets of the first k examples, each at the place of its last example."""
+    """The subsets of the first k examples, each at the index of its last example."""
 
-    size: jax.Array  # shape=(n,), dtype=int32, k; the examples that are not valid come last
+    size: jax.Array  # shape=(n,), dtype=int32, k; examples that are not valid come last
     mean_sq_norm: jax.Array  # shape=(n,), dtype=float, M_k
     variance: jax.Array  # shape=(n,), dtype=float, V_k, nan for k = 1
-    score: jax.Array  # shape=(n,), dtype=float, the metric, higher is better, -inf for no subset
+    score: jax.Array  # shape=(n,), dtype=float, the metric, higher is better, -inf if not eligible
 
 
 def prefix_scores(
@@ -47,12 +47,12 @@ def prefix_scores(
 
     Args:
       gram: float[n, n], inner products of the gradients.
-      valid: bool[n], the examples that may be chosen.
+      valid: bool[n], the examples that may be selected.
       metric: See :func:`select_subset`.
       order: See :func:`select_subset`.
 
     Returns:
-      A PrefixScores. A variance within rounding of zero is zero.
+      A PrefixScores. A variance that is zero up to rounding is exactly zero.
 
     >>> gram = jnp.array([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]])
     >>> scores = prefix_scores(gram, jnp.ones(3, bool), "norm")
@@ -61,7 +61,7 @@ def prefix_scores(
     """
     gram = jnp.where(valid[:, None] & valid[None, :], gram, 0)
     squares = jnp.diagonal(gram)
-    # Every metric is homogeneous: the unit is free, and this one neither over- nor underflows.
+    # The metrics are homogeneous, so the unit is free; this one avoids overflow and underflow.
     unit = jnp.max(squares, initial=0)
     unit = jnp.where(unit > 0, unit, 1)
     gram, squares = gram / unit, squares / unit
@@ -70,14 +70,15 @@ def prefix_scores(
     with_mean = jnp.sum(gram, axis=1) / jnp.maximum(count, 1)  # <g_i, mean>
     keys = {"distance": squares - 2 * with_mean, "norm": squares, "alignment": -with_mean}
     key = jnp.where(valid, keys[order], jnp.inf)
-    # Ranks are integers on purpose: where the key itself is compared, a compiler may compute it
-    # twice, with different rounding, and find an example to come before itself.
+    # Compare integer ranks, not keys: a compiler may compute a key twice, with different rounding,
+    # and an example would then come before itself.
     rank = jnp.argsort(jnp.argsort(key, stable=True))
     before = rank[None, :] < rank[:, None]
     until = rank[None, :] <= rank[:, None]
     size = (rank + 1).astype(jnp.int32)
 
-    added = squares + 2 * jnp.sum(jnp.where(before, gram, 0), axis=1)  # row and column of K
+    # What a row and a column add to the sum over K.
+    added = squares + 2 * jnp.sum(jnp.where(before, gram, 0), axis=1)
     total = jnp.sum(jnp.where(until, added[None, :], 0), axis=1)
     trace = jnp.sum(jnp.where(until, squares[None, :], 0), axis=1)
     k = size.astype(gram.dtype)
@@ -102,7 +103,7 @@ def prefix_scores(
 def select(
     gram: jax.Array, valid: jax.Array, metric: Metric, order: Order, min_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The best prefix: bool[n] and its int32[] size. Ties, to rounding, go to the larger one."""
+    """The best prefix, bool[n], and its size, int32[]. Ties, up to rounding, go to the larger."""
     scores = prefix_scores(gram, valid, metric, order)
     count = jnp.sum(valid, dtype=jnp.int32)
     allowed = valid & (scores.size >= jnp.minimum(min_size, count))
@@ -115,12 +116,19 @@ def select(
 
 
 def group_names(params: PyTree, groups: Groups = "module") -> tuple[str, ...]:
-    """The layers that select for themselves, in the order of the arrays in the state.
+    """Names the layers that select a subset each, in the order of the arrays in the state.
 
     Args:
-      params: Parameters, or anything of their structure.
-      groups: ``"module"``, the parameters next to each other in one node of the tree (kernel and
-        bias); ``"leaf"``, each by itself; ``"model"``, all together.
+      params: Parameters, or any pytree with their structure.
+      groups: Which parameters form a layer: ``"module"``, those in the same node of the tree, such
+        as kernel and bias; ``"leaf"``, each on its own; ``"model"``, all together.
+
+    Returns:
+      One name per layer, its path joined by ``/``.
+
+    Raises:
+      ValueError: If ``groups`` is not one of the above, or the parameters hold the statistics of a
+        BatchNorm.
 
     >>> params = {"hidden": {"kernel": 0.0, "bias": 0.0}, "head": {"kernel": 0.0}}
     >>> group_names(params)
@@ -149,14 +157,14 @@ def group_of_leaves(params: PyTree, groups: Groups) -> list[str]:
 
 
 class Selection(NamedTuple):
-    """The examples that each layer has chosen."""
+    """The examples that each layer has selected."""
 
     selected: jax.Array  # shape=(num_groups, n), dtype=bool
     num_selected: jax.Array  # shape=(num_groups,), dtype=int32
     selected_fraction: jax.Array  # shape=(num_groups,), dtype=float32, of the real examples
     valid: jax.Array  # shape=(n,), dtype=bool, real and finite in every layer
     num_skipped: jax.Array  # shape=(), dtype=int32, real and not finite
-    weights: list[jax.Array]  # one a leaf, shape=(n,), dtype=float, 1 / k or 0
+    weights: list[jax.Array]  # per leaf, shape=(n,), dtype=float, 1 / k or 0
 
 
 def select_by_group(
@@ -169,7 +177,7 @@ def select_by_group(
     order: Order,
     min_size: int,
 ) -> Selection:
-    """Chooses for each layer, from the Gram matrices of the leaves and the layers' names."""
+    """Selects for each layer, from the Gram matrix and the layer's name of each leaf."""
     groups = list(dict.fromkeys(names))
     stacked = jnp.stack(
         [sum(g for g, name in zip(grams, names, strict=True) if name == group) for group in groups]

@@ -1,4 +1,4 @@
-"""Choosing the examples of one layer's step from their gradients."""
+"""Selects the examples for the step of one layer from their gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from arbiter_jax.subset_selection import _gram, _prefixes
 from arbiter_jax.subset_selection._prefixes import Metric, Order
 
 
-def _check(metric, min_size, order, groups="module") -> int:
+def check_arguments(metric, min_size, order, groups="module") -> int:
+    """Checks the arguments that the functions of this package share; returns min_size as an int."""
     _validate.one_of(_prefixes.METRICS, metric=metric)
     _validate.one_of(_prefixes.ORDERS, order=order)
     _validate.one_of(_prefixes.GROUPS, groups=groups)
@@ -25,9 +26,9 @@ def select_subset(
     *,
     order: Order = "distance",
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Chooses the examples of a batch whose mean gradient scores best, for one layer.
+    r"""Selects the examples of a batch whose mean gradient scores best, for one layer.
 
-    The examples are put in order, and for each k the first k of them are scored by the squared norm
+    The examples are put in order. For each k, the first k of them are scored by the squared norm
     :math:`M_k` of their mean gradient and the trace :math:`V_k` of their sample covariance:
 
     .. math::
@@ -35,22 +36,23 @@ def select_subset(
       \text{variance:}\ \min_k \frac{V_k}{k}, \qquad
       \text{norm:}\ \max_k M_k.
 
-    A single example has no sample covariance: the first two choose it only where there is no
-    second. Ties go to the larger subset, so that identical gradients are all chosen.
+    A single example has no sample covariance: the first two metrics select it only if it is the only
+    one. Ties go to the larger subset, so that identical gradients are all selected.
 
     Args:
       per_example_grads: float[n, d] (or float[n, ...]), the gradient of each example.
       metric: ``"signal_to_noise"``, ``"variance"`` or ``"norm"``.
-      min_size: Smallest k, an integer >= 1. Where fewer examples can be chosen, all of them are.
-      mask: bool[n], True for a real example; all are where it is None.
-      order: Key of the order: ``"distance"``, the distance to the mean gradient, ascending;
-        ``"norm"``, ascending; ``"alignment"``, the inner product with the mean, descending.
+      min_size: Smallest k, an integer >= 1. If fewer examples are available, all are selected.
+      mask: bool[n], True for a real example. If None, all examples are real.
+      order: How the examples are sorted: ``"distance"``, by distance to the mean gradient,
+        ascending; ``"norm"``, by norm, ascending; ``"alignment"``, by inner product with the mean
+        gradient, descending.
 
     Returns:
       (selected, num_selected): bool[n] and int32[].
 
     Raises:
-      ValueError: If metric, order or min_size is none of the above.
+      ValueError: If metric, order or min_size is not one of the above.
 
     Reference:
       Simionescu et al., 2022, https://arxiv.org/abs/2208.00815
@@ -62,10 +64,10 @@ def select_subset(
     ([True, True, False, True], 3)
 
     *Guarantees*
-      - masked rows, and rows that are not finite, are never chosen and change nothing;
-      - the subset has the best score of all prefixes that have min_size examples or more.
+      - masked rows, and rows that are not finite, are never selected and change nothing;
+      - the subset has the best score of all prefixes with min_size examples or more.
     """
-    min_size = _check(metric, min_size, order)
+    min_size = check_arguments(metric, min_size, order)
     gram = _gram.gram_matrix(per_example_grads)
     valid = jnp.isfinite(jnp.diagonal(gram))
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Models that were not written for this library: Flax's own examples, and harder ones."""
+"""Models that were not written for this library: like the examples of Flax, and harder ones."""
 
 import functools
 
@@ -12,13 +12,14 @@ from flax import linen as nn
 from flax import nnx
 
 from arbiter_jax import models
+from arbiter_jax.models import _cut
 
 xent = optax.softmax_cross_entropy_with_integer_labels
 IMAGES = (8, 8, 1)
 
 
 class ExampleCNN(nnx.Module):
-    """Of the shape of the MNIST network in Flax's examples; it is called with rngs."""
+    """Built like the MNIST network in the examples of Flax; it is called with rngs."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(1, 4, kernel_size=(3, 3), rngs=rngs)
@@ -41,7 +42,7 @@ class ExampleCNN(nnx.Module):
 
 
 class ExampleLinenCNN(nn.Module):
-    """Of the shape of the Linen MNIST network in Flax's examples: compact, names made up."""
+    """Built like the Linen MNIST network in the examples of Flax: compact, with automatic names."""
 
     @nn.compact
     def __call__(self, x):
@@ -67,7 +68,7 @@ class Tail(nnx.Module):
 
 
 class Deep(nnx.Module):
-    """A head two layers deep, with something behind it; the tail runs inside of nnx.remat."""
+    """A head of two layers, followed by more; the tail runs inside nnx.remat."""
 
     def __init__(self, rngs):
         self.body = nnx.Sequential(nnx.Linear(64, 16, rngs=rngs), nnx.relu)
@@ -86,7 +87,7 @@ class LinenTail(nn.Module):
 
 
 class LinenDeep(nn.Module):
-    """The same in Linen, with BatchNorm and dropout, the tail inside of nn.remat."""
+    """The same in Linen, with BatchNorm and dropout; the tail runs inside nn.remat."""
 
     @nn.compact
     def __call__(self, x, training: bool):
@@ -105,8 +106,9 @@ def plain_init(key):
 
 
 def plain_apply(params, x):
-    """Written for one example, then mapped; the head sits inside of a jit."""
+    """Written for one example, then mapped; the head is inside a jit and a checkpoint."""
 
+    @jax.checkpoint
     @jax.jit
     def head(h):
         return jax.nn.log_softmax(h @ params["head"]["w"] + params["head"]["b"])
@@ -129,15 +131,15 @@ CASES = {
     "plain": (lambda: plain_apply, "head", 16, {"init": plain_init}),
 }
 STATEFUL = ("nnx_example", "linen_nested_path")
+KEY = jax.random.PRNGKey(1)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
-    make, head, num_features, kwargs = CASES[request.param]
+@functools.cache
+def attached(name):
+    make, head, num_features, kwargs = CASES[name]
     model = models.attach(make(), head, SAMPLE, **kwargs)
     assert model.num_features == num_features
-    variables = jax.jit(model.init)(jax.random.PRNGKey(1))
-    return request.param, model, variables
+    return model, jax.jit(model.init)(KEY)
 
 
 def run_original(name, params, model_state, x):
@@ -148,121 +150,127 @@ def run_original(name, params, model_state, x):
         return module.apply({"params": params, **(model_state or {})}, x, **kwargs)
     if name == "plain":
         return plain_apply(params, x)
-    module = CASES[name][0]()(rngs=nnx.Rngs(jax.random.wrap_key_data(jax.random.PRNGKey(1))))
+    module = CASES[name][0]()(rngs=nnx.Rngs(jax.random.wrap_key_data(KEY)))
     module.eval()
     return module(x)
 
 
-def test_features_and_head_equal_the_model(case):
-    name, model, variables = case
-    x, _ = batch()
-
-    @jax.jit
-    def run(variables, x):
-        features, model_state = model.features(*variables, x)
-        outputs = model.head(*variables, features)
-        return features, outputs, model_state, run_original(name, *variables, x)
-
-    features, outputs, model_state, expected = run(variables, x)
-    assert features.shape == (6, model.num_features)
-    chex.assert_trees_all_close(outputs, expected, atol=1e-5)
-    chex.assert_trees_all_equal(model_state, variables[1])
-    assert (variables[1] is not None) == (name in STATEFUL)
-
-
-def test_a_response_multiplies_the_input_of_the_head(case):
-    _, model, variables = case
+@functools.cache
+def results(name):
+    """All that is compared, from one program per case."""
+    model, variables = attached(name)
     losses = models.make_losses(model, xent)
     x, y = batch()
     response = np.linspace(-0.5, 0.5, model.num_features, dtype=np.float32)
-    params, model_state = variables
-    state = () if model_state is None else (model_state,)
 
     @jax.jit
-    def run(params, response):
-        features, _ = model.features(params, model_state, x)
-        outputs = model.head(params, model_state, features * (1 + response)[None])
-        zero = losses.response_loss(params, response * 0, (x, y), *state)
-        return (
-            losses.response_loss(params, response, (x, y), *state),
-            xent(outputs, y),
-            zero,
-            xent(losses.predict(params, x, *state), y),
-            jax.jacobian(lambda r: losses.response_loss(params, r, (x, y), *state))(response),
-        )
+    def run(params, model_state, response):
+        state = () if model_state is None else (model_state,)
 
-    loss, expected, zero, plain, jacobian = run(params, response)
-    chex.assert_trees_all_close(loss, expected, atol=1e-5)
-    chex.assert_trees_all_close(zero, plain, atol=1e-5)
-    assert not np.allclose(loss, plain, atol=1e-4)
-    assert jacobian.shape == (6, model.num_features)
-    assert np.abs(jacobian).max() > 1e-3
+        def response_loss(params, response):
+            values = losses.response_loss(params, response, (x, y), *state)
+            return jnp.sum(values * jnp.arange(1.0, 7.0)), values
+
+        grads, with_response = jax.grad(response_loss, (0, 1), has_aux=True)(params, response)
+        features, new_state = model.features(params, model_state, x)
+        outputs = model.head(params, model_state, features)
+        scaled = model.head(params, model_state, features * (1 + response)[None])
+        result = {
+            "features": features,
+            "model_state": new_state,
+            "outputs": outputs,
+            "original": run_original(name, params, model_state, x),
+            "response_loss": with_response,
+            "loss_of_scaled_features": xent(scaled, y),
+            "loss_without_response": losses.response_loss(params, response * 0, (x, y), *state),
+            "loss": xent(losses.predict(params, x, *state), y),
+            "gradients": grads,
+        }
+        if model_state is None:
+            result["training_features"] = model.features(params, None, x, train=True)[0]
+        return result
+
+    return run(*variables, response)
 
 
-def test_the_response_loss_has_no_other_gradient(case):
-    _, model, (params, model_state) = case
-    response_loss = models.make_losses(model, xent).response_loss
-    state = () if model_state is None else (model_state,)
+@pytest.mark.parametrize("name", CASES)
+def test_features_and_head_equal_the_model(name):
+    got, (_, model_state) = results(name), attached(name)[1]
+    assert got["features"].shape == (6, 16)
+    chex.assert_trees_all_close(got["outputs"], got["original"], atol=1e-5)
+    chex.assert_trees_all_equal(got["model_state"], model_state)
+    assert (model_state is not None) == (name in STATEFUL)
 
-    @jax.jit
-    def gradient(params):
-        response = jnp.full((model.num_features,), 0.1)
-        return jax.grad(lambda p: jnp.sum(response_loss(p, response, batch(), *state)))(params)
 
-    for leaf in jax.tree.leaves(gradient(params)):
+@pytest.mark.parametrize("name", CASES)
+def test_a_response_multiplies_the_heads_input(name):
+    got = results(name)
+    chex.assert_trees_all_close(got["response_loss"], got["loss_of_scaled_features"], atol=1e-5)
+    chex.assert_trees_all_close(got["loss_without_response"], got["loss"], atol=1e-5)
+    assert not np.allclose(got["response_loss"], got["loss"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_response_loss_has_no_other_gradient(name):
+    of_params, of_response = results(name)["gradients"]
+    assert of_response.shape == (16,)
+    assert np.abs(of_response).max() > 1e-3
+    for leaf in jax.tree.leaves(of_params):
         np.testing.assert_array_equal(leaf, 0)
 
 
-def test_the_head_computes_nothing_of_the_body(case):
-    name, model, variables = case
+@pytest.mark.parametrize("name", CASES)
+def test_the_head_computes_no_part_of_the_body(name):
+    model, variables = attached(name)
     features = jax.ShapeDtypeStruct((6, model.num_features), jnp.float32)
-    jaxpr = jax.make_jaxpr(model.head)(*variables, features)
-    text = str(jaxpr)
+    text = str(jax.make_jaxpr(model.head)(*variables, features))
     assert text.count("dot_general[") == (2 if name == "nnx_head_of_two_layers" else 1)
     assert "conv_general_dilated" not in text
 
 
-def test_training_mode(case):
-    """The mask reaches BatchNorm, the key reaches dropout, the state changes where there is one."""
-    name, model, (params, model_state) = case
-    if model_state is None:
-        features = jax.jit(lambda x: model.features(params, None, x, train=True)[0])
-        chex.assert_trees_all_close(
-            features(batch()[0]), model.features(params, None, batch()[0])[0]
-        )
-        return
-    x, _ = batch(8)
-    mask = np.arange(8) < 5
-    poisoned = np.where(mask[:, None, None, None], x, 1e3).astype(np.float32)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in STATEFUL])
+def test_training_without_state_changes_nothing(name):
+    got = results(name)
+    chex.assert_trees_all_close(got["training_features"], got["features"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_mask_and_key_reach_their_layers(name):
+    """The mask reaches BatchNorm, the key reaches dropout, and the state changes."""
+    model, (params, model_state) = attached(name)
+    real, _ = batch(5)
+    mask = np.arange(10) < 5
+
+    def padded_with(padding):
+        return np.concatenate([real, np.broadcast_to(padding, real.shape)]).astype(np.float32)
 
     @jax.jit
     def run(x, mask, seed):
         key = jax.random.PRNGKey(seed)
         return model.features(params, model_state, x, train=True, mask=mask, key=key)
 
-    features, new_state = run(x, mask, 0)
-    again, _ = run(x, mask, 0)
-    other_key, _ = run(x, mask, 1)
-    _, poisoned_state = run(poisoned, mask, 0)
-    _, unpadded_state = run(x[:5], np.ones(5, bool), 0)
-    _, unmasked_state = run(x, np.ones(8, bool), 0)
+    features, new_state = run(padded_with(2.0), mask, 0)
+    again, _ = run(padded_with(2.0), mask, 0)
+    other_key, _ = run(padded_with(2.0), mask, 1)
+    _, poisoned_state = run(padded_with(1e3), mask, 0)
+    _, unmasked_state = run(padded_with(2.0), np.ones(10, bool), 0)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, model_state)
     chex.assert_trees_all_equal(features, again)
     assert not np.allclose(features, other_key)
-    # Dropout in front of a BatchNorm draws for the whole bucket: those statistics do not depend on
-    # the padding, but are not those of a smaller batch with the same key.
     chex.assert_trees_all_close(new_state, poisoned_state, atol=1e-6)
     if name == "linen_nested_path":
+        # Each example twice: the statistics of the unpadded batch. (Dropout before a BatchNorm, as
+        # in the other network, draws for each of the ten.)
+        _, unpadded_state = run(padded_with(real), np.ones(10, bool), 0)
         chex.assert_trees_all_close(new_state, unpadded_state, atol=1e-6)
     leaves = [jax.tree.leaves(s) for s in (model_state, new_state, unmasked_state)]
     assert not any(np.allclose(a, b, atol=1e-6) for a, b in zip(leaves[0], leaves[1], strict=True))
     assert not any(np.allclose(a, b, atol=1e-6) for a, b in zip(leaves[1], leaves[2], strict=True))
 
 
-def test_state_flows_through_a_scan(case):
-    name, model, (params, model_state) = case
-    if model_state is None:
-        pytest.skip("without state there is nothing that flows")
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_flows_through_a_scan(name):
+    model, (params, model_state) = attached(name)
     losses = models.make_losses(model, xent)
     x, y = batch(8)
     mask = np.arange(8) < 6
@@ -285,14 +293,12 @@ def test_state_flows_through_a_scan(case):
         return jax.lax.scan(step, (params, tx.init(params), model_state), keys)
 
     (params, _, new_state), values = train(params, model_state)
-    assert np.mean(values[-10:]) < 0.8 * np.mean(values[:4]), name
+    assert np.mean(values[-10:]) < 0.8 * np.mean(values[:4])
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, model_state)
 
 
-def test_vmaps_over_seeds_and_takes_forward_derivatives(case):
-    name, model, _ = case
-    if name != "plain":
-        pytest.skip("one case is enough")
+def test_vmaps_and_takes_forward_derivatives():
+    model, _ = attached("plain")
     loss_fn = models.make_losses(model, xent).loss_fn
 
     @jax.jit
@@ -309,6 +315,30 @@ def test_vmaps_over_seeds_and_takes_forward_derivatives(case):
     assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in jax.tree.leaves(result))
 
 
+def test_the_head_is_traced_once_per_shape():
+    """Not at each call; the trace is that of the whole network."""
+    num_traces = 0
+
+    class Counting(Deep):
+        def __call__(self, x):
+            nonlocal num_traces
+            num_traces += 1
+            return super().__call__(x)
+
+    model = models.attach(Counting, "tail.classifier", SAMPLE)
+    params, _ = jax.eval_shape(model.init, KEY)
+
+    def traces_of_head(num_rows):
+        before = num_traces
+        features = jax.ShapeDtypeStruct((num_rows, 16), jnp.float32)
+        jax.make_jaxpr(lambda params, features: model.head(params, None, features))(
+            params, features
+        )
+        return num_traces - before
+
+    assert [traces_of_head(num_rows) for num_rows in (6, 6, 7, 6)] == [1, 0, 1, 0]
+
+
 def test_an_instance_keeps_its_own_parameters():
     module = Deep(nnx.Rngs(3))
     model = models.attach(module, "tail.classifier.layers.1", SAMPLE)
@@ -317,9 +347,9 @@ def test_an_instance_keeps_its_own_parameters():
         params["body"]["layers"]["0"]["kernel"], module.body.layers[0].kernel[...]
     )
     x, _ = batch()
-    chex.assert_trees_all_close(
-        models.make_losses(model, xent).predict(params, x), module(x), atol=1e-6
-    )
+    predict = jax.jit(models.make_losses(model, xent).predict)
+    expected = nnx.jit(lambda module, x: module(x))(module, x)
+    chex.assert_trees_all_close(predict(params, x), expected, atol=1e-6)
     assert type(module.tail["classifier"].layers[1]) is nnx.Linear  # left as it was
 
 
@@ -348,12 +378,18 @@ class LinenTied(nn.Module):
 def test_the_head_may_be_a_method(key, make):
     tokens = np.arange(15).reshape(3, 5) % 11
     model = models.attach(make(), "embedding.attend", jax.ShapeDtypeStruct((1, 5), jnp.int32))
-    params, model_state = model.init(key)
+    params, model_state = jax.jit(model.init)(key)
     assert model_state is None
-    features, _ = model.features(params, None, tokens)
+
+    @jax.jit
+    def run(params):
+        features, _ = model.features(params, None, tokens)
+        return features, model.head(params, None, features)
+
+    features, outputs = run(params)
     assert features.shape == (3, 5, 8)
     table = params["embedding"]["embedding"]
-    chex.assert_trees_all_close(model.head(params, None, features), features @ table.T, atol=1e-5)
+    chex.assert_trees_all_close(outputs, np.asarray(features) @ np.asarray(table).T, atol=1e-5)
 
 
 class Branching(nnx.Module):
@@ -383,7 +419,7 @@ class LinenLateNorm(nn.Module):
 
 
 class Tricky(nnx.Module):
-    """Behind its head are functions that every call makes anew, but nothing that trains otherwise."""
+    """Its head is followed by functions that every call rebuilds, the same in training."""
 
     def __init__(self, rngs):
         self.a = nnx.Linear(4, 4, rngs=rngs)
@@ -396,7 +432,8 @@ class Tricky(nnx.Module):
         return jax.lax.scan(lambda x, _: (nnx.silu(x), None), double(self.b(x)), None, length=2)[0]
 
 
-def test_functions_behind_the_head_are_no_difference_between_training_and_inference():
+def test_functions_after_the_head_may_be_rebuilt():
+    """They are not a difference between training and inference."""
     assert models.attach(Tricky, "a", jax.ShapeDtypeStruct((2, 4), jnp.float32)).num_features == 4
 
 
@@ -420,11 +457,11 @@ def test_functions_behind_the_head_are_no_difference_between_training_and_infere
             lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=2)[0],
             "w",
             {"init": lambda key: {"w": jnp.ones((4, 4))}},
-            "meets it inside of `scan`",
+            "meets it inside `scan`",
         ),
     ],
 )
-def test_errors_say_what_is_wrong_with_the_head(model, head, kwargs, message):
+def test_errors_say_what_is_wrong(model, head, kwargs, message):
     with pytest.raises(ValueError, match=message):
         models.attach(model, head, jax.ShapeDtypeStruct((2, 4), jnp.float32), **kwargs)
 
@@ -432,6 +469,24 @@ def test_errors_say_what_is_wrong_with_the_head(model, head, kwargs, message):
 def test_a_sample_without_rows_is_an_error():
     with pytest.raises(ValueError, match="sample_input must have the same number of leading rows"):
         models.attach(Branching, "a", (jnp.ones((2, 4)), jnp.ones((3, 4))))
+
+
+def test_a_head_without_a_row_per_example_is_an_error():
+    def apply(params, x):
+        return x.reshape(-1) @ params["w"]
+
+    init = lambda key: {"w": jnp.ones((8, 2))}
+    with pytest.raises(ValueError, match=r"head='w' must be called with float\[M, .*shape \(8,\)"):
+        models.attach(apply, "w", jnp.ones((2, 4)), init=init)
+
+
+def test_a_mask_must_divide_the_rows_of_batch_norm(key):
+    """As it does where other axes are folded into the batch."""
+    x = jax.ShapeDtypeStruct((6, 3, 2), jnp.float32)
+    mask = jnp.array([True, False, True])
+    assert _cut.row_mask(mask, x)[:, 0, 0].tolist() == [True, True, False, False, True, True]
+    with pytest.raises(ValueError, match=r"mask must have a number of rows .* 6, got 4"):
+        _cut.row_mask(jnp.ones(4, bool), x)
 
 
 def test_call_arguments_are_passed_on(key):
@@ -447,10 +502,11 @@ def test_call_arguments_are_passed_on(key):
         jax.ShapeDtypeStruct((2, 4), jnp.float32),
         call_arguments=lambda train: {"mood": "wild" if train else "calm"},
     )
-    params, model_state = model.init(key)
+    params, model_state = jax.jit(model.init)(key)
     assert model_state == {}
     x = np.ones((2, 4), np.float32)
-    calm, _ = model.features(params, model_state, x)
-    wild, _ = model.features(params, model_state, x, train=True, key=key)
+    features = jax.jit(model.features, static_argnames="train")
+    calm, _ = features(params, model_state, x)
+    wild, _ = features(params, model_state, x, train=True, key=key)
     assert (np.asarray(calm) != 0).all()
     assert 0.2 < np.mean(np.asarray(wild) == 0) < 0.8

@@ -1,5 +1,7 @@
 """The multilayer perceptron and LeNet."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ def images(num, *shape):
 @pytest.mark.parametrize(
     ("input_shape", "num_params"), [((28, 28, 1), 61_706), ((32, 32, 3), 62_006)]
 )
-def test_lenet_has_the_published_number_of_parameters(key, input_shape, num_params):
+def test_lenet_has_the_published_size(key, input_shape, num_params):
     model = models.lenet(input_shape, num_classes=10)
     params, model_state = jax.eval_shape(model.init, key)
     assert models.count_params(params) == num_params
@@ -27,7 +29,7 @@ def test_lenet_has_the_published_number_of_parameters(key, input_shape, num_para
     assert model.num_features == 84
 
 
-def test_mlp_has_the_expected_number_of_parameters(key):
+def test_mlp_has_the_expected_size(key):
     model = models.mlp((28, 28, 1), hidden_sizes=(256,), num_classes=10)
     params, model_state = jax.eval_shape(model.init, key)
     assert models.count_params(params) == 784 * 256 + 256 + 256 * 10 + 10
@@ -39,13 +41,20 @@ def test_mlp_flattens_its_inputs(key):
     model = models.mlp((8, 8, 1), hidden_sizes=(16, 12), num_classes=3)
     params, _ = model.init(key)
     x = images(4, 8, 8, 1)
-    predict = models.make_losses(model, xent).predict
-    chex.assert_trees_all_equal(predict(params, x), predict(params, x.reshape(4, 64)))
+
+    @jax.jit
+    def run(params, x):
+        predict = models.make_losses(model, xent).predict
+        flat = x.reshape(4, 64)
+        return predict(params, x), predict(params, flat), model.features(params, None, x)[0]
+
+    logits, of_flat, features = run(params, x)
+    chex.assert_trees_all_equal(logits, of_flat)
     hidden = x.reshape(4, 64)
     for layer in ("0", "1"):
         weights = params["hidden"][layer]
         hidden = np.maximum(hidden @ weights["kernel"] + weights["bias"][None], 0)
-    chex.assert_trees_all_close(model.features(params, None, x)[0], hidden, atol=1e-5)
+    chex.assert_trees_all_close(features, hidden, atol=1e-5)
 
 
 @pytest.mark.parametrize("input_shape", [(8, 8, 1), (4, 5, 2), (28, 28, 1), (32, 32, 3)])
@@ -57,37 +66,60 @@ def test_lenet_takes_images_of_any_size(key, input_shape):
     assert logits.shape == (3, 7)
 
 
+@functools.cache
+def small(make):
+    """A model for 8x8 images and its parameters."""
+    model = make((8, 8, 1))
+    return model, model.init(jax.random.PRNGKey(0))[0]
+
+
 @pytest.mark.parametrize("make", [models.mlp, models.lenet])
-def test_bfloat16_computes_in_it_and_keeps_float32_parameters(key, make):
-    model, reference = make((8, 8, 1), dtype=jnp.bfloat16), make((8, 8, 1))
-    params, _ = model.init(key)
-    chex.assert_trees_all_equal(params, reference.init(key)[0])
-    x = images(16, 8, 8, 1)
-    features, _ = model.features(params, None, x)
+def test_bfloat16_keeps_float32_parameters(make):
+    """The dtype of the computation; parameters and logits stay float32."""
+    reference, params = small(make)
+    model = make((8, 8, 1), dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.eval_shape(model.init, jax.random.PRNGKey(0))[0], params
+    )
+
+    @jax.jit
+    def run(params, x):
+        features, _ = model.features(params, None, x)
+        expected = models.make_losses(reference, xent).predict(params, x)
+        return features, model.head(params, None, features), expected
+
+    features, logits, expected = run(params, images(16, 8, 8, 1))
     assert features.dtype == jnp.bfloat16
-    logits = models.make_losses(model, xent).predict(params, x)
     assert logits.dtype == jnp.float32
-    expected = models.make_losses(reference, xent).predict(params, x)
     chex.assert_trees_all_close(logits, expected, atol=0.05)
     assert not np.array_equal(logits, expected)
 
 
-def test_parameters_depend_on_the_key_and_survive_vmap(key):
-    model = models.mlp((8, 8, 1), hidden_sizes=(16,))
+def test_initialization_is_truncated_normal():
+    """With variance 1 / fan-in, cut off at two standard deviations of the normal variable."""
+    _, params = small(models.mlp)
+    weights = np.asarray(params["hidden"]["0"]["kernel"]) * np.sqrt(64)
+    assert abs(weights.mean()) < 0.03
+    assert abs(weights.std() - 1) < 0.03
+    assert 2.2 < np.abs(weights).max() <= 2 / 0.8796
+    assert (np.asarray(params["hidden"]["0"]["bias"]) == 0).all()
+
+
+def test_parameters_depend_on_the_key(key):
+    model, _ = small(models.mlp)
     keys = jax.random.split(key, 3)
     stacked, _ = jax.vmap(model.init)(keys)
-    chex.assert_shape(stacked["head"]["kernel"], (3, 16, 10))
+    chex.assert_shape(stacked["head"]["kernel"], (3, 128, 10))
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], stacked), model.init(keys[1])[0])
     assert not np.array_equal(stacked["head"]["kernel"][0], stacked["head"]["kernel"][1])
 
 
 @pytest.mark.parametrize("make", [models.mlp, models.lenet])
-def test_learns_under_jit_scan_and_optax(key, make):
-    model = make((8, 8, 1), num_classes=4)
+def test_learns_in_a_scan(make):
+    model, params = small(make)
     loss_fn, _, predict = models.make_losses(model, xent)
     labels = np.arange(64) % 4
     x = images(64, 8, 8, 1) * 0.3 + images(4, 8, 8, 1)[labels]
-    params, _ = model.init(key)
     tx = optax.adam(3e-3)
 
     @jax.jit
@@ -98,11 +130,12 @@ def test_learns_under_jit_scan_and_optax(key, make):
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), value
 
-        return jax.lax.scan(step, (params, opt_state), None, length=40)
+        carry, values = jax.lax.scan(step, (params, opt_state), None, length=40)
+        return predict(carry[0], x), values
 
-    (params, _), values = train(params, tx.init(params))
+    logits, values = train(params, tx.init(params))
     assert values[-1] < 0.1 * values[0]
-    assert (predict(params, x).argmax(-1) == labels).mean() > 0.95
+    assert (logits.argmax(-1) == labels).mean() > 0.95
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax import export, lax
 
+from arbiter_jax import _jaxpr
 from arbiter_jax.models import conv_general_dilated, max_pool
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -18,7 +19,7 @@ def operands(lhs_shape, rhs_shape, dtype=np.float32):
 
 
 def assert_equal_to_lax(lhs, rhs, *args, **kwargs):
-    """Both values and both gradients."""
+    """In value and in both gradients."""
 
     def run(conv, lhs, rhs):
         def loss(lhs, rhs):
@@ -31,7 +32,7 @@ def assert_equal_to_lax(lhs, rhs, *args, **kwargs):
 
 
 def assert_both_close(run, *args):
-    """That `run` gives the same for both convolutions; compiled as one program to save time."""
+    """That `run` gives the same for both convolutions; one program, to save time."""
     ours, theirs = jax.jit(
         lambda *args: tuple(
             run(conv, *args) for conv in (conv_general_dilated, lax.conv_general_dilated)
@@ -46,7 +47,7 @@ def assert_both_close(run, *args):
 
 
 def test_derivatives_equal_those_of_lax():
-    """In all modes that others push through models: jvp, and jvp of a gradient."""
+    """In the modes that the library needs: jvp, jvp of a gradient, and gradient of a gradient."""
     lhs, rhs = operands((2, 7, 8, 3), (3, 3, 3, 4))
 
     def run(conv, lhs, rhs):
@@ -69,9 +70,15 @@ def test_derivatives_equal_those_of_lax():
 
 
 @pytest.mark.parametrize(
-    "padding", ["SAME", "SAME_LOWER", "VALID", ((2, 1), (0, 3)), ((-1, 0), (1, -1))]
+    ("padding", "strides"),
+    [
+        ("SAME", (1, 1)),
+        ("SAME_LOWER", (2, 3)),
+        ("VALID", (2, 3)),
+        (((2, 1), (0, 3)), (1, 1)),
+        (((-1, 0), (1, -1)), (2, 3)),
+    ],
 )
-@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
 def test_equals_lax_for_padding_and_strides(padding, strides):
     lhs, rhs = operands((2, 9, 8, 3), (3, 4, 3, 5))
     assert_equal_to_lax(lhs, rhs, strides, padding, dimension_numbers=NHWC)
@@ -81,8 +88,6 @@ def test_equals_lax_for_padding_and_strides(padding, strides):
     ("padding", "lhs_dilation", "rhs_dilation"),
     [
         ("SAME", (1, 1), (2, 3)),
-        ("VALID", (1, 1), (2, 1)),
-        (((1, 1), (1, 0)), (2, 1), (1, 1)),
         (((0, 2), (-1, 1)), (2, 3), (2, 1)),
     ],
 )
@@ -99,7 +104,7 @@ def test_equals_lax_for_dilations(padding, lhs_dilation, rhs_dilation):
     )
 
 
-@pytest.mark.parametrize(("groups", "num_outputs"), [(2, 4), (6, 6), (6, 12), (3, 9)])
+@pytest.mark.parametrize(("groups", "num_outputs"), [(2, 4), (6, 12)])
 def test_equals_lax_for_feature_groups(groups, num_outputs):
     lhs, rhs = operands((2, 7, 6, 6), (3, 2, 6 // groups, num_outputs))
     assert_equal_to_lax(
@@ -118,27 +123,38 @@ def test_equals_lax_for_feature_groups(groups, num_outputs):
         ((0, 8, 9, 3), (3, 3, 3, 4), NHWC),
     ],
 )
-def test_equals_lax_for_any_order_and_number_of_axes(lhs_shape, rhs_shape, dimension_numbers):
+def test_equals_lax_for_any_order_and_rank(lhs_shape, rhs_shape, dimension_numbers):
     lhs, rhs = operands(lhs_shape, rhs_shape)
     strides = (2,) * (lhs.ndim - 2)
     assert_equal_to_lax(lhs, rhs, strides, "SAME", dimension_numbers=dimension_numbers)
 
 
+def loop_lengths(lhs, rhs):
+    """Numbers of turns of the loops in the CPU branch of a convolution."""
+    closed = jax.make_jaxpr(conv_nhwc)(lhs, rhs)
+    program = _jaxpr.inline(closed, [None, None], lambda *_: None, lambda _: True)
+    branches = [branch for op in program.ops for branch in _jaxpr.platform_branches(op)]
+    return [op.params["length"] for b in branches for op in b.ops if op.name == "scan"]
+
+
 @pytest.mark.parametrize(
-    ("lhs_shape", "rhs_shape", "num_chunks"),
+    ("lhs_shape", "rhs_shape", "lengths"),
     [
-        ((8, 32, 32, 32), (3, 3, 32, 2), 8),
-        ((32, 16, 16, 32), (3, 3, 32, 2), 8),
-        ((37, 16, 16, 28), (3, 3, 28, 2), 37),
-        ((1031, 8, 8, 4), (3, 3, 4, 2), 0),  # a prime number of images too small to go one by one
-        ((8, 32, 32, 128), (1, 1, 128, 2), 0),  # its patches are the input itself
+        ((8, 32, 32, 32), (3, 3, 32, 2), [8]),
+        ((32, 16, 16, 32), (3, 3, 32, 2), [8]),
+        ((37, 16, 16, 28), (3, 3, 28, 2), [37]),
+        ((1031, 8, 8, 4), (3, 3, 4, 2), []),  # a prime number of images, each too small for a turn
+        ((8, 32, 32, 128), (1, 1, 128, 2), []),  # the patches are the input itself
     ],
 )
-def test_large_patches_are_made_in_chunks(lhs_shape, rhs_shape, num_chunks):
-    lhs, rhs = operands(lhs_shape, rhs_shape)
-    text = str(jax.make_jaxpr(conv_nhwc)(lhs, rhs))
-    assert ("scan[" in text) == (num_chunks > 0)
-    assert (f"length={num_chunks}\n" in text) == (num_chunks > 0)
+def test_large_patches_are_made_in_chunks(lhs_shape, rhs_shape, lengths):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lhs_shape, rhs_shape)]
+    assert loop_lengths(*shapes) == lengths
+
+
+def test_chunks_change_nothing():
+    lhs, rhs = operands((64, 16, 16, 16), (3, 3, 16, 2))
+    assert loop_lengths(lhs, rhs) == [8]
     assert_equal_to_lax(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC)
 
 
@@ -147,7 +163,7 @@ def test_batch_groups_fall_back():
     assert_equal_to_lax(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC, batch_group_count=2)
 
 
-def test_a_window_larger_than_its_input_gives_nothing():
+def test_a_window_larger_than_its_input():
     lhs, rhs = operands((2, 2, 8, 3), (3, 3, 3, 4))
     y = conv_general_dilated(lhs, rhs, (1, 1), "VALID", dimension_numbers=NHWC)
     assert y.shape == (2, 0, 6, 4)
@@ -201,7 +217,7 @@ def test_errors_are_those_of_lax():
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_exports_for_other_platforms_as_a_convolution(platform):
+def test_exports_as_a_convolution_elsewhere(platform):
     lhs, rhs = operands((2, 8, 8, 3), (3, 3, 3, 4))
 
     @jax.jit
@@ -272,8 +288,8 @@ def test_max_pool_rejects_a_bad_window(window):
         max_pool(jnp.zeros((1, 4, 4, 1)), window)
 
 
-def test_reverse_mode_keeps_the_operands_alone():
-    """Not the patches, nor what another platform's branch would keep."""
+def test_reverse_mode_keeps_only_the_operands():
+    """Neither the patches nor the residuals of another platform's branch."""
     lhs, rhs = operands((8, 16, 16, 4), (3, 3, 4, 4))
 
     def loss(rhs):
@@ -282,7 +298,8 @@ def test_reverse_mode_keeps_the_operands_alone():
 
         return jnp.sum(lax.scan(layer, lhs, None, length=4)[0])
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(rhs)
-    forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
-    stacked = [v.aval.shape for v in forward.outvars[forward.params["num_carry"] :]]
+    closed = jax.make_jaxpr(jax.grad(loss))(rhs)
+    program = _jaxpr.inline(closed, [None], lambda *_: None, lambda _: False)
+    forward = next(op for op in program.ops if op.name == "scan")
+    stacked = [x.shape for x in forward.result_types[forward.params["num_carry"] :]]
     assert stacked == [(4, *lhs.shape)] * 2  # the input of the convolution and the cosine

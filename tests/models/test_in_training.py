@@ -19,7 +19,7 @@ NUM_INPUTS, NUM_CLASSES = 6, 3
 
 
 class Network(nnx.Module):
-    """Somebody's network, with BatchNorm and dropout."""
+    """A network of a user, with BatchNorm and dropout."""
 
     def __init__(self, rngs):
         self.dense = nnx.Linear(NUM_INPUTS, 8, rngs=rngs)
@@ -46,8 +46,8 @@ def arbiter(model, losses, agent):
     return aj.arbiter(agent, losses.response_loss, num_features=model.num_features, **limits)
 
 
-def test_batch_norm_and_dropout_go_through_windows_and_buckets(key):
-    """As a loop without windows, buckets and Arbiter, with each batch's mask and each step's key."""
+def test_state_goes_through_windows_and_buckets(key):
+    """As in a loop without windows, buckets and Arbiter, with the same masks and keys."""
     model = models.attach(Network, "classifier", jax.ShapeDtypeStruct((1, NUM_INPUTS), jnp.float32))
     losses = models.make_losses(model, xent)
     sizes = [5, 5, 11, 11]
@@ -55,7 +55,7 @@ def test_batch_norm_and_dropout_go_through_windows_and_buckets(key):
     optimizer = optax.sgd(0.1, momentum=0.9)
     tx = optax.chain(
         optimizer,
-        # Its response is computed in inference mode: it changes nothing of the model.
+        # Computes its response in inference mode, which does not change the model.
         aj.schedulers.shadow(arbiter(model, losses, mlp_agent(NUM_INPUTS)), name="arbiter"),
         aj.schedulers.from_schedule(schedule, initial_batch_size=5),
     )
@@ -88,7 +88,7 @@ def test_batch_norm_and_dropout_go_through_windows_and_buckets(key):
             params, opt_state, model_state, sampler, bucket_size, size, step_key
         )
         assert mask.sum() == size
-        mean = 0.9 * mean + 0.1 * np.asarray(dense)[mask].mean(0)  # of the real examples alone
+        mean = 0.9 * mean + 0.1 * np.asarray(dense)[mask].mean(0)  # of the real examples only
     chex.assert_trees_all_close(result.state.params, params, atol=1e-5)
     chex.assert_trees_all_close(result.state.model_state, model_state, atol=1e-6)
     np.testing.assert_allclose(result.state.model_state["norm"]["mean"], mean, atol=1e-6)
@@ -96,7 +96,7 @@ def test_batch_norm_and_dropout_go_through_windows_and_buckets(key):
 
 
 def linear_losses(per_example_loss):
-    """The losses of a linear model whose head is all there is behind a fixed scale."""
+    """The losses of a model with a linear head."""
     model = models.attach(
         lambda params, x: jnp.tanh(x @ params["body"]) @ params["head"],
         "head",
@@ -110,13 +110,13 @@ def linear_losses(per_example_loss):
 
 
 def weighted(outputs, labels):
-    """Classes weigh differently."""
+    """Classes have different weights."""
     weights = jnp.array([1.0, 4.0, 0.5])[labels]
     return aj.WeightedLoss(xent(outputs, labels), weights)
 
 
 def auxiliary(outputs, labels):
-    """A second term: outputs are to stay small."""
+    """A second term keeps the outputs small."""
     return xent(outputs, labels) + 0.3 * jnp.mean(jnp.square(outputs), axis=-1)
 
 
@@ -128,13 +128,18 @@ def expected_value(losses):
     return float(np.mean(losses))
 
 
-@pytest.mark.parametrize(("per_example_loss", "statistics"), [(weighted, True), (auxiliary, False)])
-def test_weighted_and_auxiliary_losses_under_a_mask(key, per_example_loss, statistics):
+@pytest.mark.parametrize(
+    ("per_example_loss", "with_statistics"), [(weighted, True), (auxiliary, False)]
+)
+def test_weighted_and_auxiliary_losses(key, per_example_loss, with_statistics):
     """13 examples in a bucket of 16: value and gradient are those of the 13."""
     model, losses = linear_losses(per_example_loss)
-    rule = arbiter(model, losses, mlp_agent(NUM_INPUTS))
-    asks = aj.schedulers.shadow(aj.schedulers.gradient_noise_scale(), name="noise")
-    tx = optax.chain(optax.sgd(0.5), *([asks] if statistics else []), rule)
+    if with_statistics:
+        noise = aj.schedulers.shadow(aj.schedulers.gradient_noise_scale(), name="noise")
+        rules = [noise, aj.schedulers.constant(13)]
+    else:
+        rules = [arbiter(model, losses, mlp_agent(NUM_INPUTS))]
+    tx = optax.chain(optax.sgd(0.5), *rules)
     data = aj.Data(draw(13), draw(30, seed=1))  # each batch is the whole data set
     params, _ = model.init(key)
     state = aj.init_state(params, tx, key)
@@ -142,7 +147,9 @@ def test_weighted_and_auxiliary_losses_under_a_mask(key, per_example_loss, stati
         state, data, loss_fn=losses.loss_fn, tx=tx, bucket_size=16, window=2
     )
 
-    def value(params):
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_grad(params):
         loss = losses.loss_fn(params, data.train)
         if isinstance(loss, aj.WeightedLoss):
             return jnp.sum(loss.losses * loss.weights) / jnp.sum(loss.weights)
@@ -152,15 +159,15 @@ def test_weighted_and_auxiliary_losses_under_a_mask(key, per_example_loss, stati
     for t in range(2):
         expected = expected_value(losses.loss_fn(params, data.train))
         np.testing.assert_allclose(info.loss[t], expected, rtol=1e-5)
-        updates = jax.tree.map(lambda g: -0.5 * g, jax.grad(value)(params))
-        params = optax.apply_updates(params, updates)
+        _, grads = value_and_grad(params)
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
     chex.assert_trees_all_close(state.params, params, atol=1e-5)
-    assert np.isfinite(info.metrics["meta_loss"]).all()
+    assert np.isfinite(info.metrics["shadow/noise" if with_statistics else "meta_loss"]).all()
 
 
 @pytest.mark.slow
-def test_a_loss_for_each_token_trains_with_arbiter(key):
-    """Padding tokens weigh nothing, nor do padding rows; the loss falls."""
+def test_a_loss_per_token_trains_with_arbiter(key):
+    """Padding tokens and padding rows have no weight; the loss falls."""
     model = models.transformer(7, 8, num_layers=1, num_heads=2, width=16)
     losses = models.make_losses(model, models.token_cross_entropy)
     rng = np.random.default_rng(0)
@@ -172,7 +179,7 @@ def test_a_loss_for_each_token_trains_with_arbiter(key):
     tx = optax.chain(optax.adam(1e-2), arbiter(model, losses, agent))
     params, _ = model.init(key)
     first = losses.loss_fn(params, examples)
-    # A batch of 40 is all there is, and 13 are drawn from it: compare with what the sampler drew.
+    # Each batch holds 13 of the 40 examples: compare with those that the sampler draws.
     state = aj.init_state(params, tx, key)
     _, drawn, mask = sample_batch(state.train_sampler, examples, 13, 16)
     state, info = aj.run_window(
@@ -185,8 +192,8 @@ def test_a_loss_for_each_token_trains_with_arbiter(key):
     assert np.mean(info.loss[-5:]) < 0.6 * np.mean(info.loss[:5])
 
 
-def test_augmentation_inside_of_the_scan():
-    """Each step shifts the images of its batch by a key of its own; a second run does the same."""
+def test_augmentation_in_the_scan():
+    """Each step shifts its images by a key of its own; a second run repeats the shifts."""
     images = np.zeros((4, 5, 5, 1), np.float32)
     images[:, 2, 2] = 1.0  # one bright pixel
 
@@ -205,7 +212,7 @@ def test_augmentation_inside_of_the_scan():
         transform_batch=transform_batch,
     )
     plain, first, again = run(None), run(augment), run(augment)
-    # Gradient descent adds up what it saw: one pixel, or its nine neighbours.
+    # Gradient descent adds up the images: one pixel, or the nine pixels around it.
     seen = -np.asarray(first.state.params)[..., 0]
     np.testing.assert_allclose(-np.asarray(plain.state.params)[..., 0].sum(), 30, rtol=1e-5)
     np.testing.assert_allclose(-plain.state.params[2, 2, 0], 30, rtol=1e-5)
