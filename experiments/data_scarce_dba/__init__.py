@@ -4,7 +4,7 @@ Claim (arXiv:2208.00815): on MNIST, choosing for each layer the examples that it
 takes a network from 87.9% to 97.79% with 1% of the data, and from 78.5% to 97.44% with 10 a class.
 Command: python -m experiments.data_scarce_dba
 Time: see README.md.
-Expected: no metric comes near the claim. README.md tells what is measured.
+Expected: no metric comes near the claim, 97% on 600 digits.
 The validation split chooses the learning rate, among equally many for every method.
 """
 
