@@ -1,4 +1,4 @@
-"""The controls of :mod:`experiments.noise_rules`: a rule that is told other statistics."""
+"""The controls of :mod:`experiments.noise_rules`: a rule that is passed other statistics."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from arbiter_jax.schedulers._from_objective import noise_rule
 from experiments import _methods, _runner, _training
 from experiments.noise_rules import cases
 
-# At rates at which the noise floor is not at the lower end of its range in all runs, where nothing
+# Rates at which the noise floor is not at the lower end of its range in all runs: there, nothing
 # could change.
 CONTROLLED = (
     cases.Case("fashion_mnist", "momentum", 0.03),
     cases.Case("language", "momentum", 0.1),
     cases.Case("digits", "momentum", 0.1),
 )
-BINS = 100  # of the budget, in which the statistics of a run are recorded
-# What is recorded, and told as a sample; None: 0, for the first holds what Eq. 15 adds to it.
+BINS = 100  # equal parts of the budget, in each of which the statistics of a run are recorded
+# Fields that are recorded and passed as a sample. None: 0, because the field before it already
+# contains what Eq. 15 adds.
 STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("progress", "noise_cost")}
 
 
@@ -32,22 +33,22 @@ STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("progress", "noi
 
 
 class Replay(NamedTuple):
-    """A noise objective's state, and the statistics that it is told in place of its own."""
+    """State of a noise objective that reads a table instead of measuring."""
 
-    statistics: Any
-    table: jax.Array  # shape=(BINS, k), dtype=float
+    statistics: Any  # state of the objective
+    table: jax.Array  # shape=(BINS, k), dtype=float, samples by share of the budget
 
     metrics = ()
 
 
 def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> NoiseObjective:
-    """The objective, with its samples of the noise read off a table by the share of the budget."""
+    """An objective whose samples of the noise come from a table, by share of the budget."""
 
     def update(state, sample, due, batch_size, signals):
         seen = jnp.asarray(signals["num_examples"], float) / num_examples
-        told = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
-        # What else was measured (the loss of validation examples) stays.
-        sample = (*told, *sample[len(told) :])
+        replayed = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
+        # Keep whatever else was measured: the loss of validation examples.
+        sample = (*replayed, *sample[len(replayed) :])
         return state._replace(
             statistics=objective.update(state.statistics, sample, due, batch_size, signals)
         )
@@ -61,7 +62,7 @@ def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> No
 
 
 def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
-    """The running averages of a run at equal distances in examples, float[BINS, k]."""
+    """Returns float[BINS, k]: the running averages of a run, at equal distances in examples."""
     sizes = fit.per_step("batch_size")
     seen = np.cumsum(sizes)[sizes > 0]
     at = np.searchsorted(seen, (np.arange(BINS) + 0.5) / BINS * num_examples)
@@ -97,7 +98,7 @@ def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray
 
 
 def control(config: Any, display: Any) -> list[dict[str, Any]]:
-    """Each rule as it is, and told statistics: its own, permuted ones, those of other rates."""
+    """Runs each rule as it is, and with a table: its own, permuted in time, of other rates."""
     rows = []
     for case in (case for case in CONTROLLED if case.task in config.tasks):
         made = cases.definition(case.task, config.share)
@@ -124,15 +125,15 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
                 tables = {"replayed": table, "permuted": table[order]}
                 for rate in others:
                     tables[f"of rate {rate:g}"] = measured(case._replace(learning_rate=rate))[1]
-                for label, told in tables.items():
-                    row = _replayed(name, label, case, config.share, told, shared, seed)
+                for label, table in tables.items():
+                    row = _replayed(name, label, case, config.share, table, shared, seed)
                     rows.append({"part": "control", **row})
             cases.forget_programs()
     return rows
 
 
 def _replayed(name, label, case, share, table, shared, seed) -> dict[str, Any]:
-    """The row of a run that is told a table; `shared` is a chain with the same program."""
+    """The row of a run with a table; `shared` is a chain with the same program."""
     made, tx = cases.definition(case.task, share), _replayed_chain(name, case, share, table)
     return _training.train(
         made.task,
@@ -168,10 +169,9 @@ def control_table(rows: list[dict[str, Any]]):
         cells,
         "momentum .9, rate "
         + ", ".join(f"{case.learning_rate:g} ({case.task})" for case in CONTROLLED)
-        + ". replayed: the rule is told the running averages of its own run as if "
-        f"they were measured, at {BINS}\npoints of the budget; permuted: the same numbers in another "
-        "order; of rate: those of a run at another learning rate.\n± half-width of the 95% interval "
-        "over seeds.",
+        + ". replayed: the rule reads the running averages of its own run as if they were measured, "
+        f"at {BINS}\npoints of the budget; permuted: the same numbers in another order; of rate: those "
+        "of a run at another learning rate.\n± half-width of the 95% interval over seeds.",
     )
 
 
@@ -179,7 +179,7 @@ def control_table(rows: list[dict[str, Any]]):
 
 
 def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
-    """Every case: each rule as it is, told its own statistics, and told them permuted in time."""
+    """Runs each rule in every case: as it is, with its own table, and with it permuted in time."""
     rows = []
     for task, kind in itertools.product(config.tasks, config.optimizers):
         made = cases.definition(task, config.share)
@@ -197,15 +197,15 @@ def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
                     table = _recorded(fit, name, made.num_examples)
                     order = np.random.default_rng(seed).permutation(BINS)
                     shared = shared or _replayed_chain(name, case, config.share, table)
-                    for label, told in (("replayed", table), ("permuted", table[order])):
-                        row = _replayed(name, label, case, config.share, told, shared, seed)
+                    for label, used in (("replayed", table), ("permuted", table[order])):
+                        row = _replayed(name, label, case, config.share, used, shared, seed)
                         rows.append({"part": "time_order", **row})
         cases.forget_programs()
     return rows
 
 
 def order_effects(rows: list[dict[str, Any]], name: str, against: str) -> np.ndarray:
-    """ln of the test loss of a permuted run over that of another, a mean over seeds for each case."""
+    """ln of the test loss of a permuted run over that of another: float[cases], means over seeds."""
     effects = []
     for group in _runner.by(rows, "task_name", "optimizer", "case_rate").values():
         losses = {
@@ -217,7 +217,7 @@ def order_effects(rows: list[dict[str, Any]], name: str, against: str) -> np.nda
 
 
 def time_order_table(rows: list[dict[str, Any]]):
-    """What the order in time is worth, for each task and in all."""
+    """The effect of the order in time, per task and over all tasks."""
     cells = []
     tasks = _runner.by(rows, "task_name")
     for name in (name for name in STATISTICS if name in _runner.by(rows, "method")):
@@ -241,6 +241,6 @@ def time_order_table(rows: list[dict[str, Any]]):
         ["task, rule", "cases", "mean %", "median %", "worse in", "diverged"],
         cells,
         "100 ln of the test loss with permuted statistics over that of the rule as it is (own), or "
-        "told its own\nstatistics (replayed), paired by seed, a mean over seeds for each case; ± "
-        "half-width of the 95% interval over cases.",
+        "with its own\ntable (replayed), paired by seed, a mean over seeds for each case; ± half-width "
+        "of the 95% interval over cases.",
     )
