@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from arbiter_jax import plotting, schedulers
+from arbiter_jax import objectives, plotting
 from experiments import _methods, _runner, _training
 
 METHODS = ("noise_floor", "expected_gain", "arbiter_noise_response")
@@ -34,7 +34,7 @@ GROUPS = {
 }
 POINTS = 200  # equally spaced in the budget, at which sizes are compared
 # Share of the budget after which the noise floor may grow.
-HELD = schedulers.noise_floor.__kwdefaults__["hold"]
+HELD = objectives.FloorConfig.hold_until
 
 
 def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import datasets, models, schedulers
-from arbiter_jax.objectives import impulse_response
-from arbiter_jax.objectives._noise_floor import final_size
+from arbiter_jax import datasets, models, objectives, schedulers
 from experiments import _methods, _training
 from experiments._learning_rates import scale_by_decay
 from experiments._problems import DEFINITIONS, task_of, token_agent
@@ -118,7 +116,7 @@ def persistence(kind: str, power: int = 1) -> float:
         "momentum": optax.sgd(0.1, momentum=0.9),
         "adam": optax.adam(0.1),
     }
-    return impulse_response(made[kind], power=power)
+    return objectives.impulse_response(made[kind], power=power)
 
 
 class HeldState(NamedTuple):
@@ -141,15 +139,13 @@ def held_then_grown(
       max_batch_size: Largest size.
       min_batch_size: Smallest size.
     """
-    share, hold, growth = map(
-        schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth")
-    )
+    grows_from = objectives.FloorConfig.hold_until * num_examples
 
     def size(b, seen):
-        in_force = jnp.maximum(b, min_batch_size)
-        left, num_steps = num_examples - seen, jnp.maximum(seen, 1) / in_force
-        grown = final_size(b, in_force, num_steps, left, share=share, growth=growth)
-        b = jnp.where(seen < hold * num_examples, b, jnp.maximum(b, grown))
+        applied = jnp.maximum(b, min_batch_size)
+        num_steps = jnp.maximum(seen, 1) / applied
+        grown = objectives.final_size(b, applied, num_steps, num_examples - seen)
+        b = jnp.where(seen < grows_from, b, jnp.maximum(b, grown))
         return jnp.clip(jnp.round(b), min_batch_size, max_batch_size).astype(jnp.int32)
 
     def init_fn(params):

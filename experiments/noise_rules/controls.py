@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arbiter_jax import schedulers
-from arbiter_jax.objectives import NoiseObjective, floor_objective, gain_objective
-from arbiter_jax.schedulers._from_objective import noise_rule
+from arbiter_jax import objectives, schedulers
 from experiments import _methods, _runner, _training
 from experiments.noise_rules import cases
 
@@ -24,9 +23,12 @@ CONTROLLED = (
     cases.Case("digits", "momentum", 0.1),
 )
 BINS = 100  # equal parts of the budget, in each of which the statistics of a run are recorded
-# Fields that are recorded and passed as a sample. None: 0, because the field before it already
-# contains what Eq. 15 adds.
-STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("progress", "noise_cost")}
+# Field of an objective's sample -> the metric that replaces it. None: 0, because the recorded noise
+# already contains the correction of Eq. 15.
+STATISTICS = {
+    "noise_floor": {"noise": "noise", "correction": None},
+    "expected_gain": {"noiseless_gain": "noiseless_gain", "noise_cost": "noise_cost"},
+}
 
 
 # The control: do the same numbers in another order, or those of another run, do worse?
@@ -38,25 +40,32 @@ class Replay(NamedTuple):
     statistics: Any  # state of the objective
     table: jax.Array  # shape=(BINS, k), dtype=float, samples by share of the budget
 
-    metrics = ()
 
+def replay(
+    objective: objectives.NoiseObjective, fields: Iterable[str], table: Any, num_examples: int
+) -> objectives.NoiseObjective:
+    """An objective whose samples come from a table, by share of the budget.
 
-def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> NoiseObjective:
-    """An objective whose samples of the noise come from a table, by share of the budget."""
+    Args:
+      objective: The objective.
+      fields: The fields of its samples that the columns of the table replace. The others (the loss of
+        validation examples) are measured.
+      table: float[BINS, k].
+      num_examples: The budget.
+    """
 
-    def update(state, sample, due, batch_size, signals):
+    def update(state, sample, measured, batch_size, signals):
         seen = jnp.asarray(signals["num_examples"], float) / num_examples
-        replayed = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
-        # Keep whatever else was measured: the loss of validation examples.
-        sample = (*replayed, *sample[len(replayed) :])
+        row = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
+        sample = sample._replace(**dict(zip(fields, row, strict=True)))
         return state._replace(
-            statistics=objective.update(state.statistics, sample, due, batch_size, signals)
+            statistics=objective.update(state.statistics, sample, measured, batch_size, signals)
         )
 
     return objective._replace(
         init=lambda: Replay(objective.init(), jnp.asarray(table, float)),
         update=update,
-        objective=lambda state, *args: objective.objective(state.statistics, *args),
+        loss=lambda state, *args: objective.loss(state.statistics, *args),
         best=lambda state, *args: objective.best(state.statistics, *args),
     )
 
@@ -68,29 +77,26 @@ def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
     at = np.searchsorted(seen, (np.arange(BINS) + 0.5) / BINS * num_examples)
     at = np.minimum(at, len(seen) - 1)
     column = lambda field: fit.per_step(field)[sizes > 0][at] if field else np.zeros(BINS)
-    return np.stack([column(field) for field in STATISTICS[name]], 1)
+    return np.stack([column(metric) for metric in STATISTICS[name].values()], 1)
 
 
 def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray):
+    """The optimizer of a case and its rule, which reads a table: float[BINS, k]."""
     made = cases.definition(case.task, share)
-    loss_fn, budget = made.task.losses.loss_fn, None
+    loss_fn = made.task.losses.loss_fn
     if name == "noise_floor":
-        budget = made.num_examples
-        known = {"num_examples": budget, "persistence": cases.persistence(case.optimizer)}
-        objective, state = floor_objective(loss_fn, **known), schedulers.NoiseFloorState
+        k = cases.persistence(case.optimizer)
+        objective = objectives.noise_floor(loss_fn, num_examples=made.num_examples, persistence=k)
+        options = {}
     else:
         k = cases.persistence(case.optimizer, power=2)
-        objective, state = gain_objective(loss_fn, persistence=k), schedulers.ExpectedGainState
-    constants = getattr(schedulers, name).__kwdefaults__
-    rule = noise_rule(
-        state,
-        replay(objective, table, made.num_examples),
-        rule=name,
-        limits=(8, made.max_batch_size, 64),
-        fixed_cost=0.0,
-        max_change=constants["max_change"],
-        num_examples=budget,
-        every=constants["every"],
+        objective = objectives.expected_gain(loss_fn, persistence=k)
+        options = {"measure_every": 10, "max_change": 2.0}  # as in schedulers.expected_gain
+    rule = schedulers.from_objective(
+        replay(objective, STATISTICS[name], table, made.num_examples),
+        max_batch_size=made.max_batch_size,
+        initial_batch_size=64,
+        **options,
     )
     rate = made.scale * case.learning_rate
     optimizer = cases.optimizer(case.optimizer, rate, "constant", made.num_examples)

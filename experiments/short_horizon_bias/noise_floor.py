@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arbiter_jax import noisy_quadratic, plotting, schedulers
-from arbiter_jax.objectives._noise_floor import final_size, size_for_end
+from arbiter_jax import noisy_quadratic, objectives, plotting
 from experiments.short_horizon_bias import claims
 from experiments.short_horizon_bias import quadratic as toy
 
 LEARNING_RATE = 0.5
 SHARES = (0.075, 0.15, 0.3, 0.6, 1.2)
-SHARE, HOLD, GROWTH = map(schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth"))
+DEFAULTS = objectives.FloorConfig()
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 
 
@@ -56,8 +55,8 @@ def follow_rule(
     num_examples: float,
     num_segments: int,
     share: float,
-    hold: float = HOLD,
-    growth: float = GROWTH,
+    hold: float = DEFAULTS.hold_until,
+    growth: float = DEFAULTS.final_growth,
 ) -> np.ndarray:
     """The sizes of :func:`arbiter_jax.schedulers.noise_floor` with exact averages."""
     segment = num_examples / num_segments
@@ -79,11 +78,12 @@ def follow_rule(
         if j < hold * num_segments:
             older, recent = _averages(losses, steps)
             size = noise / (share * 16 * max(older - recent, 1e-9))  # Eq. 10
-            size = float(size_for_end(size, steps[-1], left))  # Eq. 16
+            size = float(objectives.size_for_end(size, steps[-1], left))  # Eq. 16
             size = held = max(size, noise / losses[-1])  # Eq. 17
         else:
-            in_force = max(held, 1.0)
-            size = final_size(held, in_force, steps[-1], left, share=share, growth=growth)
+            size = objectives.final_size(
+                held, max(held, 1.0), steps[-1], left, noise_share=share, final_growth=growth
+            )
             size = max(held, size)  # Eq. 12
         sizes[j:] = np.clip(size, 1, segment)
     return sizes
@@ -108,7 +108,7 @@ def measure(num_examples: float, dimensions: int = 400, num_segments: int = 40) 
     for name, schedules in (("best constant", constants), ("best held, then grown", grown)):
         best = int(np.argmin(_ends(problem, num_examples, np.array(schedules))[:, -1]))
         found[name] = np.array(schedules)[best]
-    found["noise floor"] = rules[SHARES.index(SHARE)]
+    found["noise floor"] = rules[SHARES.index(DEFAULTS.noise_share)]
     losses = _ends(problem, num_examples, np.array(list(found.values())))
     return {
         "sizes": found,
