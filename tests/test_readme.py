@@ -18,7 +18,7 @@ def test_the_code_runs(capsys):
     quick_start, fit, run_window, own_loop = printed[:4]
 
     batch_sizes = [int(size) for size in re.findall(r"\d+", quick_start.splitlines()[0])]
-    assert batch_sizes[0] == 32
+    assert batch_sizes[0] == 40
     assert batch_sizes[-1] == 64  # it has grown
     assert "Metrics(loss=" in quick_start
 
