@@ -1,4 +1,4 @@
-"""The usual schedules of the learning rate, as numbers in the optimizer state."""
+"""Learning-rate schedules whose kind lies in the optimizer state, so that all share one program."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import numpy as np
 import optax
 
 KINDS = ("constant", "cosine", "warm-up + cosine")
-WARM_UP = 0.1  # of all steps
+WARM_UP = 0.1  # share of all steps
 
 
 class RatesState(NamedTuple):
     """State of :func:`scale_by_rates`."""
 
-    learning_rate: jax.Array  # shape=(), dtype=float32, the rate of the last step
-    rates: jax.Array  # shape=(num_steps,), dtype=float32
-    step: jax.Array  # shape=(), dtype=int32
+    learning_rate: jax.Array  # shape=(), dtype=float32, rate of the last step
+    rates: jax.Array  # shape=(num_steps,), dtype=float32, rate of each step
+    step: jax.Array  # shape=(), dtype=int32, steps done
 
     metrics = ("learning_rate",)
 
 
 def scale_by_rates(kind: str, rate: float, num_steps: int) -> optax.GradientTransformation:
-    """A schedule that lies in the state, so that all schedules of a length share one program.
+    """Multiplies updates by a rate per step, read from a table in the state.
+
+    Schedules of the same length share one compiled program.
 
     Args:
       kind: One of :data:`KINDS`; the linear warm-up takes the first tenth of the steps.
@@ -55,14 +57,17 @@ DECAYS = ("constant", "cosine", "last fifth")
 class DecayState(NamedTuple):
     """State of :func:`scale_by_decay`."""
 
-    kind: jax.Array  # shape=(), dtype=int32, a position in DECAYS
+    kind: jax.Array  # shape=(), dtype=int32, index into DECAYS
 
 
 def scale_by_decay(kind: str, budget: int) -> optax.GradientTransformationExtraArgs:
-    """A decay over the examples of a run; its kind lies in the state, so that all share a program.
+    """Multiplies updates by a decay over the examples of a run.
+
+    The kind of decay lies in the state, so that all decays share one compiled program.
 
     Args:
-      kind: One of :data:`DECAYS`; "last fifth" falls linearly to 0 from four fifths of the examples.
+      kind: One of :data:`DECAYS`; "last fifth" falls linearly to 0 over the last fifth of the
+        examples.
       budget: Examples of the run.
     """
     last = budget // 5

@@ -1,4 +1,4 @@
-"""The ways to choose a batch size that the experiments compare, each by its name."""
+"""Every way to choose a batch size that the experiments compare, by name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GRID = tuple(f"constant_{2**k}" for k in range(3, 10))
 
 
 class Method(NamedTuple):
-    """A transformation, and others of the same update that start elsewhere.
+    """A transformation, and a function that makes others with the same `update`.
 
-    What a run starts from (seed, learning rate, a constant size) is in the state that `init` makes,
-    so all runs of a method share the compiled programs of `tx`.
+    Seed, learning rate and a constant size only affect the state that `init` makes. So a run takes
+    its initial state from `start(...)` and its program from `tx`, and all runs share that program.
     """
 
     tx: optax.GradientTransformation
@@ -32,7 +32,7 @@ def optimizer(
     learning_rate: float, momentum: float, decay: str, num_examples: int
 ) -> optax.GradientTransformation:
     """SGD with momentum at a constant rate, or with cosine decay over the examples of the run."""
-    # Injected: the rate lies in the state, so that another rate is no other program.
+    # Injected: the rate lies in the state, so that every rate uses the same program.
     sgd = optax.inject_hyperparams(optax.sgd, static_args="momentum")(
         learning_rate=learning_rate, momentum=momentum or None
     )
@@ -45,7 +45,7 @@ def optimizer(
 
 
 def agent_for(task: Task) -> aj.Agent:
-    """The agent that fits the inputs: convolutional for images of a size worth it."""
+    """The default agent for the inputs: convolutional for images of 16 x 16 pixels or more."""
     shape = task.dataset.input_shape
     if len(shape) == 3 and shape[0] >= 16:
         return aj.conv_agent(shape)
@@ -53,6 +53,7 @@ def agent_for(task: Task) -> aj.Agent:
 
 
 def arbiter(task: Task, config: Any, limits: dict[str, int], **options: Any):
+    """Arbiter with its published objective: (seed, learning_rate) -> rule."""
     agent = agent_for(task)
     return lambda seed, learning_rate: aj.arbiter(
         agent,
@@ -66,7 +67,7 @@ def arbiter(task: Task, config: Any, limits: dict[str, int], **options: Any):
 
 
 def _random_pick(task: Task, config: Any, limits: dict[str, int]):
-    """Arbiter with both learning rates zero: what is left is the draw of alpha."""
+    """Arbiter with both learning rates zero: only the random draw of alpha remains."""
     zero = optax.set_to_zero()
     return arbiter(task, config, limits, agent_optimizer=zero, mixture_optimizer=zero)
 
@@ -81,6 +82,11 @@ def _of_dataset(factory: Callable[..., Any], **options: Any):
     )
 
 
+def hyper_optimizer(learning_rate: float) -> optax.GradientTransformation:
+    """The published optimizer of the agent, at another rate: coupled weight decay, then Adam."""
+    return optax.chain(optax.add_decayed_weights(5e-4), optax.adam(learning_rate))
+
+
 def _smith(task: Task, config: Any, limits: dict[str, int]):
     boundaries = [int(share * config.epochs * task.num_train) for share in (0.5, 0.75)]
     return lambda seed, learning_rate: schedulers.smith(
@@ -89,7 +95,7 @@ def _smith(task: Task, config: Any, limits: dict[str, int]):
 
 
 def _budget_and_persistence(task: Task, config: Any) -> dict[str, Any]:
-    """What the noise floor is told of a run: its examples, and how long momentum keeps noise."""
+    """Arguments of the noise floor: the budget, and how long momentum keeps noise."""
     epochs = getattr(config, "epochs", 0)
     return {
         "num_examples": int(epochs * task.num_train) or None,
@@ -150,6 +156,7 @@ STATISTICS_BASED += ("dive_batch", "adadamp", "goodput")
 
 
 def limits(config: Any) -> dict[str, int]:
+    """The range of batch sizes of a config, as keyword arguments of a rule."""
     return {
         "min_batch_size": config.min_batch_size,
         "max_batch_size": config.max_batch_size,
@@ -160,18 +167,21 @@ def limits(config: Any) -> dict[str, int]:
 def build(
     name: str, task: Task, config: Any, make_optimizer: Callable[[float], Any], learning_rate: float
 ) -> Method:
-    """The method of a name of :data:`RULES`, or `constant_64` for any size.
+    """Builds a method from its name.
 
     Args:
-      name: The method.
+      name: A key of :data:`RULES`, or "constant_N" for any size N.
       task: What it trains on.
-      config: With `window`, `min_batch_size`, `max_batch_size`, `initial_batch_size`, `epochs`.
-      make_optimizer: The optimizer of a learning rate.
+      config: Has `window`, `min_batch_size`, `max_batch_size`, `initial_batch_size`, `epochs`.
+      make_optimizer: learning rate -> optimizer.
       learning_rate: The rate that the shared program is built with.
+
+    Raises:
+      UsageError: If the name is unknown.
     """
     if name.startswith("constant_") and name[9:].isdigit():
         size = int(name[9:])
-        # Every constant size is one update function, told apart by its state.
+        # All constant sizes share one update function; the size lies in the state.
         start = lambda seed=0, learning_rate=learning_rate: optax.chain(
             make_optimizer(learning_rate), schedulers.constant(size)
         )
@@ -192,7 +202,7 @@ def _shared_constant(make_optimizer: Callable[[float], Any], learning_rate: floa
 
 
 def shadows(task: Task, config: Any, learning_rate: float) -> list[optax.GradientTransformation]:
-    """Every statistics-based rule as a shadow, to stand beside the one that acts."""
+    """Every statistics-based rule as a shadow, which logs its decision without applying it."""
     return [
         schedulers.shadow(RULES[name](task, config, limits(config))(0, learning_rate), name=name)
         for name in STATISTICS_BASED

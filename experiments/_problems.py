@@ -1,4 +1,7 @@
-"""The four tasks of :mod:`experiments.tasks`: data, model, loss, agent, optimizer, score."""
+"""The four tasks of :mod:`experiments.tasks`, two of which :mod:`experiments.noise_rules` shares.
+
+Each is a function `small -> Definition`: with `small` the network compiles in a second.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +22,36 @@ from experiments import _training
 
 
 class Definition(NamedTuple):
-    """A task and how it is trained."""
+    """A task, and how it is trained and scored."""
 
     task: _training.Task
     agent: aj.Agent
     optimizer: optax.GradientTransformation
     epochs: float  # of the default config
     max_batch_size: int
-    score_name: str
-    score: Callable[[dict[str, Any]], float]  # of a row, for people
-    transform_batch: Callable[[jax.Array, Any], Any] | None = None
+    score_name: str  # unit of the score
+    score: Callable[[dict[str, Any]], float]  # row -> a number that people know
+    transform_batch: Callable[[jax.Array, Any], Any] | None = None  # augmentation
 
 
 def task_of(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _training.Task:
+    """A task from a data set, a model and a loss per example."""
     data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
     return _training.Task(dataset, data, model, models.make_losses(model, loss), loss)
 
 
 def token_agent(input_shape: tuple[int, ...], num_tokens: int) -> aj.Agent:
-    """Tokens are no quantities; an agent only has to tell one batch from another."""
+    """A perceptron agent on token numbers, scaled to [-1/2, 1/2].
+
+    Their order means nothing, but an agent only has to distinguish one batch from another.
+    """
     agent = aj.mlp_agent(input_shape)
     scaled = lambda params, tokens: agent.apply(params, tokens / num_tokens - 0.5)
     return agent._replace(apply=scaled)
 
 
 def _shift(key: jax.Array, batch: Any) -> Any:
-    """Augmentation inside of the scan: each image one pixel off, at most."""
+    """Augmentation inside the scan: shifts each image by at most one pixel."""
     images, labels = batch
     return datasets.pad_crop_flip(key, images, padding=1, flip=False), labels
 
@@ -59,20 +66,20 @@ def _classification(small: bool) -> Definition:
         optax.sgd(0.03, momentum=0.9),
         epochs=40,
         max_batch_size=256,
-        score_name="% right",
+        score_name="% correct",
         score=lambda row: 100 * row["test_accuracy"],
         transform_batch=_shift,
     )
 
 
 def _explained(test: tuple[np.ndarray, np.ndarray]) -> Callable[[dict[str, Any]], float]:
-    """R^2 from the mean squared error: how much better than the mean of the test targets."""
+    """row -> R^2, from the mean squared error and the variance of the test targets."""
     variance = float(np.mean(np.square(test[1] - test[1].mean(0))))
     return lambda row: 1 - row["test_loss"] / variance
 
 
 def _regression(small: bool) -> Definition:
-    del small  # it is
+    del small  # it is small anyway
     dataset = datasets.diabetes()
     return Definition(
         task_of(
@@ -107,7 +114,7 @@ def _language(small: bool) -> Definition:
 
 
 class Autoencoder(nnx.Module):
-    """Images through a code of a few numbers; it knows nothing of a head, or of this library."""
+    """Compresses images to a few numbers. Written without this library: it has no marked head."""
 
     def __init__(self, num_pixels: int, code_size: int, *, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, rngs=rngs)
@@ -115,13 +122,13 @@ class Autoencoder(nnx.Module):
         self.decoder = nnx.Sequential(linear(code_size, 64), nnx.relu, linear(64, num_pixels))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns what is left of the images, of their shape."""
+        """Returns the reconstructed images, in the shape of `images`."""
         codes = self.encoder(images.reshape(images.shape[0], -1))
         return self.decoder(codes).reshape(images.shape)
 
 
 def _autoencoder(small: bool, code_size: int = 8) -> Definition:
-    del small  # it is
+    del small  # it is small anyway
     digits = datasets.digits()
     inputs = {name: getattr(digits, name)[0] for name in ("train", "validation", "test")}
     dataset = digits._replace(num_classes=0, **{name: (x, x) for name, x in inputs.items()})

@@ -1,4 +1,4 @@
-"""Runs that are made once, for experiments that take hours."""
+"""A file of finished runs, for experiments that take hours."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from experiments import _runner
 
 
 class RunCache:
-    """A file of JSON lines, to which each run is added as it ends.
+    """A file of JSON lines, to which each run is appended when it ends.
 
-    The files of several processes may be joined end to end. A run is known by its settings alone:
-    delete the lines of what was made by other code.
+    The files of several processes may be concatenated. A run is identified by its settings alone:
+    delete the lines that were made by other code.
     """
 
     def __init__(self, path: str):
-        """Reads the file, if there is one. With an empty path nothing is kept."""
+        """Reads the file if it exists. If `path` is empty, nothing is stored."""
         self._path, self._known = path, {}
         if path and Path(path).exists():
             for i, line in enumerate(Path(path).read_text().splitlines(), 1):
@@ -26,12 +26,12 @@ class RunCache:
                     settings, run = json.loads(line)
                 except ValueError:
                     raise _runner.UsageError(
-                        f"--runs: line {i} of {path!r} is no kept run, got {line[:40]!r}."
+                        f"--runs: line {i} of {path!r} must be a stored run, got {line[:40]!r}."
                     ) from None
                 self._known[json.dumps(settings)] = run
 
     def get_or_make(self, settings: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """The run with these settings: the one of the file, or the one that is now made and added."""
+        """Returns the stored run with these settings, or makes and stores it."""
         key = json.dumps(settings)
         if key not in self._known:
             self._known[key] = make()

@@ -1,7 +1,8 @@
-"""The frame around every experiment: flags, the output folder, tables, files.
+"""What every experiment shares on the command line: flags, output folder, tables, files.
 
-An experiment is a frozen `Config`, a dict `CONFIGS`, `run(config) -> Results`,
-`plot(results, output)` and the columns of its table. The flags are the fields of its Config.
+An experiment is a module with a frozen dataclass `Config`, a dict `CONFIGS` of them, and three
+functions: `run(config) -> Results`, `table(results)` and `plot(results, output)`. Its flags are the
+fields of its `Config`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from arbiter_jax import metrics
 
 @dataclasses.dataclass
 class Results:
-    """What a run of an experiment leaves: one row a run, one record a window, and what it likes."""
+    """What an experiment returns: one row per training run, one record per window, and extras."""
 
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -40,27 +41,65 @@ class UsageError(Exception):
     """A wrong flag, data set or configuration: one line on standard error, exit status 2."""
 
 
+# Help for flags that mean the same in every experiment; a field made by `flag` has its own.
+COMMON_HELP = {
+    "dataset": "name of a data set of arbiter_jax.datasets",
+    "model": "mlp, lenet, vgg11 or wrn_16_4",
+    "methods": "which batch-size rules to run",
+    "seeds": "one run per seed",
+    "epochs": "training examples of a run, in epochs",
+    "window": "training steps between two decisions",
+    "learning_rate": "of the optimizer",
+    "learning_rates": "of the optimizer; one run per rate",
+    "momentum": "of SGD",
+    "min_batch_size": "smallest batch size, in examples",
+    "max_batch_size": "largest batch size, in examples",
+    "initial_batch_size": "batch size to start from, in examples",
+    "batch_size": "in examples",
+    "hidden_size": "units of a hidden layer",
+    "num_steps": "training steps of a run",
+    "num_examples": "training examples that are used",
+}
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field of a `Config`: its default, and the help text of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(message)
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
-    flag = "--" + field.name.replace("_", "-")
+    name = "--" + field.name.replace("_", "-")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     kind: dict[str, Any] = {"type": hint}
     if origin is tuple:
         kind = {"type": arguments[0], "nargs": "+"}
     elif hint is bool:
         kind = {"action": argparse.BooleanOptionalAction}
-    parser.add_argument(flag, default=None, help=field.metadata.get("help"), **kind)
+    text = field.metadata.get("help") or COMMON_HELP[field.name]
+    parser.add_argument(name, default=None, help=text.replace("%", "%%"), **kind)
 
 
 def parse(name: str, configs: Mapping[str, Any], description: str, argv: Sequence[str]) -> Any:
-    """The configuration and the output folder that the flags ask for."""
+    """Returns (config, output): the configuration and the output folder that the flags ask for."""
     parser = _Parser(prog=f"python -m experiments.{name}", description=description)
-    parser.add_argument("--config", default="default", choices=sorted(configs))
-    parser.add_argument("--output", type=Path, default=Path("results") / name, metavar="DIR")
+    parser.add_argument(
+        "--config",
+        default="default",
+        choices=sorted(configs),
+        help="the values of all flags that are not given",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results") / name,
+        metavar="DIR",
+        help="folder for summary.json, metrics.csv and the figures",
+    )
     config_class = type(configs["default"])
     hints = typing.get_type_hints(config_class)
     fields = [field for field in dataclasses.fields(config_class) if field.init]
@@ -87,7 +126,7 @@ def main(
         _check_writable(output)
         results = run(config)
     except (UsageError, ValueError, ImportError) as error:
-        # A bad value that only the library can judge (a range, a path) is bad usage as well.
+        # A bad value that only the library can detect (a range, a path) is bad usage too.
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -113,7 +152,7 @@ def _check_writable(output: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """The versions of everything that the numbers depend on."""
     return {
         "arbiter_jax": aj.__version__,
         "jax": jax.__version__,
@@ -126,7 +165,7 @@ def versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and lists that JSON knows; a number that is not finite becomes null."""
+    """The value in the types of JSON; a number that is not finite becomes null."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | np.ndarray | jax.Array):
@@ -157,7 +196,7 @@ def write(name: str, config: Any, results: Results, output: Path) -> None:
 def interval(
     rows: Sequence[Mapping[str, Any]], field: str, digits: int = 3, scale: float = 1
 ) -> str:
-    """A cell of a table: mean over the rows and the half-width of its 95% interval."""
+    """Formats the mean of a field over the rows and the half-width of its 95% interval."""
     mean, half_width = metrics.mean_and_interval([scale * row[field] for row in rows])
     if math.isnan(half_width):
         return f"{mean:,.{digits}f}"
@@ -165,7 +204,7 @@ def interval(
 
 
 def difference(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str, Any]]) -> str:
-    """A cell of a table: mean difference of the test losses, paired by seed, with its interval."""
+    """Formats the mean difference of two test losses, paired by seed, and its 95% interval."""
     if rows[0]["method"] == against[0]["method"]:
         return "-"
     pairs = zip(rows, against, strict=True)
@@ -174,7 +213,7 @@ def difference(rows: Sequence[Mapping[str, Any]], against: Sequence[Mapping[str,
 
 
 def by(rows: Sequence[dict[str, Any]], *fields: str) -> dict[Any, list[dict[str, Any]]]:
-    """Groups rows by one field, or by a tuple of several, in the order of their appearance."""
+    """Groups rows by one field, or by a tuple of several, in order of appearance."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         key = row[fields[0]] if len(fields) == 1 else tuple(row[f] for f in fields)
@@ -183,7 +222,7 @@ def by(rows: Sequence[dict[str, Any]], *fields: str) -> dict[Any, list[dict[str,
 
 
 def print_table(table: Any) -> None:
-    """Prints a rich table whole, however narrow the terminal says it is."""
+    """Prints a rich table at its full width, even if the output is not a terminal."""
     from rich.console import Console
 
     console = Console()
@@ -196,7 +235,7 @@ def print_table(table: Any) -> None:
 def make_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
 ):
-    """A rich table: the first column names the row, the others are numbers."""
+    """A rich table: the first column names the row, the others hold numbers."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""What every training experiment shares: a task, a run of one method, and the row that it leaves."""
+"""One training run: a task, a method, and the row of results that the run yields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments._runner import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data set and a model: everything that a method trains on."""
+    """A data set, a model and a loss: everything that a method trains on."""
 
     dataset: Any
     data: aj.Data
@@ -30,7 +30,16 @@ class Task:
 
 
 def make_task(dataset: str, model: str, hidden_sizes: Sequence[int] = (128,)) -> Task:
-    """The classification task of a data set's name and a model's name."""
+    """A classification task, from the name of a data set and the name of a model.
+
+    Args:
+      dataset: A name that :func:`arbiter_jax.datasets.load` knows, with class labels.
+      model: "mlp", "lenet", "vgg11" or "wrn_16_4".
+      hidden_sizes: Of the perceptron.
+
+    Raises:
+      UsageError: If the model is unknown, or the data set has no class labels.
+    """
     from arbiter_jax import datasets, models
 
     loaded = datasets.load(dataset)
@@ -65,23 +74,24 @@ def train(
     milestones: Sequence[tuple[int, int]] = (),
     **columns: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], aj.FitResult]:
-    """Trains one method with one seed and evaluates it once, at the end.
+    """Trains with one method and one seed, and evaluates once, at the end.
 
     Args:
       task: What to train on.
-      name: The method's name.
+      name: Name of the method, for the row.
       method: A Method of :mod:`experiments._methods`.
-      seed: Draws the parameters, the order of the examples, and what the method draws.
-      num_examples: The budget.
+      seed: Seed of the parameters, of the order of the examples, and of the method.
+      num_examples: The budget in training examples.
       window: Steps between two decisions.
-      learning_rate: Of the optimizer.
-      callbacks: For `fit`.
-      transform_batch: For `fit`: augmentation.
-      milestones: (examples, batch size): where an Arbiter is anchored anew, and at which size.
-      **columns: More columns of the row.
+      learning_rate: Of the optimizer; in the row as well.
+      callbacks: Passed to `fit`.
+      transform_batch: Passed to `fit`: augmentation.
+      milestones: (number of examples, batch size) pairs, in order: when to re-anchor an Arbiter,
+        and at which size.
+      **columns: Further columns of the row.
 
     Returns:
-      (row, windows, result): the row of summary.json, the rows of metrics.csv, and the fit.
+      (row, windows, result): a row of summary.json, rows of metrics.csv, and the `FitResult`.
     """
     model_key, run_key = jax.random.split(jax.random.PRNGKey(seed))
     params, model_state = task.model.init(model_key)

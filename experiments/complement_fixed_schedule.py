@@ -1,11 +1,13 @@
-"""Arbiter as a complement to a fixed batch-size schedule: anchored anew at every milestone.
+"""Arbiter as a complement to a fixed batch-size schedule: re-anchored at every milestone.
 
-Claim (arXiv:2205.08231, section 4): a schedule that an expert fixed in advance gets better when
+Claim (arXiv:2205.08231, section 4): a schedule that an expert fixed in advance gets better if
 Arbiter adapts around it between the milestones.
 Command: python -m experiments.complement_fixed_schedule
-Time: see README.md.
-Expected: with the published hyper-learning rates Arbiter stays near its anchor, so that the two are
-hard to tell apart.
+Time: 6 minutes.
+Expected: with the published hyper-learning rates Arbiter stays near its anchor, so the two hardly
+differ.
+Measured: a sixth fewer steps, and a test loss .0020 ± .0023 higher than that of the schedule alone. All
+numbers: complement_fixed_schedule.md.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ class Config:
     dataset: str = "digits"
     model: str = "mlp"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    schedules: tuple[str, ...] = ("step", "smith")
-    agent_learning_rates: tuple[float, ...] = (1e-5, 1e-3)  # the published one, and a faster one
-    noise_rules: bool = True  # the agent that measures noise, and the closed forms
+    schedules: tuple[str, ...] = _runner.flag(("step", "smith"), "fixed schedules to adapt around")
+    agent_learning_rates: tuple[float, ...] = _runner.flag(
+        (1e-5, 1e-3), "learning rates of the agent: the published one, and a faster one"
+    )
+    noise_rules: bool = _runner.flag(True, "also run the rules that measure noise")
     learning_rate: float = 0.05
     momentum: float = 0.9
     epochs: float = 30.0
     window: int = 20
-    factor: float = 3.0  # by which the schedule grows at each milestone
+    factor: float = _runner.flag(3.0, "growth of the batch size at each milestone")
     min_batch_size: int = 8
     max_batch_size: int = 512
     initial_batch_size: int = 32
@@ -65,7 +69,7 @@ def _sizes(config: Config, num_train: int, schedule: str) -> list[tuple[int, int
 
 
 def _optimizer(config: Config, num_train: int, schedule: str) -> optax.GradientTransformation:
-    """SGD; Smith's schedule lowers the rate where the batch size may grow no more."""
+    """SGD; Smith's schedule lowers the rate once the batch size may not grow further."""
     if schedule == "step":
         return optax.sgd(config.learning_rate, momentum=config.momentum)
     boundaries = [examples for examples, _ in _sizes(config, num_train, schedule)]
@@ -82,11 +86,11 @@ def _optimizer(config: Config, num_train: int, schedule: str) -> optax.GradientT
 
 
 def _anchored(task: _training.Task, config: Config) -> dict[str, Callable[[int], Any]]:
-    """Agents that are anchored anew at each milestone: name -> rule of a seed."""
+    """Agents that are re-anchored at each milestone: {name: seed -> rule}."""
     limits = _methods.limits(config)
     rules = {}
     for rate in config.agent_learning_rates:
-        learner = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(rate))
+        learner = _methods.hyper_optimizer(rate)
         made = _methods.arbiter(task, config, limits, agent_optimizer=learner)
         rules[f"arbiter {rate:g}"] = lambda seed, made=made: made(seed, None)
     if config.noise_rules:
@@ -96,7 +100,7 @@ def _anchored(task: _training.Task, config: Config) -> dict[str, Callable[[int],
 
 
 def _alone(task: _training.Task, config: Config) -> dict[str, Callable[[int], Any]]:
-    """Rules that need no schedule: name -> rule of a seed."""
+    """Rules that need no schedule: {name: seed -> rule}."""
     rules = {}
     for name in ("noise_floor", "expected_gain") if config.noise_rules else ():
         made = _methods.RULES[name](task, config, _methods.limits(config))

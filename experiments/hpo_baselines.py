@@ -1,11 +1,13 @@
 """What a search for a fixed batch size costs, against a rule that finds one within a run.
 
-Claim: an adaptive run replaces a search. Random search and Bayesian optimisation (a tree of Parzen
-estimators, from Optuna) choose a fixed size on the validation split, with as many runs as the table
-says; each of their runs sees as many examples as the adaptive one.
+Claim: one adaptive run replaces a search. Random search and Bayesian optimization (Optuna's tree of
+Parzen estimators) choose a fixed size on the validation split; each of their runs sees as many
+examples as the adaptive one.
 Command: python -m experiments.hpo_baselines
-Time: see README.md.
+Time: 1.5 minutes.
 Expected: one random size is worse than an adaptive rule, ten of them are about as good.
+Measured: test loss .111 to .115 for one adaptive run, .125 for one random size, .104 for the best of
+ten. All numbers: hpo_baselines.md.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Config:
     model: str = "mlp"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     methods: tuple[str, ...] = ("arbiter", "gradient_noise_scale", "cabs")
-    num_trials: tuple[int, ...] = (1, 10, 25)
+    num_trials: tuple[int, ...] = _runner.flag((1, 10, 25), "runs that a search may use")
     learning_rate: float = 0.05
     momentum: float = 0.9
     epochs: float = 15.0
@@ -71,7 +73,7 @@ def run(config: Config) -> _runner.Results:
             return _methods.build(name, task, config, make_optimizer, config.learning_rate)
 
         @functools.cache
-        def constant(size: int, seed: int):  # a size tried twice is one run
+        def constant(size: int, seed: int):  # a size that is tried twice is run once
             return train(f"constant_{size}", seed)
 
         for name in config.methods:
@@ -84,13 +86,13 @@ def run(config: Config) -> _runner.Results:
 
 
 def _search(search: str, seed: int, config: Config, constant) -> list[dict]:
-    """The best of the first k trials by validation loss, for each k."""
+    """One row per number k of trials: the best of the first k by validation loss."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if search == "random":
         sampler = optuna.samplers.RandomSampler(seed=seed)
-    else:  # with the default of 10 random trials to start from, ten trials would all be random
+    else:  # the default starts with 10 random trials, so that ten trials would all be random
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     study = optuna.create_study(sampler=sampler)
     trials: list[dict] = []

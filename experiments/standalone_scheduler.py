@@ -1,12 +1,14 @@
 """Arbiter and every other rule as a stand-alone batch-size scheduler, at equal examples.
 
-Claim (arXiv:2205.08231, section 4): a schedule learnt within one run matches fixed batch sizes that
-were tuned over many. Here it is put against every other published rule, against the best constant
-size of a grid (which nobody knows in advance), with a constant learning rate and with cosine decay.
+Claim (arXiv:2205.08231, section 4): a schedule learned within one run matches fixed batch sizes that
+were tuned over many. Here it is compared with every other published rule and with the best constant
+size of a grid (which nobody knows in advance), at a constant learning rate and with cosine decay.
 Command: python -m experiments.standalone_scheduler [--methods all] [--dataset fashion_mnist]
-Time: at most 90 s on two cores on digits, 10 minutes on Fashion-MNIST; see README.md.
+Time: at most 90 s on two cores on digits, 10 minutes on Fashion-MNIST.
 Expected: Arbiter moves toward the middle of its range whatever the task, and does as well as the
 constant sizes it passes through.
+Measured: test loss on digits .1088 (Arbiter), .1080 (random pick), .1011 (noise floor), .0977
+(constant 16). All numbers: standalone_scheduler.md.
 """
 
 from __future__ import annotations
@@ -29,18 +31,20 @@ ADAPTIVE = ("arbiter", "random_pick", "noise_floor", "gradient_noise_scale", "ca
 class Config:
     dataset: str = "digits"
     model: str = "mlp"
-    methods: tuple[str, ...] = ()  # none: a choice that fits the data set; "all": every one
+    methods: tuple[str, ...] = _runner.flag((), 'rules to run; "all" for every one')
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: tuple[float, ...] = (0.05,)
-    decays: tuple[str, ...] = ("constant",)
+    decays: tuple[str, ...] = _runner.flag(("constant",), "of the learning rate: constant, cosine")
     momentum: float = 0.9
-    epochs: float = 0.0  # 0: 30 on digits, 10 elsewhere
+    epochs: float = _runner.flag(
+        0.0, "training examples of a run, in epochs; 0: 30 on digits, else 10"
+    )
     window: int = 20
     min_batch_size: int = 8
     max_batch_size: int = 512
     initial_batch_size: int = 64
-    augment: bool = False  # pad, crop and flip, as is usual for CIFAR-10
-    shadows: bool = False  # one more run, in which every rule says what it would choose
+    augment: bool = _runner.flag(False, "pad, crop and flip images, as is usual for CIFAR-10")
+    shadows: bool = _runner.flag(False, "one more run that logs what every rule would choose")
 
 
 PAPER = Config(
@@ -63,7 +67,7 @@ CONFIGS = {
 
 
 def resolve(config: Config) -> Config:
-    """Fills in what depends on the data set."""
+    """Fills in the methods and the epochs, whose defaults depend on the data set."""
     small = config.dataset == "digits"
     constants = ("constant_16", "constant_64", "constant_256") if small else _methods.GRID
     methods = config.methods or (*ADAPTIVE, *constants)
@@ -94,7 +98,7 @@ def run(config: Config) -> _runner.Results:
             for name in config.methods:
                 method = None
                 for rate in config.learning_rates:
-                    # All rates share one program, but for the rule that has one of its own.
+                    # All rates share one program, except for CABS, which takes the rate as an argument.
                     if method is None or name == "cabs":
                         method = _methods.build(name, task, config, make_optimizer, rate)
                     for seed in config.seeds:
@@ -131,7 +135,7 @@ def _shadow_run(task, config: Config, num_examples: int, start) -> aj.FitResult:
 
 
 def oracles(rows: list[dict]) -> dict[float, dict[str, float]]:
-    """For each learning rate, the mean test loss of the best constant size under each decay."""
+    """{learning rate: {decay: mean test loss of the best constant size}}."""
     constants = [row for row in rows if row["method"].startswith("constant")]
     best: dict[float, dict[str, float]] = {}
     for (rate, decay, _), group in _runner.by(

@@ -1,14 +1,15 @@
-"""Arbiter on four kinds of task: classification, regression, language modelling, an autoencoder.
+"""Arbiter on four kinds of task: classification, regression, language modeling, an autoencoder.
 
 Claim (arXiv:2205.08231, title and section 1): hyper-learning chooses batch sizes whatever the task.
-Digits are classified by LeNet with augmentation inside of the scan; the progression of diabetes is
-predicted; a small transformer writes English by character, with a loss for each token; and digits
-are squeezed through eight numbers by a model that was not written for this library (`attach`). Each
-stands beside a constant batch size at equal examples.
+LeNet classifies digits with augmentation inside the scan; a perceptron predicts the progression of
+diabetes; a small transformer models English characters, with a loss per token; and an autoencoder that
+was not written for this library (`attach`) compresses digits to eight numbers. The control is a
+constant batch size at equal examples.
 Command: python -m experiments.tasks [--tasks language] [--seeds 0 1 2 3 4]
 Time: 7 minutes on one core.
-Expected: every loss falls with every seed. Arbiter's test loss is that of its control up to the
-noise, but for the autoencoder: larger batches, fewer steps of Adam, and a loss 4% higher.
+Expected: every loss falls with every seed. Arbiter's test loss equals that of its control up to the
+noise, except for the autoencoder: larger batches, fewer steps of Adam, and a loss 4% higher.
+Measured: 24 of 24 runs fell; R² of the autoencoder .767 against .777. All numbers: tasks.md.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from experiments._problems import DEFINITIONS, Definition
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = tuple(DEFINITIONS)
+    tasks: tuple[str, ...] = _runner.flag(tuple(DEFINITIONS), ", ".join(DEFINITIONS))
     seeds: tuple[int, ...] = (0, 1, 2)
-    share: float = 1.0  # of each task's own number of epochs
+    share: float = _runner.flag(1.0, "share of each task's own number of epochs")
     window: int = 20
     min_batch_size: int = 8
     initial_batch_size: int = 32
-    control: bool = True  # a constant size beside Arbiter
-    small: bool = False  # networks that compile in a second
+    control: bool = _runner.flag(True, "also run a constant batch size")
+    small: bool = _runner.flag(False, "use networks that compile in a second")
 
 
 CONFIGS = {
-    # From 48 the batch size does not leave its bucket, which would compile one more program a task.
+    # From 48 the batch size stays in its bucket, which saves compiling one more program per task.
     "smoke": Config(
         seeds=(0,), share=0.05, window=10, initial_batch_size=48, control=False, small=True
     ),
@@ -49,7 +50,7 @@ CONFIGS = {
 
 
 def _rules(definition: Definition, config: Config) -> dict[str, _methods.Method]:
-    """Arbiter, and a constant size beside it: name -> method."""
+    """{name: method}: Arbiter, and a constant batch size."""
     size = config.initial_batch_size
 
     def arbiter(seed):
@@ -128,7 +129,7 @@ def _validation_loss_at_start(task: _training.Task, seed: int) -> float:
 
 
 def fell(row: dict) -> bool:
-    """Whether a run did what training is for, on the examples it saw and on others."""
+    """Whether both the training loss and the validation loss of a run fell."""
     return (
         row["training_loss"] < row["training_loss_at_start"]
         and row["validation_loss"] < row["validation_loss_at_start"]
@@ -167,10 +168,10 @@ def table(results: _runner.Results):
             "seconds",
         ],
         rows,
-        "training loss: the first steps of a window's length -> the last; validation loss: before -> "
-        "after. fell: runs\nwhose training and validation loss both did. vs control: difference of the "
-        "test losses, paired by seed. ± half-\nwidth of the 95% interval over seeds (Student's t). "
-        "final batch: mean of the last three windows. seconds: of a\nrun, compilation included.",
+        "training loss: mean of the first window's steps -> mean of the last's; validation loss: "
+        "before -> after. fell: runs\nwhose training and validation losses both fell. vs control: "
+        "difference of the test losses, paired by seed. ± half-\nwidth of the 95% interval over seeds. "
+        "final batch: mean of the last three windows. seconds: per\nrun, including compilation.",
     )
 
 
@@ -186,7 +187,7 @@ def plot(results: _runner.Results, output: Path) -> None:
                 history = fits[name, rule, seed]
                 ends = np.array([record.num_examples for record in history]) / 1000
                 style = {"color": color, "lw": 1.1, "label": rule if i == 0 else None}
-                # The mean of a cut last window is not of the others' noise.
+                # A shortened last window has fewer steps, and so a noisier mean.
                 whole = [record.num_steps == config.window for record in history]
                 losses = np.array([record.loss for record in history])
                 top.plot(ends[whole], losses[whole], alpha=0.8, **style)
@@ -223,7 +224,7 @@ def _plot_reconstructions(results: _runner.Results):
             ax.grid(False)
             ax.spines[:].set_visible(False)
         axes[row, 0].set_ylabel(label, fontsize=8)
-    fig.suptitle("digits through a code of eight numbers, trained with Arbiter", fontsize=9)
+    fig.suptitle("digits compressed to eight numbers, trained with Arbiter", fontsize=9)
     return fig
 
 

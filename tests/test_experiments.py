@@ -1,5 +1,6 @@
-"""Every experiment: its configs build, its smoke run writes its files, a wrong flag is one line."""
+"""Every experiment: its configs, its command line, its files, its documents, what it imports."""
 
+import ast
 import copy
 import csv
 import dataclasses
@@ -7,6 +8,9 @@ import importlib
 import json
 import math
 import pathlib
+import re
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -21,17 +25,16 @@ NAMES = sorted(
     for path in FOLDER.iterdir()
     if not path.stem.startswith("_") and (path.suffix == ".py" or (path / "__main__.py").exists())
 )
-# Half a minute each, nearly all of it compilation: the default run makes two of them.
-SMOKE_RUNS = [
-    name
-    if name in ("standalone_scheduler", "benchmark")
-    else pytest.param(name, marks=pytest.mark.slow)
-    for name in NAMES
-]
 
 
 def load(name):
     return importlib.import_module(f"experiments.{name}")
+
+
+def document(name):
+    """Where an experiment keeps its measurements."""
+    folder = FOLDER / name
+    return folder / "README.md" if folder.is_dir() else FOLDER / f"{name}.md"
 
 
 def run_main(name, argv):
@@ -40,44 +43,68 @@ def run_main(name, argv):
     _runner.main(name, module.CONFIGS, module.run, module.plot, module.table, description, argv)
 
 
+def check_files(name, folder, printed):
+    """What every run writes; returns its summary."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["experiment"] == name
+    assert summary["rows"]
+    assert {"config", "versions"} <= set(summary)
+    with (folder / "metrics.csv").open() as file:
+        assert list(csv.DictReader(file))
+    figures = list(folder.glob("*.png"))
+    assert figures
+    assert all(figure.stat().st_size > 5_000 for figure in figures)
+    assert str(summary["rows"][0]["method"])[:12] in printed
+    return summary
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_has_a_header_and_three_frozen_configs(name):
     module = load(name)
     assert f"python -m experiments.{name}" in module.__doc__
-    for heading in ("Claim", "Command:", "Time:", "Expected:"):
+    for heading in ("Claim", "Command:", "Time:", "Expected:", "Measured:"):
         assert heading in module.__doc__, heading
+    assert "README.md" not in module.__doc__.split("Time:")[1].split("Expected:")[0]
     assert set(module.CONFIGS) == {"smoke", "default", "paper"}
     for config in module.CONFIGS.values():
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.seeds = ()
 
 
-@pytest.mark.parametrize("name", SMOKE_RUNS)
-def test_smoke_run_writes_its_files_and_leaves_the_config_alone(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", NAMES)
+def test_help_explains_every_flag(name, capsys, monkeypatch):
+    """Runs the module as `python -m` does."""
+    main = FOLDER / name / "__main__.py"
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(main if main.exists() else FOLDER / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"python -m experiments.{name}" in printed
+    for field in dataclasses.fields(load(name).Config):
+        assert "--" + field.name.replace("_", "-") in printed
+        assert field.metadata.get("help") or _runner.COMMON_HELP[field.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_run_leaves_the_config_alone(name, tmp_path, capsys):
     configs = load(name).CONFIGS
     before = copy.deepcopy(configs)
     run_main(name, ["--config", "smoke", "--output", str(tmp_path)])
     assert configs == before
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["experiment"] == name
-    assert summary["rows"]
-    assert {"config", "versions"} <= set(summary)
-    with (tmp_path / "metrics.csv").open() as file:
-        assert list(csv.DictReader(file))
-    figures = list(tmp_path.glob("*.png"))
-    assert figures
-    assert all(figure.stat().st_size > 5_000 for figure in figures)
-    printed = capsys.readouterr().out
-    assert str(summary["rows"][0]["method"])[:12] in printed
+    check_files(name, tmp_path, capsys.readouterr().out)
 
 
-def test_rows_of_the_main_job_have_what_the_contract_names(tmp_path, capsys):
-    run_main(
-        "standalone_scheduler",
-        ["--config=smoke", "--methods=constant_64", "--epochs=1", f"--output={tmp_path}"],
-    )
-    capsys.readouterr()
-    (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
+def test_main_job_writes_what_the_contract_names(tmp_path, capsys):
+    """The smallest run of the main job; its smoke run is slow, and a step of `.ci/run`."""
+    name, configs = "standalone_scheduler", load("standalone_scheduler").CONFIGS
+    before = copy.deepcopy(configs)
+    flags = ["--config=smoke", "--methods=constant_64", "--epochs=1", f"--output={tmp_path}"]
+    run_main(name, flags)
+    assert configs == before
+    (row,) = check_files(name, tmp_path, capsys.readouterr().out)["rows"]
     assert {
         "method",
         "seed",
@@ -92,6 +119,61 @@ def test_rows_of_the_main_job_have_what_the_contract_names(tmp_path, capsys):
     } <= set(row)
     assert row["num_examples"] == 64 * row["num_steps"]
     assert set(row["batch_sizes"]) == {64}
+
+
+# The documents
+
+
+def test_readme_has_one_short_line_per_experiment():
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (FOLDER / "README.md").read_text().splitlines()
+        if line.startswith("| [")
+    ]
+    assert sorted(line[0].split("`")[1] for line in lines) == NAMES
+    for name, *cells in lines:
+        path = name.split("(")[1].rstrip(")")
+        assert FOLDER / path == document(name.split("`")[1])
+        assert all(cells), name
+        assert max(map(len, (name, *cells))) <= 120, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_document_has_claim_verdict_and_command(name):
+    text = document(name).read_text()
+    assert text.startswith(f"# {name}: ")
+    assert "**Claim" in text
+    assert "**Verdict" in text
+    assert f"python -m experiments.{name}" in text
+
+
+# What experiments import
+
+
+def imported_names(path):
+    """(module, name) of every import; name is "" for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+
+
+def test_experiments_use_public_names_only():
+    offenders = []
+    for path in sorted(FOLDER.rglob("*.py")):
+        text = path.read_text()
+        offenders += [
+            f"{path.relative_to(FOLDER)}: {module} {name}"
+            for module, name in imported_names(path)
+            if module.split(".")[0] == "arbiter_jax"
+            and any(part.startswith("_") for part in (*module.split("."), name))
+        ]
+        offenders += re.findall(r"\baj(?:\.\w+)*\._[a-z]\w*|.*__kwdefaults__.*", text)
+    assert offenders == []
+
+
+# Wrong usage
 
 
 @pytest.mark.parametrize(
@@ -136,10 +218,10 @@ def test_an_interrupt_ends_with_one_line(tmp_path, capsys, monkeypatch):
     assert "interrupted" in capsys.readouterr().err
 
 
-# Runs that are kept
+# Runs that are stored
 
 
-def test_a_kept_run_is_made_once(tmp_path):
+def test_a_stored_run_is_made_once(tmp_path):
     path, made = str(tmp_path / "runs.jsonl"), []
 
     def make():
@@ -160,18 +242,18 @@ def test_a_kept_run_is_made_once(tmp_path):
     assert len(made) == 3
 
 
-def test_a_line_that_is_no_kept_run_is_named(tmp_path):
+def test_a_broken_line_of_the_run_cache_is_named(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('[{"seed": 0}, {"test_loss": 1.0}]\n[{"seed": 1}, {"te')  # killed while writing
-    with pytest.raises(_runner.UsageError, match=r"line 2 of .* is no kept run, got '\[\{"):
+    with pytest.raises(_runner.UsageError, match=r"line 2 of .* must be a stored run, got '\[\{"):
         RunCache(str(path))
 
 
 # What a table counts
 
 
-def test_the_noise_rules_are_counted_against_the_best_and_the_chosen_size():
-    """Two sizes of which validation would choose the worse, and a decay; a rule that diverged once."""
+def test_noise_rules_are_counted_against_best_sizes():
+    """Of two sizes, validation chooses the worse; one run of the rule diverged."""
 
     def row(method, start, test_loss, decay="constant", validation_loss=1.0, num_steps=100):
         case = {"task_name": "digits", "optimizer": "sgd", "case_rate": 0.1, "part": "table"}
@@ -197,8 +279,8 @@ def test_the_noise_rules_are_counted_against_the_best_and_the_chosen_size():
     assert (mean, median, worst, diverged) == ("-2.0", "+5.0", "+inf", "1")
 
 
-def test_what_the_order_in_time_is_worth_is_paired_by_seed_and_counted_by_case():
-    """Two cases of two seeds: permuted 10% worse in one; in the other a permuted run diverged."""
+def test_time_order_is_paired_by_seed_within_a_case():
+    """Two cases of two seeds: permuted 10% worse in one; a permuted run diverged in the other."""
 
     def runs(rate, *losses):
         labels = ("noise_floor", "noise_floor, replayed", "noise_floor, permuted")

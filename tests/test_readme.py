@@ -2,26 +2,48 @@
 
 import pathlib
 import re
+import tomllib
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def test_the_tour_runs(capsys):
+def test_the_code_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 4
     namespace = {"__name__": "readme"}
+    printed = []
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
-    assert "Metrics(loss=" in capsys.readouterr().out
-    assert float(namespace["value"]) < 1.0  # 40 steps of one's own loop go on from fit's start
+        printed.append(capsys.readouterr().out)
+    quick_start, fit, run_window, own_loop = printed[:4]
+
+    batch_sizes = [int(size) for size in re.findall(r"\d+", quick_start.splitlines()[0])]
+    assert batch_sizes[0] == 40
+    assert batch_sizes[-1] == 64  # it has grown
+    assert "Metrics(loss=" in quick_start
+
+    assert fit.startswith("[ 96")
+    assert fit.split()[-1] == str(namespace["result"].num_compilations)
+
+    losses = [float(line.split()[1]) for line in run_window.splitlines()]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+    assert float(namespace["value"]) < 1.0  # the loss of a batch after 40 steps of one's own loop
+    assert own_loop.split()[0] == str(int(namespace["aj"].get_batch_size(namespace["opt_state"])))
 
 
 def test_the_commands_name_extras_that_exist():
-    import tomllib
-
     text = README.read_text()
     project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
     named = re.findall(r"-e '\.\[(.*?)\]'", text)
     assert len(named) == 2
     for extra in named:
         assert extra in project["optional-dependencies"]
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text())
+    assert len(links) > 5
+    for link in links:
+        assert (README.parent / link).exists(), link

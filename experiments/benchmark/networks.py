@@ -1,25 +1,25 @@
-"""More rows of :mod:`experiments.benchmark`: convolutions, where the data is, AutoWU's test."""
+"""The networks that :mod:`experiments.benchmark` times, and the windows of training that it runs."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 import arbiter_jax as aj
-from arbiter_jax import datasets, models
-from arbiter_jax.learning_rate import _gaussian_process, _turning_point
-from arbiter_jax.models._lenet import LeNet
-from arbiter_jax.models._wide_resnet import WideResNet
+from arbiter_jax import models
 
-Timed = Callable[[], float]  # runs once and returns the milliseconds of a step
+SHAPE = (28, 28, 1)
+NUM_TRAIN, NUM_VALIDATION = 8192, 2048
+
+Timed = Callable[[], float]  # runs one window and returns the milliseconds per step
 
 
 def timed_steps(step: Callable, carry: Any, window: int, scan: bool) -> Timed:
@@ -40,159 +40,139 @@ def timed_steps(step: Callable, carry: Any, window: int, scan: bool) -> Timed:
     return run
 
 
-MODULES = {
-    "LeNet": ((28, 28, 1), lambda shape: functools.partial(LeNet, shape, 10, None)),
-    "WRN-16-4": (
-        (32, 32, 3),
-        lambda shape: functools.partial(WideResNet, shape[-1], 10, 2, 4, 0.0, None),
-    ),
-}
+class Network:
+    """A model with random data: the time of a step does not depend on the values."""
 
+    def __init__(self, name: str, model: models.Model, agent: aj.Agent):
+        self.name, self.model, self.agent = name, model, agent
+        key = jax.random.PRNGKey(0)
+        inputs = jax.random.normal(key, (NUM_TRAIN, *SHAPE))
+        labels = jax.random.randint(key, (NUM_TRAIN,), 0, 10)
+        self.data = aj.Data((inputs, labels), (inputs[:NUM_VALIDATION], labels[:NUM_VALIDATION]))
+        self.losses = models.make_losses(model, optax.softmax_cross_entropy_with_integer_labels)
+        self.params, _ = model.init(key)
+        self.optimizer = optax.sgd(0.01, momentum=0.9)
 
-def convolution(name: str, batch_size: int, window: int, *, by_lax: bool, scan: bool) -> Timed:
-    """Steps of SGD on a network whose convolutions are the library's, or those of `lax`.
+    def arbiter(self, batch_size: int, agent: aj.Agent | None = None, **options):
+        """Arbiter in one endless window: the batch size never changes, every other cost is paid."""
+        rule = aj.arbiter(
+            agent or self.agent,
+            self.losses.response_loss,
+            num_features=self.model.num_features,
+            initial_batch_size=batch_size,
+            window=10**9,
+            **options,
+        )
+        return optax.chain(self.optimizer, rule)
 
-    Args:
-      name: Of :data:`MODULES`.
-      batch_size: Images of a batch.
-      window: Steps of a run.
-      by_lax: Whether every convolution, and so its derivatives, is ``lax.conv_general_dilated``.
-      scan: Whether the steps are one ``lax.scan``, or a Python loop over a jitted step.
-    """
-    shape, make = MODULES[name]
+    def timed(self, tx, batch_size: int, window: int, **options) -> Timed:
+        """Windows of `run_window` with a transformation."""
+        state = [aj.init_state(self.params, tx, jax.random.PRNGKey(1))]
 
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        module = make(shape)(rngs=rngs, kernel_init=nnx.initializers.lecun_normal())
-        for _, layer in nnx.iter_graph(module):
-            if by_lax and isinstance(layer, nnx.Conv):
-                layer.conv_general_dilated = jax.lax.conv_general_dilated
-        return module
-
-    model = models.attach(build, "head", jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    loss_fn = models.make_losses(model, optax.softmax_cross_entropy_with_integer_labels).loss_fn
-    key = jax.random.PRNGKey(0)
-    inputs = jax.random.normal(key, (batch_size, *shape))
-    labels = jax.random.randint(key, (batch_size,), 0, 10)
-
-    def step(carry, _):
-        params, model_state = carry
-
-        def loss(params):
-            batch = (inputs, labels)
-            if model_state is None:
-                return jnp.mean(loss_fn(params, batch)), None
-            mask = jnp.ones(batch_size, bool)
-            values, new_state = loss_fn(params, batch, model_state, mask, key)
-            return jnp.mean(values), new_state
-
-        (value, model_state), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        params = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
-        return (params, model_state), value
-
-    return timed_steps(step, jax.jit(model.init)(key), window, scan)
-
-
-def training(num_examples: int, batch_sizes: tuple[int, ...], window: int, *, host: bool) -> Timed:
-    """Windows of LeNet on data of Fashion-MNIST's shape, from host blocks or from the device.
-
-    Args:
-      num_examples: Of the data set.
-      batch_sizes: Of one window after the other, round and round, of one bucket.
-      window: Steps of a window.
-      host: Whether the examples come in blocks from the host.
-    """
-    shape, _ = MODULES["LeNet"]
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((num_examples, *shape), np.float32)
-    labels = rng.integers(0, 10, num_examples, np.int32)
-    model = models.lenet(shape, 10)
-    loss_fn = models.make_losses(model, optax.softmax_cross_entropy_with_integer_labels).loss_fn
-    cycle = jnp.repeat(jnp.asarray(batch_sizes), window)
-    rule = aj.schedulers.from_schedule(lambda count: cycle[count % len(cycle)])
-    tx = optax.chain(optax.sgd(0.01, momentum=0.9), rule)
-    params, _ = model.init(jax.random.PRNGKey(0))
-    state = [aj.init_state(params, tx, jax.random.PRNGKey(1))]
-    blocks = None
-    if host:
-        blocks = datasets.host_blocks(datasets.epochs((inputs, labels)), window=window)
-    else:
-        resident = jax.tree.map(jnp.asarray, aj.Data((inputs, labels)))
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in batch_sizes:
-            size, bucket_size, _ = aj.next_window(state[0].opt_state)
-            data = aj.Data(blocks.next_block(size, bucket_size)) if blocks else resident
+        def run() -> float:
+            start = time.perf_counter()
             state[0], info = aj.run_window(
                 state[0],
-                data,
-                window,
-                loss_fn=loss_fn,
+                self.data,
+                window,  # num_steps is traced, as in `fit`, where a window may be shorter
+                loss_fn=None if "gradient_fn" in options else self.losses.loss_fn,
                 tx=tx,
-                bucket_size=bucket_size,
+                bucket_size=aj.next_bucket(batch_size),
                 window=window,
+                **options,
             )
             jax.block_until_ready((state[0], info))
-        return 1e3 * (time.perf_counter() - start) / (window * len(batch_sizes))
+            return 1e3 * (time.perf_counter() - start) / window
 
-    return run
+        return run
+
+    def plain(self, batch_size: int, window: int) -> Timed:
+        """Windows of `run_window` at a constant batch size."""
+        tx = optax.chain(self.optimizer, aj.schedulers.constant(batch_size))
+        return self.timed(tx, batch_size, window)
+
+    def by_hand(self, batch_size: int, window: int, scan: bool) -> Timed:
+        """The same training with optax alone: a scan, or a Python loop over a jitted step."""
+        inputs, labels = self.data.train
+
+        def step(carry, _):
+            params, opt_state, key = carry
+            key, batch_key = jax.random.split(key)
+            rows = jax.random.randint(batch_key, (batch_size,), 0, NUM_TRAIN)
+            loss = lambda p: jnp.mean(self.losses.loss_fn(p, (inputs[rows], labels[rows])))
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state, key), value
+
+        start = (self.params, self.optimizer.init(self.params), jax.random.PRNGKey(2))
+        carry = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
+        return timed_steps(step, carry, window, scan)
 
 
-def autowu_test(num_losses: int = 1000) -> Timed:
-    """One statistical test of AutoWU on a full memory of losses."""
-    losses = 2 + 0.1 * jax.random.normal(jax.random.PRNGKey(0), (num_losses,))
+class LeNet(nnx.Module):
+    """LeNet-5 for 28 x 28 pixels, as `models.lenet`, with a convolution of the caller's choice."""
 
-    @jax.jit
-    def test(key):
-        count, rate = jnp.asarray(num_losses, jnp.int32), jnp.asarray(0.1)
-        indices = _turning_point.draw_subsets(key, losses, num_tests=5)
-        options = {"steps_per_epoch": 20, "min_learning_rate": 1e-5}
-        process = _gaussian_process.init()
-        return _turning_point.find_turning_point(process, losses, count, rate, *indices, **options)
+    shape = (28, 28, 1)
 
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(test(jax.random.PRNGKey(1)))
-        return 1e3 * (time.perf_counter() - start)
+    def __init__(self, convolution: Callable[..., jax.Array], rngs: nnx.Rngs):
+        conv = functools.partial(nnx.Conv, conv_general_dilated=convolution, rngs=rngs)
+        self.conv1 = conv(1, 6, (5, 5), padding="SAME")
+        self.conv2 = conv(6, 16, (5, 5), padding="VALID")
+        self.dense1 = nnx.Linear(400, 120, rngs=rngs)
+        self.dense2 = nnx.Linear(120, 84, rngs=rngs)
+        self.head = nnx.Linear(84, 10, rngs=rngs)
 
-    return run
-
-
-Row = tuple[str, float, Callable[[], tuple[Timed, Timed]]]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the logits, float[M, 10]."""
+        x = models.max_pool(nnx.relu(self.conv1(x)))
+        x = models.max_pool(nnx.relu(self.conv2(x)))
+        x = nnx.relu(self.dense1(x.reshape(x.shape[0], -1)))
+        return self.head(nnx.relu(self.dense2(x)))
 
 
-def rows(batch_size: int, window: int) -> list[Row]:
-    """(name, bar, make) of each row: what is measured, and against what."""
-    changing = (batch_size * 5 // 8, batch_size * 7 // 8)
+class _Block(nnx.Module):
+    """BatchNorm, ReLU and 3 x 3 convolution, twice, plus a shortcut."""
 
-    def convolutions(name, batch_size, window, lax_in_scan):
-        make = functools.partial(convolution, name, batch_size, window)
-        return make(by_lax=False, scan=True), make(by_lax=True, scan=lax_in_scan)
+    def __init__(self, num_inputs: int, num_outputs: int, stride: int, conv: Any, rngs: nnx.Rngs):
+        self.norm1 = nnx.BatchNorm(num_inputs, rngs=rngs)
+        self.conv1 = conv(num_inputs, num_outputs, (3, 3), strides=stride, padding=1)
+        self.norm2 = nnx.BatchNorm(num_outputs, rngs=rngs)
+        self.conv2 = conv(num_outputs, num_outputs, (3, 3), padding=1)
+        self.shortcut = nnx.data(
+            conv(num_inputs, num_outputs, (1, 1), strides=stride, padding=0)
+            if num_inputs != num_outputs
+            else None
+        )
 
-    def trainings(sizes):
-        make = functools.partial(training, 48_000, sizes, window)
-        return make(host=True), make(host=False)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float[M, height / stride, width / stride, num_outputs]."""
+        y = nnx.relu(self.norm1(x))
+        x = x if self.shortcut is None else self.shortcut(y)
+        return x + self.conv2(nnx.relu(self.norm2(self.conv1(y))))
 
-    return [
-        (
-            "LeNet, convolutions as patches / by lax, both in a scan",
-            0.10,
-            lambda: convolutions("LeNet", batch_size, 10, lax_in_scan=True),
-        ),
-        (
-            "WRN-16-4, convolutions as patches in a scan / by lax outside, B = 32",
-            1.10,
-            lambda: convolutions("WRN-16-4", 32, 2, lax_in_scan=False),
-        ),
-        (
-            "LeNet, host blocks / data on the device",
-            1.10,
-            lambda: trainings((batch_size,)),
-        ),
-        (
-            "LeNet, host blocks / data on the device, sizes that change",
-            1.10,
-            lambda: trainings(changing),
-        ),
-        ("AutoWU, one test / 50 ms", 1.00, lambda: (autowu_test(), lambda: 50.0)),
-    ]
+
+class WideResNet(nnx.Module):
+    """WRN-16-4 for 32 x 32 pixels, as `models.wide_resnet`, with a convolution of one's choice."""
+
+    shape = (32, 32, 3)
+
+    def __init__(self, convolution: Callable[..., jax.Array], rngs: nnx.Rngs):
+        conv = functools.partial(
+            nnx.Conv, conv_general_dilated=convolution, use_bias=False, rngs=rngs
+        )
+        self.conv = conv(3, 16, (3, 3), padding=1)
+        widths = (16, 64, 64, 128, 128, 256, 256)
+        strides = (1, 1, 2, 1, 2, 1)
+        self.blocks = nnx.List(
+            _Block(*pair, stride, conv, rngs)
+            for pair, stride in zip(itertools.pairwise(widths), strides, strict=True)
+        )
+        self.norm = nnx.BatchNorm(256, rngs=rngs)
+        self.head = nnx.Linear(256, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the logits, float[M, 10]."""
+        x = self.conv(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(nnx.relu(self.norm(x)).mean(axis=(1, 2)))

@@ -1,4 +1,4 @@
-"""Figures of the choice among examples: how fast, how many, and which."""
+"""Figures of :mod:`experiments.data_scarce_dba`: how fast, how many examples, and which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _colors(methods) -> dict[str, str]:
 
 
 def convergence(curves: dict, rows: list[dict], config: Any):
-    """Training loss against steps, the examples that steps are made of, and time."""
+    """Training loss against steps, against the number of selected examples, and against time."""
     problems = list(dict.fromkeys(key[:2] for key in curves))
     colors = _colors(key[2] for key in curves)
     fig, axes = plotting.figure(
@@ -52,7 +52,7 @@ def convergence(curves: dict, rows: list[dict], config: Any):
     evaluations = f"steps [{config.batch_size} gradient evaluations]"
     for ax, label in zip(
         axes[-1],
-        (evaluations, "examples chosen, mean over layers", "CPU seconds a run"),
+        (evaluations, "examples chosen, mean over layers", "CPU seconds per run"),
         strict=True,
     ):
         ax.set_xlabel(label)
@@ -63,7 +63,7 @@ def convergence(curves: dict, rows: list[dict], config: Any):
 
 
 def _grid(curves: dict, **shared: bool):
-    """Axes for each problem and each method that chooses: yields them with their run."""
+    """One panel per problem and selecting method: (figure, axes, [(ax, run), ...])."""
     runs = {key: run for key, run in curves.items() if _split(key[2])[1]}
     problems = list(dict.fromkeys(key[:2] for key in runs))
     methods = list(dict.fromkeys(key[2] for key in runs))
@@ -86,7 +86,7 @@ def _legend(fig: Any, axes: Any) -> Any:
 
 
 def fractions(curves: dict, config: Any):
-    """The share of the batch that each layer chooses, over the run: mean and range over seeds."""
+    """The share of the batch that each layer selects over time: mean and range over the seeds."""
     fig, axes, panels = _grid(curves, sharex=True)
     for ax, run in panels:
         steps = config.window * np.arange(1, run.fraction.shape[1] + 1)
@@ -102,7 +102,7 @@ def fractions(curves: dict, config: Any):
 
 
 def examples(curves: dict):
-    """Which examples: how often one is chosen, against how hard it is. The first seed."""
+    """How often an example is selected against how hard it is, for the first seed."""
     fig, axes, panels = _grid(curves)
     for ax, run in panels:
         hard = run.difficulty[0] + 1e-6

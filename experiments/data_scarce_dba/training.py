@@ -1,4 +1,4 @@
-"""Training on a few examples, with or without a choice among them: all seeds in one program."""
+"""Training on a few examples, all of them or selected ones: all seeds in one program."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ TX = {"sgd": optax.identity(), "adam": optax.scale_by_adam()}
 
 
 class Curves(NamedTuple):
-    """What one run leaves, at W points of time, for G layers and n training examples."""
+    """The curves of one run: W points in time, G layers, n training examples."""
 
     params: Any
     train_loss: jax.Array  # [W]
     validation_loss: jax.Array  # [W]
     validation_accuracy: jax.Array  # [W]
-    fraction: jax.Array  # [W, G], of the batch that was chosen
+    fraction: jax.Array  # [W, G], share of the batch that was chosen
     rate: jax.Array  # [G, n], how often an example was chosen when it was drawn
-    difficulty: jax.Array  # [n], mean loss of an example over the points of time
+    difficulty: jax.Array  # [n], mean loss of an example over time
 
 
 def draw(train: tuple[np.ndarray, np.ndarray], regime: str, seed: int):
-    """A small training set: `1%` of the official one, or `10 a class`."""
+    """A small training set: "1%" of the official one, or "10 per class"."""
     inputs, labels = train
     order = np.random.default_rng(seed).permutation(len(labels))
     if regime == "1%":
         rows = order[: round(len(labels) / 80)]  # the other 20% of the official set validate
-    elif regime == "10 a class":
+    elif regime == "10 per class":
         rows = np.concatenate([order[labels[order] == c][:10] for c in np.unique(labels)])
     else:
-        raise UsageError(f"--regimes must be among '1%', '10 a class', got {regime!r}.")
+        raise UsageError(f"--regimes must be among '1%', '10 per class', got {regime!r}.")
     return inputs[rows], labels[rows]
 
 
@@ -111,10 +111,10 @@ def records(curves: Curves, window: int) -> list[dict[str, float]]:
 
 
 def share_of_best(task: Task, params: Any, examples: Any, metric: str, n: int = 10) -> float:
-    """How good the best prefix is next to the best of all subsets, in (0, 1].
+    """How good the best prefix is in comparison with the best of all subsets, in (0, 1].
 
-    The metric of the one over that of the other (inverted for the variance, which is minimised):
-    the mean over the layers and over five batches of n examples.
+    The ratio of their metrics (inverted for the variance, which is minimized), a mean over the layers
+    and over five batches of n examples.
     """
     subsets = np.array(list(itertools.product([0.0, 1.0], repeat=n)))[1:]
     k = subsets.sum(axis=1)

@@ -1,12 +1,14 @@
-"""Does Arbiter's schedule respond to the dynamics of training? What its published objective does.
+"""Does Arbiter's schedule respond to the dynamics of training?
 
-Claim (arXiv:2205.08231, section 4): the learnt schedules differ with learning rate, batch size and
-momentum, so the agent perceives the inner dynamics. Put to the test with a sweep of the *range*, in
-which nothing of the dynamics changes, a random-pick control, and an agent that sees noise.
+Claim (arXiv:2205.08231, section 4): the learned schedules differ with learning rate, batch size and
+momentum, so the agent perceives the inner dynamics. The tests: a sweep of the *range*, which leaves
+the dynamics unchanged, a random-pick control, and an agent that sees noise instead of inputs.
 Command: python -m experiments.feasibility
-Time: see README.md.
-Expected: the mixture goes to the middle of whatever the range is, (b_min + b_max) / 2, and from
-above as well as from below; learning rate and momentum leave no trace.
+Time: 5 minutes; with the rules that measure noise about 15.
+Expected: the mixture goes to the middle of any range, (b_min + b_max) / 2, from above as well as from
+below, whatever the learning rate and the momentum.
+Measured: 1.02 to 1.07 of the way to the middle in five ranges (.92 from above), .98 with an agent that
+sees noise. All numbers: README.md in this folder.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ class Config:
     num_steps: int = 3000
     learning_rate: float = 0.05
     momentum: float = 0.9
-    # The published 1e-5 needs some 10,000 steps for what this rate shows in 3,000.
-    agent_learning_rate: float = 1e-4
+    # In 3,000 steps this rate shows what the published 1e-5 shows in about 10,000.
+    agent_learning_rate: float = _runner.flag(1e-4, "of the agent")
     window: int = 100
     methods: tuple[str, ...] = ("arbiter", *noise_rules.METHODS)
-    noise_epochs: float = 30.0  # for the rules that measure noise
-    quick: bool = False  # two cases
+    noise_epochs: float = _runner.flag(30.0, "epochs of the rules that measure noise")
+    quick: bool = _runner.flag(False, "two cases only")
 
 
 CONFIGS = {
@@ -57,7 +59,7 @@ BASE = {"low": 8, "high": 512, "start": 64, "rate": None, "momentum": None, "con
 
 
 def cases(config: Config) -> dict[str, dict]:
-    """name -> what differs from the base case; the first word is the group."""
+    """{name: settings of the case}; the first word of a name is its group."""
     groups = {
         "range": [
             ("8-256", {"high": 256}),
@@ -89,7 +91,7 @@ def _agent(task: _training.Task, case: dict) -> aj.Agent:
         return agent
 
     def apply(agent_params, inputs):
-        # Noise of the inputs' shape that changes with them and says nothing about them.
+        # Noise in the shape of the inputs: different for each batch, without information about it.
         bits = jnp.sum(jax.lax.bitcast_convert_type(inputs, jnp.uint32), dtype=jnp.uint32)
         noise = jax.random.normal(jax.random.fold_in(jax.random.PRNGKey(0), bits), inputs.shape)
         return agent.apply(agent_params, noise)
@@ -100,8 +102,7 @@ def _agent(task: _training.Task, case: dict) -> aj.Agent:
 def _method(task: _training.Task, config: Config, case: dict, optimizer) -> _methods.Method:
     agent = _agent(task, case)
     frozen = case["control"] == "random_pick"
-    decay = optax.add_decayed_weights(5e-4)
-    learner = optax.chain(decay, optax.adam(config.agent_learning_rate))
+    learner = _methods.hyper_optimizer(config.agent_learning_rate)
     rate = config.learning_rate if case["rate"] is None else case["rate"]
     momentum = config.momentum if case["momentum"] is None else case["momentum"]
 
@@ -147,7 +148,7 @@ def _run_arbiter(task, config: Config, results: _runner.Results, display) -> Non
     programs: dict[tuple, _methods.Method] = {}
     for name, case in cases(config).items():
         method = _method(task, config, case, optimizer)
-        # Cases that differ only in what they start from run the same programs.
+        # Cases that differ only in their initial state share a program.
         program = programs.setdefault((case["low"], case["high"], case["control"]), method)
         for seed in config.seeds:
             num_examples = config.num_steps * case["high"]

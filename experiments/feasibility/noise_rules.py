@@ -1,7 +1,7 @@
 """The part of :mod:`experiments.feasibility` for the rules that measure noise.
 
-Where there is a path from the batch size to the objective, the schedule has to follow the dynamics
-of training: not the range, not the start, but the learning rate.
+Their objective depends on the batch size, so the schedule should follow the dynamics of training:
+the learning rate, but neither the range nor the start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from arbiter_jax import plotting, schedulers
+from arbiter_jax import objectives, plotting
 from experiments import _methods, _runner, _training
 
 METHODS = ("noise_floor", "expected_gain", "arbiter_noise_response")
@@ -32,13 +32,13 @@ GROUPS = {
     "learning rate": ("rate 0.01", "8-512", "rate 0.1"),
     "start": ("start 8", "8-512", "start 512"),
 }
-POINTS = 200  # of the budget, at which sizes are compared
-# Of the budget: the noise floor grows from there on, relative to what it held.
-HELD = schedulers.noise_floor.__kwdefaults__["hold"]
+POINTS = 200  # equally spaced in the budget, at which sizes are compared
+# Share of the budget after which the noise floor may grow.
+HELD = objectives.FloorConfig.hold_until
 
 
 def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:
-    """The size in force at equal shares of the examples: (method, case, seed) -> float[POINTS]."""
+    """The applied size at equal shares of the budget: {(method, case, seed): float[POINTS]}."""
     num_examples = int(config.noise_epochs * task.num_train)
     make = functools.partial(
         _methods.optimizer, momentum=config.momentum, decay="constant", num_examples=num_examples
@@ -76,7 +76,7 @@ def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str,
     return paths
 
 
-WIDTH = POINTS // 20  # over which means are smoothed
+WIDTH = POINTS // 20  # of the moving average
 
 
 def _mean(paths: dict, name: str, case: str) -> np.ndarray:
@@ -91,19 +91,22 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def findings(paths: dict, name: str) -> dict[str, Any]:
-    """What the schedule follows.
+    """Measures whether a schedule depends on the range, the learning rate and the start.
+
+    All but `starts` are measured from a tenth of the budget to where the growth starts.
 
     Returns:
-      range: the largest ratio of two sizes at equal examples, over ranges, where no run is at the
-      end of its range, from a tenth of the budget to where the growth starts; rates: the mean size
-      of each rate there, and whether it is monotone in every seed; start: the share of the budget
-      after which sizes from all starts agree within 25%.
+      `range` and `range_median`: ratio of the largest to the smallest size at equal examples over the
+      ranges, at points where no run is at the end of its range; `rates`: the mean size at each
+      learning rate; `monotone`: in how many of the `seeds` it rises with the rate; `starts`: the
+      sizes at a tenth of the budget by start; `starts_apart`: the median ratio of the largest to the
+      smallest of them after that.
     """
     lasts = slice(POINTS // 10, int(HELD * POINTS))
     ranges = np.stack([_mean(paths, name, case) for case in GROUPS["range"]])
     highs = np.array([(BASE | CASES[case])["high"] for case in GROUPS["range"]])[:, None]
     seeds = sorted({seed for _, _, seed in paths})
-    # In no seed, and nowhere in what is smoothed: where one run is at its limit, the mean is not.
+    # Leave out every point whose moving average contains a run, of any seed, at its limit.
     runs = np.stack([[paths[name, case, seed] for case in GROUPS["range"]] for seed in seeds])
     bound = ((runs <= 8.5) | (runs >= 0.95 * highs)).any((0, 1))
     free = _smooth(bound.astype(float)) < 0.5 / WIDTH
@@ -127,7 +130,7 @@ def findings(paths: dict, name: str) -> dict[str, Any]:
 
 
 def table(paths: dict, config: Any):
-    """One row a rule."""
+    """One row per rule."""
     rows = []
     for name in dict.fromkeys(name for name, _, _ in paths):
         found = findings(paths, name)
@@ -144,7 +147,7 @@ def table(paths: dict, config: Any):
             ]
         )
     return _runner.make_table(
-        f"{config.dataset}, {config.model}: what a schedule follows that measures noise",
+        f"{config.dataset}, {config.model}: what the schedules of the noise rules depend on",
         [
             "rule",
             "ranges apart: median, most",
@@ -162,7 +165,7 @@ def table(paths: dict, config: Any):
 
 
 def plot(paths: dict, config: Any, output: Path) -> None:
-    """A row of panels a rule: ranges, rates, starts."""
+    """One row of panels per rule: ranges, rates, starts."""
     names = list(dict.fromkeys(name for name, _, _ in paths))
     fig, axes = plotting.figure(
         len(names), 3, size=(11.5, 2.9 * len(names) + 0.4), sharex=True, sharey=True, squeeze=False

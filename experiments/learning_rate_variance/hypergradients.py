@@ -1,4 +1,4 @@
-"""Hypergradients of the learning rate at a fixed point of training, drawn many times over."""
+"""Many samples of the hypergradient of the learning rate at a fixed point of training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("previous g fixed", "both sampled", "look-ahead")
-_GIVEN_SIZE = 64  # of the batch that decides on the fixed g[t-1]
-_GRAM_SIZE = 1000  # examples whose gradients are held at once
+_GIVEN_SIZE = 64  # batch size of the fixed g[t-1]
+_GRAM_SIZE = 1000  # examples whose gradients are in memory at once
 
 
 def _mean_loss(loss_fn, params, batch):
@@ -24,7 +24,7 @@ def _draw_rows(key, data, *shape):
 
 
 def _given(loss_fn, params, data, rate, key):
-    """The fixed previous gradient, and where it led."""
+    """Returns the parameters after a step with the fixed previous gradient, and that gradient."""
     rows = _draw_rows(key, data, _GIVEN_SIZE)
     grads = jax.grad(_mean_loss, 1)(loss_fn, params, jax.tree.map(lambda x: x[rows], data))
     return jax.tree.map(lambda p, g: p - rate * g, params, grads), grads
@@ -32,7 +32,7 @@ def _given(loss_fn, params, data, rate, key):
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "size", "num_draws", "look_ahead"))
 def draw_hypergradients(loss_fn, params, data, rate, key, *, size, num_draws, look_ahead):
-    """float[3, num_draws]: each kind of hypergradient, from batches of independent examples."""
+    """Returns float[3, num_draws]: samples of each of :data:`KINDS`, on independent examples."""
 
     def mean_loss(params, rows):
         return _mean_loss(loss_fn, params, jax.tree.map(lambda x: x[rows], data))
@@ -50,7 +50,7 @@ def draw_hypergradients(loss_fn, params, data, rate, key, *, size, num_draws, lo
         following, first = descend(params, rate, rows[0])
         second = jax.grad(mean_loss)(following, rows[1])
 
-        def final_loss(rate):  # after some steps at this rate, on a batch of its own
+        def final_loss(rate):  # loss on a new batch, after `look_ahead` steps at this rate
             step = lambda params, rows: (descend(params, rate, rows)[0], None)
             end, _ = jax.lax.scan(step, params, rows[:-1])
             return mean_loss(end, rows[-1])
@@ -64,8 +64,8 @@ def draw_hypergradients(loss_fn, params, data, rate, key, *, size, num_draws, lo
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def _population(loss_fn, params, data, rate, key):
-    """Variances of the examples' gradients: along the fixed g[t-1], along G, tr(Sigma^2)."""
-    given_key, rows_key = jax.random.split(key)  # split as for the draws: the same batch is fixed
+    """Returns the variances of the gradients along the fixed g[t-1] and along G, and tr(Sigma^2)."""
+    given_key, rows_key = jax.random.split(key)  # as in draw_hypergradients: the same g[t-1]
     next_given, given = _given(loss_fn, params, data, rate, given_key)
     along_given = jax.jvp(lambda p: loss_fn(p, data), (next_given,), (given,))[1]
     mean_grad = jax.grad(_mean_loss, 1)(loss_fn, params, data)
@@ -93,12 +93,12 @@ def predict(
     sizes: Sequence[int],
     look_ahead: int,
 ) -> dict[str, dict[str, float]]:
-    r"""For each kind, a and b of Var(h) = a / B + b / B^2 to first order in the learning rate.
+    r"""Predicts a and b of Var(h) = a / B + b / B^2 to first order in the learning rate.
 
-    With G and Sigma mean and covariance of the examples' gradients, all at the same parameters, the
-    hypergradient of T steps is :math:`g_T \cdot \sum_{t<T} g_t`, so that
-    :math:`a = (T^2 + T) G^T \Sigma G` and :math:`b = T \, tr(\Sigma^2)`; T = 1 for both sampled.
-    With a fixed previous gradient g, :math:`a = g^T \Sigma g` and b = 0, at any rate.
+    Let G and Sigma be the mean and the covariance of the examples' gradients, all at the same
+    parameters. The hypergradient of T steps is :math:`g_T \cdot \sum_{t<T} g_t`, so
+    :math:`a = (T^2 + T) G^T \Sigma G` and :math:`b = T \, tr(\Sigma^2)`; T = 1 if both gradients
+    are sampled. With a fixed previous gradient g, :math:`a = g^T \Sigma g` and b = 0, at any rate.
 
     Returns:
       {kind: {"a", "b", "slope": of log variance in log B over the sizes}}.
@@ -126,10 +126,10 @@ def measure(
     num_draws: int,
     look_ahead: int,
 ) -> dict[str, dict[str, Any]]:
-    """For each kind: means and variances of h over the sizes, and what they follow.
+    """Measures the means and variances of h over the batch sizes.
 
-    Few examples have large gradients, which makes h heavy-tailed where B is small: there are more
-    draws of the smaller sizes, up to 8 times `num_draws`, which is that of the largest.
+    Few examples have large gradients, so h is heavy-tailed at small B. Smaller sizes therefore get
+    more samples, up to 8 times `num_draws`, the number at the largest size.
 
     Returns:
       {kind: {"means", "variances": float[len(sizes)], "slope": of log variance in log B}}.

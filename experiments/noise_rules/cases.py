@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import datasets, models, schedulers
-from arbiter_jax.objectives import impulse_response
-from arbiter_jax.objectives._noise_floor import final_size
+from arbiter_jax import datasets, models, objectives, schedulers
 from experiments import _methods, _training
 from experiments._learning_rates import scale_by_decay
 from experiments._problems import DEFINITIONS, task_of, token_agent
@@ -25,15 +23,15 @@ NOISE_RULES = (
     "expected_gain",
     "arbiter_noise_response",
 )
-HINDSIGHT = "best_held"  # not a rule: every size to hold, of which the best one is known afterwards
+HINDSIGHT = "best_held"  # not a rule: several sizes to hold, the best of which is known afterwards
 CONTEXT = 8  # characters that the language model sees
 
 
 class Case(NamedTuple):
-    """One problem, on which all sizes and all rules are compared at equal examples."""
+    """One problem, on which all sizes and rules are compared at equal examples."""
 
-    task: str
-    optimizer: str  # of OPTIMIZERS
+    task: str  # a key of TASKS
+    optimizer: str  # a key of OPTIMIZERS
     learning_rate: float
 
 
@@ -45,7 +43,7 @@ class Definition:
     agent: aj.Agent
     num_examples: int
     max_batch_size: int
-    scale: float = 1.0  # of all learning rates
+    scale: float = 1.0  # factor on all learning rates
 
 
 # Three rates each, at most a decade from one to the next.
@@ -63,7 +61,7 @@ def _of_name(dataset: str, model: str, epochs: float, max_batch_size: int) -> De
 
 
 def _language(epochs: float) -> Definition:
-    """The next of English characters from the eight before it."""
+    """Predicts an English character from the eight before it."""
     dataset = datasets.text(CONTEXT, form="context")
     size = dataset.num_classes
     one_hot = lambda tokens: jax.nn.one_hot(tokens, size).reshape(tokens.shape[0], -1)
@@ -95,13 +93,13 @@ TASKS: dict[str, Callable[[], Definition]] = {
 
 @functools.cache
 def definition(name: str, share: float = 1.0) -> Definition:
-    """The task of a name, with a share of its budget."""
+    """A task by name, with a share of its budget."""
     made = TASKS[name]()
     return dataclasses.replace(made, num_examples=int(share * made.num_examples))
 
 
 def optimizer(kind: str, rate: float, decay: str, num_examples: int):
-    """An optimizer whose rate, momentum and decay lie in its state: one program for many."""
+    """An optimizer whose rate, momentum and decay lie in its state, so that they share a program."""
     if kind == "adam":
         base = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
     else:
@@ -112,42 +110,42 @@ def optimizer(kind: str, rate: float, decay: str, num_examples: int):
 
 @functools.cache
 def persistence(kind: str, power: int = 1) -> float:
-    """k, measured from the optimizer's impulse response: 1 for the noise floor, 2 for the gain."""
+    """k from the impulse response: power 1 for the noise floor, 2 for the expected gain."""
     made = {
         "sgd": optax.sgd(0.1),
         "momentum": optax.sgd(0.1, momentum=0.9),
         "adam": optax.adam(0.1),
     }
-    return impulse_response(made[kind], power=power)
+    return objectives.impulse_response(made[kind], power=power)
 
 
 class HeldState(NamedTuple):
     """State of :func:`held_then_grown`."""
 
     batch_size: jax.Array  # shape=(), dtype=int32
-    held: jax.Array  # shape=(), dtype=float
+    held: jax.Array  # shape=(), dtype=float, size to hold
 
 
 def held_then_grown(
     held: float, num_examples: int, max_batch_size: int, min_batch_size: int = 8
 ) -> optax.GradientTransformationExtraArgs:
-    """A given size, held and grown as the noise floor does (NOISE.md, Eq. 12). It lies in the state.
+    """Holds a given size and grows it as the noise floor does (DERIVATION.md, Eq. 12).
+
+    The size lies in the state, so that all sizes share a program.
 
     Args:
-      held: b, in examples, > 0; below min_batch_size there is less noise to remove.
+      held: b, in examples, > 0; below min_batch_size, growth begins later.
       num_examples: The budget.
       max_batch_size: Largest size.
       min_batch_size: Smallest size.
     """
-    share, hold, growth = map(
-        schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth")
-    )
+    grows_from = objectives.FloorConfig.hold_until * num_examples
 
     def size(b, seen):
-        in_force = jnp.maximum(b, min_batch_size)
-        left, num_steps = num_examples - seen, jnp.maximum(seen, 1) / in_force
-        grown = final_size(b, in_force, num_steps, left, share=share, growth=growth)
-        b = jnp.where(seen < hold * num_examples, b, jnp.maximum(b, grown))
+        applied = jnp.maximum(b, min_batch_size)
+        num_steps = jnp.maximum(seen, 1) / applied
+        grown = objectives.final_size(b, applied, num_steps, num_examples - seen)
+        b = jnp.where(seen < grows_from, b, jnp.maximum(b, grown))
         return jnp.clip(jnp.round(b), min_batch_size, max_batch_size).astype(jnp.int32)
 
     def init_fn(params):
@@ -186,7 +184,7 @@ def _rule(name: str, made: Definition, kind: str, seed: int, start: int, options
 
 @functools.cache
 def _program(name: str, task: str, share: float, kind: str, options: tuple) -> Any:
-    """The update function that all rates, decays, sizes and seeds of a method share."""
+    """The transformation whose `update` all rates, decays, sizes and seeds of a method share."""
     made = definition(task, share)
     base = optimizer(kind, 0.1, "constant", made.num_examples)
     if name == "constant":
@@ -195,7 +193,7 @@ def _program(name: str, task: str, share: float, kind: str, options: tuple) -> A
 
 
 def forget_programs() -> None:
-    """Drops every compiled program, before the next task compiles its own."""
+    """Drops every compiled program before the next task compiles its own."""
     _program.cache_clear()
     jax.clear_caches()
 
@@ -211,20 +209,20 @@ def run(
     callbacks: Any = (),
     **options: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], aj.FitResult]:
-    """One run of a method on a case: its row, its windows, and the fit.
+    """Runs a method on a case: (row, windows, fit).
 
     Args:
       case: What to train.
       name: One of :data:`NOISE_RULES`, :data:`HINDSIGHT` or "constant".
-      seed: Of everything that is drawn.
-      decay: Of the learning rate, of :data:`experiments._learning_rates.DECAYS`.
-      share: Of the task's budget.
-      start: The constant size, the one to hold, or the one that a rule starts from.
-      callbacks: For `fit`.
-      **options: More arguments of the rule.
+      seed: Of the run.
+      decay: Of the learning rate, one of :data:`experiments._learning_rates.DECAYS`.
+      share: Share of the task's budget.
+      start: The constant size, the size to hold, or the initial size of a rule.
+      callbacks: Passed to `fit`.
+      **options: Further arguments of the rule.
     """
     made = definition(case.task, share)
-    # Momentum is in the state, but what the rules know of it is in their programs.
+    # Momentum lies in the state, but a rule's persistence is a constant of its program.
     fixed = name in ("constant", HINDSIGHT)
     kind = "sgd" if fixed and case.optimizer == "momentum" else case.optimizer
     tx = _program(name, case.task, share, kind, tuple(sorted(options.items())))

@@ -1,8 +1,9 @@
-"""The controls of :mod:`experiments.noise_rules`: a rule that is told other statistics."""
+"""The controls of :mod:`experiments.noise_rules`: a rule that is passed other statistics."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,86 +11,92 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arbiter_jax import schedulers
-from arbiter_jax.objectives import NoiseObjective, floor_objective, gain_objective
-from arbiter_jax.schedulers._from_objective import noise_rule
+from arbiter_jax import objectives, schedulers
 from experiments import _methods, _runner, _training
 from experiments.noise_rules import cases
 
-# At rates at which the noise floor is not at the lower end of its range in all runs, where nothing
+# Rates at which the noise floor is not at the lower end of its range in all runs: there, nothing
 # could change.
 CONTROLLED = (
     cases.Case("fashion_mnist", "momentum", 0.03),
     cases.Case("language", "momentum", 0.1),
     cases.Case("digits", "momentum", 0.1),
 )
-BINS = 100  # of the budget, in which the statistics of a run are recorded
-# What is recorded, and told as a sample; None: 0, for the first holds what Eq. 15 adds to it.
-STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("progress", "noise_cost")}
+BINS = 100  # equal parts of the budget, in each of which the statistics of a run are recorded
+# Field of an objective's sample -> the metric that replaces it. None: 0, because the recorded noise
+# already contains the correction of Eq. 15.
+STATISTICS = {
+    "noise_floor": {"noise": "noise", "correction": None},
+    "expected_gain": {"noiseless_gain": "noiseless_gain", "noise_cost": "noise_cost"},
+}
 
 
 # The control: do the same numbers in another order, or those of another run, do worse?
 
 
 class Replay(NamedTuple):
-    """A noise objective's state, and the statistics that it is told in place of its own."""
+    """State of a noise objective that reads a table instead of measuring."""
 
-    statistics: Any
-    table: jax.Array  # shape=(BINS, k), dtype=float
-
-    metrics = ()
+    statistics: Any  # state of the objective
+    table: jax.Array  # shape=(BINS, k), dtype=float, samples by share of the budget
 
 
-def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> NoiseObjective:
-    """The objective, with its samples of the noise read off a table by the share of the budget."""
+def replay(
+    objective: objectives.NoiseObjective, fields: Iterable[str], table: Any, num_examples: int
+) -> objectives.NoiseObjective:
+    """An objective whose samples come from a table, by share of the budget.
 
-    def update(state, sample, due, batch_size, signals):
+    Args:
+      objective: The objective.
+      fields: The fields of its samples that the columns of the table replace. The others (the loss of
+        validation examples) are measured.
+      table: float[BINS, k].
+      num_examples: The budget.
+    """
+
+    def update(state, sample, measured, batch_size, signals):
         seen = jnp.asarray(signals["num_examples"], float) / num_examples
-        told = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
-        # What else was measured (the loss of validation examples) stays.
-        sample = (*told, *sample[len(told) :])
+        row = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
+        sample = sample._replace(**dict(zip(fields, row, strict=True)))
         return state._replace(
-            statistics=objective.update(state.statistics, sample, due, batch_size, signals)
+            statistics=objective.update(state.statistics, sample, measured, batch_size, signals)
         )
 
     return objective._replace(
         init=lambda: Replay(objective.init(), jnp.asarray(table, float)),
         update=update,
-        objective=lambda state, *args: objective.objective(state.statistics, *args),
+        loss=lambda state, *args: objective.loss(state.statistics, *args),
         best=lambda state, *args: objective.best(state.statistics, *args),
     )
 
 
 def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
-    """The running averages of a run at equal distances in examples, float[BINS, k]."""
+    """Returns float[BINS, k]: the running averages of a run, at equal distances in examples."""
     sizes = fit.per_step("batch_size")
     seen = np.cumsum(sizes)[sizes > 0]
     at = np.searchsorted(seen, (np.arange(BINS) + 0.5) / BINS * num_examples)
     at = np.minimum(at, len(seen) - 1)
     column = lambda field: fit.per_step(field)[sizes > 0][at] if field else np.zeros(BINS)
-    return np.stack([column(field) for field in STATISTICS[name]], 1)
+    return np.stack([column(metric) for metric in STATISTICS[name].values()], 1)
 
 
 def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray):
+    """The optimizer of a case and its rule, which reads a table: float[BINS, k]."""
     made = cases.definition(case.task, share)
-    loss_fn, budget = made.task.losses.loss_fn, None
+    loss_fn = made.task.losses.loss_fn
     if name == "noise_floor":
-        budget = made.num_examples
-        known = {"num_examples": budget, "persistence": cases.persistence(case.optimizer)}
-        objective, state = floor_objective(loss_fn, **known), schedulers.NoiseFloorState
+        k = cases.persistence(case.optimizer)
+        objective = objectives.noise_floor(loss_fn, num_examples=made.num_examples, persistence=k)
+        options = {}
     else:
         k = cases.persistence(case.optimizer, power=2)
-        objective, state = gain_objective(loss_fn, persistence=k), schedulers.ExpectedGainState
-    constants = getattr(schedulers, name).__kwdefaults__
-    rule = noise_rule(
-        state,
-        replay(objective, table, made.num_examples),
-        rule=name,
-        limits=(8, made.max_batch_size, 64),
-        fixed_cost=0.0,
-        max_change=constants["max_change"],
-        num_examples=budget,
-        every=constants["every"],
+        objective = objectives.expected_gain(loss_fn, persistence=k)
+        options = {"measure_every": 10, "max_change": 2.0}  # as in schedulers.expected_gain
+    rule = schedulers.from_objective(
+        replay(objective, STATISTICS[name], table, made.num_examples),
+        max_batch_size=made.max_batch_size,
+        initial_batch_size=64,
+        **options,
     )
     rate = made.scale * case.learning_rate
     optimizer = cases.optimizer(case.optimizer, rate, "constant", made.num_examples)
@@ -97,7 +104,7 @@ def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray
 
 
 def control(config: Any, display: Any) -> list[dict[str, Any]]:
-    """Each rule as it is, and told statistics: its own, permuted ones, those of other rates."""
+    """Runs each rule as it is, and with a table: its own, permuted in time, of other rates."""
     rows = []
     for case in (case for case in CONTROLLED if case.task in config.tasks):
         made = cases.definition(case.task, config.share)
@@ -124,15 +131,15 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
                 tables = {"replayed": table, "permuted": table[order]}
                 for rate in others:
                     tables[f"of rate {rate:g}"] = measured(case._replace(learning_rate=rate))[1]
-                for label, told in tables.items():
-                    row = _replayed(name, label, case, config.share, told, shared, seed)
+                for label, table in tables.items():
+                    row = _replayed(name, label, case, config.share, table, shared, seed)
                     rows.append({"part": "control", **row})
             cases.forget_programs()
     return rows
 
 
 def _replayed(name, label, case, share, table, shared, seed) -> dict[str, Any]:
-    """The row of a run that is told a table; `shared` is a chain with the same program."""
+    """The row of a run with a table; `shared` is a chain with the same program."""
     made, tx = cases.definition(case.task, share), _replayed_chain(name, case, share, table)
     return _training.train(
         made.task,
@@ -168,10 +175,9 @@ def control_table(rows: list[dict[str, Any]]):
         cells,
         "momentum .9, rate "
         + ", ".join(f"{case.learning_rate:g} ({case.task})" for case in CONTROLLED)
-        + ". replayed: the rule is told the running averages of its own run as if "
-        f"they were measured, at {BINS}\npoints of the budget; permuted: the same numbers in another "
-        "order; of rate: those of a run at another learning rate.\n± half-width of the 95% interval "
-        "over seeds.",
+        + ". replayed: the rule reads the running averages of its own run as if they were measured, "
+        f"at {BINS}\npoints of the budget; permuted: the same numbers in another order; of rate: those "
+        "of a run at another learning rate.\n± half-width of the 95% interval over seeds.",
     )
 
 
@@ -179,7 +185,7 @@ def control_table(rows: list[dict[str, Any]]):
 
 
 def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
-    """Every case: each rule as it is, told its own statistics, and told them permuted in time."""
+    """Runs each rule in every case: as it is, with its own table, and with it permuted in time."""
     rows = []
     for task, kind in itertools.product(config.tasks, config.optimizers):
         made = cases.definition(task, config.share)
@@ -197,15 +203,15 @@ def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
                     table = _recorded(fit, name, made.num_examples)
                     order = np.random.default_rng(seed).permutation(BINS)
                     shared = shared or _replayed_chain(name, case, config.share, table)
-                    for label, told in (("replayed", table), ("permuted", table[order])):
-                        row = _replayed(name, label, case, config.share, told, shared, seed)
+                    for label, used in (("replayed", table), ("permuted", table[order])):
+                        row = _replayed(name, label, case, config.share, used, shared, seed)
                         rows.append({"part": "time_order", **row})
         cases.forget_programs()
     return rows
 
 
 def order_effects(rows: list[dict[str, Any]], name: str, against: str) -> np.ndarray:
-    """ln of the test loss of a permuted run over that of another, a mean over seeds for each case."""
+    """ln of the test loss of a permuted run over that of another: float[cases], means over seeds."""
     effects = []
     for group in _runner.by(rows, "task_name", "optimizer", "case_rate").values():
         losses = {
@@ -217,7 +223,7 @@ def order_effects(rows: list[dict[str, Any]], name: str, against: str) -> np.nda
 
 
 def time_order_table(rows: list[dict[str, Any]]):
-    """What the order in time is worth, for each task and in all."""
+    """The effect of the order in time, per task and over all tasks."""
     cells = []
     tasks = _runner.by(rows, "task_name")
     for name in (name for name in STATISTICS if name in _runner.by(rows, "method")):
@@ -241,6 +247,6 @@ def time_order_table(rows: list[dict[str, Any]]):
         ["task, rule", "cases", "mean %", "median %", "worse in", "diverged"],
         cells,
         "100 ln of the test loss with permuted statistics over that of the rule as it is (own), or "
-        "told its own\nstatistics (replayed), paired by seed, a mean over seeds for each case; ± "
-        "half-width of the 95% interval over cases.",
+        "with its own\ntable (replayed), paired by seed, a mean over seeds for each case; ± half-width "
+        "of the 95% interval over cases.",
     )

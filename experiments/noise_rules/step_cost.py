@@ -1,4 +1,4 @@
-"""The part of :mod:`experiments.noise_rules` in which a step has a fixed cost."""
+"""The part of :mod:`experiments.noise_rules` in which every step has a fixed cost."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from arbiter_jax import metrics, plotting
 from experiments import _runner, _training
 from experiments.noise_rules import cases
 
-FLAT = 512  # a step of fewer examples costs as much as one of this many
+FLAT = 512  # a step on fewer examples costs as much as one on this many
 COSTLY = cases.Case("fashion_mnist", "momentum", 0.03)
-BUDGETS = (1.0, 1.5, 2.0, 3.0)  # of the task's examples: what the noise floor is told
-COST = 4.0  # times the task's examples, the cost at which a constant size ends
+BUDGETS = (1.0, 1.5, 2.0, 3.0)  # budgets of the noise floor, in units of the task's examples
+COST = 4.0  # cost at which a constant size ends, in units of the task's examples
 
 
 def _cost(record: Any) -> float:
@@ -22,11 +22,11 @@ def _cost(record: Any) -> float:
 
 
 def _curve(task: _training.Task, total: float, points: int = 20) -> tuple[list, Callable]:
-    """Validation losses along a run, by its cost; and the callback that takes them down."""
+    """Returns (curve, callback): the callback appends (cost, validation loss) to the curve."""
     curve: list[tuple[float, float]] = []
     spent, next_at = [0.0], [total / points]
 
-    def look(record, state):
+    def record_loss(record, state):
         spent[0] += _cost(record)
         if spent[0] >= next_at[0]:
             next_at[0] += total / points
@@ -36,11 +36,11 @@ def _curve(task: _training.Task, total: float, points: int = 20) -> tuple[list, 
             curve.append((spent[0], loss))
         return spent[0] >= total
 
-    return curve, look
+    return curve, record_loss
 
 
 def step_cost(config: Any, display: Any) -> list[dict[str, Any]]:
-    """Validation loss against cost: constant sizes, and both rules, which are told the fixed cost."""
+    """Runs constant sizes and both rules, which are passed the fixed cost of a step."""
     base = cases.definition(COSTLY.task, config.share)
     total, rows = COST * base.num_examples, []
     for size in [2**k for k in range(6, base.max_batch_size.bit_length())]:
@@ -57,14 +57,14 @@ def _curves(name, start, share, total, config, display) -> list[dict[str, Any]]:
     options = {} if name == "constant" else {"step_cost": float(FLAT)}
     for seed in config.seeds:
         shown = display(f"step cost: {name} {start}, seed {seed}", made.num_examples)
-        curve, look = _curve(made.task, total)
+        curve, record_loss = _curve(made.task, total)
         row, _, fit = cases.run(
             COSTLY,
             name,
             seed=seed,
             share=share,
             start=start,
-            callbacks=[shown, look],
+            callbacks=[shown, record_loss],
             **options,
         )
         end = (sum(map(_cost, fit.history)), row["validation_loss"])
@@ -75,10 +75,11 @@ def _curves(name, start, share, total, config, display) -> list[dict[str, Any]]:
 
 
 def reached(rows: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
-    """The target loss, and at what cost each constant size and rule is down to it.
+    """Returns (target, {name: cost}): the cost at which each size and rule reaches a target loss.
 
-    The target is where the best constant size ends. A run of the noise floor counts by its end, for
-    it grows only there, so that a budget has to be chosen before; between budgets, by the line.
+    The target is the loss at which the best constant size ends. The noise floor needs its budget in
+    advance and grows only at the end, so only the ends of its runs count; costs between two budgets
+    are interpolated.
     """
     groups = _runner.by(rows, "method", "start", "share")
     curves: dict[str, np.ndarray] = {}
@@ -96,7 +97,7 @@ def reached(rows: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
 
 
 def _crossing(curve: np.ndarray, target: float) -> float:
-    """The cost at which a curve is first down to a loss; nan if it never is."""
+    """The cost at which a curve first reaches a loss; nan if it never does."""
     below = np.flatnonzero(curve[:, 1] <= target)
     if not len(below):
         return float("nan")
@@ -108,7 +109,7 @@ def _crossing(curve: np.ndarray, target: float) -> float:
 
 
 def step_cost_table(rows: list[dict[str, Any]]):
-    """The cost to the target loss, in steps of the smallest cost, and over that of the best size."""
+    """The cost to the target loss, in units of the smallest step, and over that of the best size."""
     target, costs = reached(rows)
     best = np.nanmin([cost for name, cost in costs.items() if name.startswith("constant")])
     cells = [

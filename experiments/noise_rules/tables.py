@@ -1,4 +1,4 @@
-"""What the rows of the table of :mod:`experiments.noise_rules` say: judged, counted, shown, drawn."""
+"""The table of :mod:`experiments.noise_rules`: rows are compared, counted, shown and drawn."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from experiments.noise_rules import cases
 
 
 def mean(rows: list[dict], field: str = "test_loss") -> float:
-    """The mean over seeds; infinite where one diverged, for nan is not less than anything."""
+    """The mean over seeds; infinite if one diverged, so that it can be compared."""
     return float(np.mean([np.nan_to_num(row[field], nan=np.inf) for row in rows]))
 
 
 def judge(rows: list[dict]) -> list[dict[str, Any]]:
-    """One record a case: the best constant sizes, and what each rule did from each start."""
+    """One record per case: the best constant sizes, and the outcome of each rule and start."""
     records = []
     rows = [row for row in rows if row.get("part") == "table"]
     for (task, kind, rate), group in _runner.by(
@@ -53,7 +53,7 @@ def judge(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def counted(records: list[dict], task: str | None = None) -> list[list[str]]:
-    """What the numbers to reach ask for: shares of the cases, a case and a start being one."""
+    """One line per rule: in which shares of the cases (case and start) it meets each criterion."""
     lines = []
     for name in (*cases.NOISE_RULES, cases.HINDSIGHT):
         outcomes = [
@@ -89,6 +89,7 @@ def counted(records: list[dict], task: str | None = None) -> list[list[str]]:
 
 
 def tables(rows: list[dict], config: Any) -> list[Any]:
+    """The table of all cases, and the table of counts."""
     records = judge(rows)
     cells = []
     for record in records:
@@ -133,7 +134,7 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
         "the best of constant rate, cosine and decay in\nthe last fifth. noise floor: mean test loss "
         "over that of the best constant size, lowest and highest of the starts\n"
         f"{', '.join(map(str, config.starts))}; the other rules from {config.middle}. "
-        "steps: of the noise floor / of the best\nsize with decay. noise_floor looks at validation "
+        "steps: of the noise floor / of the best\nsize with decay. noise_floor uses validation "
         "examples as well, noise_floor_training does not.\nbest_held: of five sizes around the best "
         "constant one, held and grown likewise, the one with the lowest test\nloss in hindsight "
         "(its size): what a rule of this form could reach.",
@@ -142,7 +143,7 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
     columns = ["rule", "cases", "below %", "within 1%", "mean %", "median %", "worst %"]
     columns += ["diverged", "below chosen %", "within 2% of decay", "and 60% of steps"]
     counts = _runner.make_table(
-        "how often: a case and a start are one",
+        "how often, over all cases and starts",
         columns,
         lines,
         "below, within, mean (of those that did not diverge), median, worst: test loss against the "
@@ -154,7 +155,7 @@ def tables(rows: list[dict], config: Any) -> list[Any]:
 
 
 def plot(results: _runner.Results):
-    """Above what each rule gains or loses in every case, below the sizes that the noise floor takes."""
+    """Above, what each rule gains or loses in every case; below, the sizes of the noise floor."""
     records, config = judge(results.rows), results.extra["config"]
     fig, (top, bottom) = plotting.figure(2, 1, size=(9.5, 7.0))
     ticks = np.arange(len(records))

@@ -1,14 +1,16 @@
 """Short-horizon bias: what a look-ahead of a few steps does to learning rates and batch sizes.
 
-Claim (arXiv:1803.02021): meta-optimisation over a short horizon chooses rates that are far too small,
+Claim (arXiv:1803.02021): meta-optimization over a short horizon chooses rates that are far too small,
 on a noisy quadratic where both optima are known exactly, and on a network, offline and online. The
-same holds of batch sizes, which greed makes grow too early, and the noise floor does not. Every line
-of the table is a claim, what this run measured, and whether that bears it out.
+same holds for batch sizes, which grow too early under a greedy rule, but not under the noise floor.
+Every line of the table is a claim, what this run measured, and whether the claim holds.
 Command: python -m experiments.short_horizon_bias [--config smoke|paper]
-Time: see README.md.
-Expected: every claim of the default config holds. Online, the rate keeps falling because Adam starts
-afresh at every meta step, as in the published code, and steps by the sign; `--no-reset-meta-state`
-lets it remember the large derivatives of the start, and the rate stays at about a quarter.
+Time: 10 minutes.
+Expected: every claim of the default config holds. Online, the rate keeps falling because Adam restarts
+at every meta step, as in the published code, and so steps by the sign; with `--no-reset-meta-state` it
+remembers the large derivatives of the start, and the rate stays at about a quarter.
+Measured: greedy rates end at an excess loss of 9.1526, optimal ones at 4.0022. All numbers: README.md
+in this folder.
 """
 
 from __future__ import annotations
@@ -30,26 +32,29 @@ SURFACE = ((0.01, 5.0), (0.05, 50.0))  # initial effective rates, decay exponent
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = _runner.flag(PARTS, ", ".join(PARTS))
     dataset: str = "digits"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     hidden_size: int = 100
     batch_size: int = 10
     num_examples: int = 1500
-    time_constant: float = 500.0
-    noise_budgets: tuple[float, ...] = (2_000.0, 20_000.0)  # examples on the quadratic
-    horizons: tuple[int, ...] = (20, 100, 500, 2000)  # offline, in steps
-    meta_steps: tuple[int, ...] = (400, 200, 80, 60)  # for each horizon
-    offline_rate: float = 0.05  # of Adam, on the logarithms
-    offline_steps: int = 2000  # training with a learnt schedule
-    online_steps: int = 4000
-    online_rate: float = 0.01
-    meta_every: int = 10
-    reset_meta_state: bool = True  # online, as in the published code
-    # Effective. Online meta-descent starts at the best of them.
-    manual_rates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-    surface_points: int = 12  # along each axis
-    quick: bool = False  # small quadratics
+    time_constant: float = _runner.flag(500.0, "time constant of the rate's decay, in steps")
+    noise_budgets: tuple[float, ...] = _runner.flag(
+        (2_000.0, 20_000.0), "budgets on the quadratic, in examples"
+    )
+    horizons: tuple[int, ...] = _runner.flag((20, 100, 500, 2000), "offline look-aheads, in steps")
+    meta_steps: tuple[int, ...] = _runner.flag((400, 200, 80, 60), "meta steps for each horizon")
+    offline_rate: float = _runner.flag(0.05, "offline: Adam's rate, on the logarithms")
+    offline_steps: int = _runner.flag(2000, "training steps with a learned schedule")
+    online_steps: int = _runner.flag(4000, "online: training steps")
+    online_rate: float = _runner.flag(0.01, "online: Adam's rate")
+    meta_every: int = _runner.flag(10, "online: training steps per meta step")
+    reset_meta_state: bool = _runner.flag(True, "online: restart Adam, as in the published code")
+    manual_rates: tuple[float, ...] = _runner.flag(
+        (0.1, 0.2, 0.3, 0.5, 0.7, 1.0), "effective rates; online meta-descent starts at the best"
+    )
+    surface_points: int = _runner.flag(12, "grid points along each axis of the surface")
+    quick: bool = _runner.flag(False, "small quadratics")
 
 
 CONFIGS = {
@@ -153,7 +158,7 @@ def run(config: Config) -> _runner.Results:
 
 
 def _records(extra: dict[str, Any], config: Config):
-    """Rows of metrics.csv: rates and losses along every schedule, thinned out."""
+    """Yields rows of metrics.csv: rates and losses along every schedule, a few per run."""
     for name, schedule in extra.get("toy", ({}, None))[0].items():
         columns = (schedule.learning_rates, schedule.momenta, schedule.excess_loss[1:])
         for step, (rate, momentum, loss) in enumerate(zip(*columns, strict=True), 1):
@@ -186,15 +191,15 @@ def table(results: _runner.Results):
         f"short-horizon bias: noisy quadratic; {config.dataset}, {len(config.seeds)} seeds",
         ["claim", "measured", "holds"],
         rows,
-        "ratio: excess loss at the end, of greedy over optimal. Where there are several seeds, a "
-        "claim holds if it does for every seed.",
+        "ratio: excess loss at the end, of greedy over optimal. With several seeds, a claim holds if "
+        "it holds for every seed.",
     )
     tables = [listed]
     if "offline" in extra:
         cells = claims.offline_table(extra["offline"], extra["net"], config.offline_steps)
         tables.append(
             _runner.make_table(
-                f"offline meta-descent, then {config.offline_steps:,} steps with what it learnt",
+                f"offline meta-descent, then {config.offline_steps:,} steps with what it learned",
                 ["look-ahead", "meta steps", "first rate", "decay", "last rate", "training loss"],
                 cells,
                 "rates: effective, lowest and highest seed. training loss: over all examples, at\n"
@@ -229,5 +234,5 @@ def plot(results: _runner.Results, output: Path) -> None:
     if "online" in extra:
         figures.online(config, extra["online"], output / "online.png")
     if "surface" in extra:
-        learnt = extra.get("offline", {})
-        figures.surface(config, net, *extra["surface"], learnt, output / "surface.png")
+        learned = extra.get("offline", {})
+        figures.surface(config, net, *extra["surface"], learned, output / "surface.png")

@@ -1,4 +1,4 @@
-"""The claims of `short_horizon_bias`, each with what a run measured and whether that bears it out."""
+"""The claims of `short_horizon_bias`: each with what a run measured and whether it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from experiments import _runner
 from experiments.short_horizon_bias import descent
 
 
-def _row(claim: str, measured: str, holds: Any, **values: Any) -> dict[str, Any]:
+def row(claim: str, measured: str, holds: Any, **values: Any) -> dict[str, Any]:
+    """The row of one claim."""
     return {"method": claim, "measured": measured, "holds": bool(holds), **values}
 
 
@@ -22,15 +23,15 @@ def _spread(values: Any, digits: int = 2) -> str:
 
 
 def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterator[dict[str, Any]]:
-    """Of the noisy quadratic: greedy rates against optimal ones."""
-    yield _row(
+    """Claims on the noisy quadratic: greedy rates against optimal ones."""
+    yield row(
         "toy: where all curvatures are equal, greedy is optimal",
         f"ratio {ratios.condition[0]:.5f}",
         abs(ratios.condition[0] - 1) < 1e-4,
         ratio=ratios.condition[0],
     )
     alone, both, reference = without_noise.values()
-    yield _row(
+    yield row(
         "toy: without noise, greedy with momentum is conjugate gradient",
         f"losses {both:.6f}, {reference:.6f}; rate alone {alone / both:.2f} times worse",
         abs(both / reference - 1) < 1e-4 and alone > both,
@@ -42,7 +43,7 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
         greedy, optimal = (
             schedules[name + suffix].excess_loss[-1] for name in ("greedy", "optimal")
         )
-        yield _row(
+        yield row(
             f"toy: with noise, greed in {what} costs a factor of 2",
             f"greedy {greedy:.4f}, optimal {optimal:.4f}, ratio {greedy / optimal:.3f}",
             greedy > 2 * optimal,
@@ -51,7 +52,7 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
         )
     middle = len(schedules["greedy"].learning_rates) // 2
     rates = [schedules[name].learning_rates[middle] for name in ("greedy", "optimal")]
-    yield _row(
+    yield row(
         "toy: half-way, the greedy rate is at most a third of the optimal",
         f"greedy {rates[0]:.3f}, optimal {rates[1]:.3f}",
         3 * rates[0] <= rates[1],
@@ -59,15 +60,15 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
         optimal=rates[1],
     )
     if config.horizons:
-        yield _row(
+        yield row(
             "toy: greed costs more, the longer the run",
             f"ratio {_spread(ratios.horizon, 3)}, {config.horizons[0]} to {config.horizons[-1]} steps",
             np.all(np.diff(ratios.horizon) > 0),
             ratios=ratios.horizon,
         )
-    # Directions flatter than 1 / steps are left alone by any rate: there is nothing to lose there.
+    # No rate moves directions flatter than 1 / steps, so nothing can be lost there.
     felt = [c <= config.sweep_steps for c in config.conditions]
-    yield _row(
+    yield row(
         f"toy: greed costs more, the worse the conditioning, up to {config.sweep_steps}",
         f"ratio {_spread(ratios.condition[felt], 3)}; at {config.conditions[-1]:g} "
         f"{ratios.condition[-1]:.2f}",
@@ -75,7 +76,7 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
         ratios=ratios.condition,
     )
     top = int(np.argmax(ratios.noise))
-    yield _row(
+    yield row(
         "toy: greed costs most at medium noise, nothing where noise rules",
         f"ratio {ratios.noise[0]:.2f}, up to {ratios.noise[top]:.2f} at {config.noises[top]:g}, "
         f"{ratios.noise[-1]:.3f}",
@@ -83,7 +84,7 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
         ratios=ratios.noise,
     )
     if config.look_aheads:
-        yield _row(
+        yield row(
             "toy: a longer look-ahead leads from greedy to optimal",
             f"ratio {ratios.look_ahead[0]:.2f} to {ratios.look_ahead[-1]:.3f}, "
             f"{config.look_aheads[0]} to {config.look_aheads[-1]} steps ahead",
@@ -93,29 +94,29 @@ def toy(schedules: Any, ratios: Any, without_noise: Any, config: Any) -> Iterato
 
 
 def batch_sizes(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of the noisy quadratic: batch sizes at equal examples."""
+    """Claims on the noisy quadratic: batch sizes at equal examples."""
     losses = {name: schedule.excess_loss[-1] for name, schedule in found.items()}
-    yield _row(
+    yield row(
         "batch size: at equal examples, greed ends above the optimum",
         f"greedy {losses['greedy']:.4f}, optimal {losses['optimal']:.4f}, "
         f"ratio {losses['greedy'] / losses['optimal']:.1f}",
         losses["greedy"] > 2 * losses["optimal"],
         **losses,
     )
-    yield _row(
+    yield row(
         "batch size: greed ends above even the best constant size",
         f"size {found['best constant'].batch_sizes[0]:.1f}: {losses['best constant']:.4f}",
         losses["greedy"] > losses["best constant"],
     )
     middle = len(found["greedy"].batch_sizes) // 2
     sizes = [found[name].batch_sizes[middle] for name in ("greedy", "optimal")]
-    yield _row(
+    yield row(
         "batch size: half-way, the greedy size is above the optimal",
         f"greedy {sizes[0]:.1f}, optimal {sizes[1]:.1f}",
         sizes[0] > sizes[1],
     )
     path = [losses[name] for name in losses if name.startswith("look")] + [losses["optimal"]]
-    yield _row(
+    yield row(
         "batch size: a longer look-ahead leads to the optimum",
         " > ".join(f"{x:.3g}" for x in path),
         np.all(np.diff(path) < 0),
@@ -125,11 +126,11 @@ def batch_sizes(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def offline(
     found: dict[int, Any], net: Any, num_steps: int, long_rate: float = 0.03
 ) -> Iterator[dict[str, Any]]:
-    """Of offline meta-descent: losses and final rates against the horizon."""
+    """Claims on offline meta-descent: losses and final rates against the horizon."""
     horizons = list(found)
     losses = np.array([runs["final_loss"] for runs in found.values()])  # [horizon, seed]
     falls = np.all(np.diff(losses, axis=0) < 0, axis=0)
-    yield _row(
+    yield row(
         "offline: the longer the horizon, the lower the final training loss",
         f"for all of {horizons} in {falls.sum()} of {len(falls)} seeds",
         len(horizons) > 1 and falls.all(),
@@ -138,14 +139,14 @@ def offline(
     short = [T for T in horizons if num_steps >= 20 * T]
     if short:
         rates = np.array([finals[T] for T in short])
-        yield _row(
+        yield row(
             f"offline: T <= {short[-1]} ends below a rate of 1e-6",
             f"{_spread(rates)} at step {num_steps}",
             rates.max() < 1e-6,
             rates=rates,
         )
     rates = finals[horizons[-1]]
-    yield _row(
+    yield row(
         f"offline: T = {horizons[-1]} stays above a rate of {long_rate:g}",
         f"{_spread(rates)} at step {num_steps}",
         rates.min() > long_rate,
@@ -154,7 +155,7 @@ def offline(
 
 
 def offline_table(found: dict[int, Any], net: Any, num_steps: int) -> list[list[str]]:
-    """Cells: for every horizon what was learnt, and how training with it ends."""
+    """Cells of a table: for every horizon what was learned, and how training with it ends."""
     rows = []
     for horizon, runs in found.items():
         first, last = (descent.effective(runs["learned"], t, net) for t in (0, num_steps))
@@ -173,18 +174,18 @@ def offline_table(found: dict[int, Any], net: Any, num_steps: int) -> list[list[
 
 
 def online(found: dict[str, Any], rates: Any, num_steps: int) -> Iterator[dict[str, Any]]:
-    """Of online meta-descent: what becomes of the best manual rate, and of the loss."""
+    """Claims on online meta-descent: what happens to the best manual rate, and to the loss."""
     manual, adjusted = found["manual"], found["adjusted"]
     start = rates[found["best"]]
     share = adjusted["rates"][:, num_steps // 2 - 1] / start
-    yield _row(
+    yield row(
         "online: the best manual rate falls to a sixth or less",
         f"shares of {_spread(share)} of the rate {start:g}",
         share.max() <= 1 / 6,
         shares=share,
     )
     factor = adjusted["final_loss"] / manual["final_loss"]
-    yield _row(
+    yield row(
         "online: the training loss ends 10 times or more higher",
         f"{_spread(factor)} times the {manual['final_loss'].mean():.2g} without",
         factor.min() >= 10,
@@ -193,7 +194,7 @@ def online(found: dict[str, Any], rates: Any, num_steps: int) -> Iterator[dict[s
 
 
 def online_cells(found: dict[str, Any], rates: Any) -> list[str]:
-    """Cells: where meta-descent starts, its final loss, and those of the rates left alone."""
+    """Cells of a table: the initial rate and final loss of meta-descent, and of constant rates."""
     groups = [found["adjusted"]["final_loss"], *found["grid"].T]
     cells = ["{:.2g} ± {:.1g}".format(*metrics.mean_and_interval(losses)) for losses in groups]
     return [f"rate {rates[found['best']]:g}", *cells]
@@ -202,7 +203,7 @@ def online_cells(found: dict[str, Any], rates: Any) -> list[str]:
 def surface(
     losses: np.ndarray, grid: Any, horizons: Any, num_steps: int, net: Any
 ) -> Iterator[dict[str, Any]]:
-    """Of the meta-objective itself: where the minimum of its grid lies."""
+    """Claims on the meta-objective itself: where the minimum of its grid lies."""
     rates, decays = grid
     # Over much less than the time constant of the decay, the loss hardly depends on its exponent.
     felt = [net.time_constant <= 5 * T for T in horizons]
@@ -213,7 +214,7 @@ def surface(
         if is_felt
     ]
     named = [f"T = {T}" for T, is_felt in zip(horizons, felt, strict=True) if is_felt]
-    yield _row(
+    yield row(
         "surface: a longer look-ahead has its minimum at a larger final rate",
         ", ".join(f"{name}: {x:.1e}" for name, x in zip(named, finals, strict=True)),
         len(finals) > 1 and np.all(np.diff(finals) > 0),

@@ -37,7 +37,7 @@ class Network:
 
     @property
     def loop(self) -> dict[str, Any]:
-        """What every loop over this network is given."""
+        """Arguments of every loop over this network."""
         return {"batch_size": self.batch_size, "time_constant": self.time_constant}
 
 
@@ -53,7 +53,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
 def network(
     dataset: str, hidden_size: int, num_examples: int, batch_size: int, time_constant: float
 ) -> Network:
-    """The network for a data set's name; pixels in [0, 1], training and validation split as one."""
+    """The network for a data set: pixels in [0, 1], training and validation split joined."""
     loaded = datasets.load(dataset)
     splits = (loaded.train, loaded.validation)
     inputs, labels = (np.concatenate(parts)[:num_examples] for parts in zip(*splits, strict=True))
@@ -75,7 +75,7 @@ def _mean_loss(params: Any, net: Network) -> jax.Array:
 
 
 def _over_seeds(function: Any, seeds: tuple[int, ...]) -> Any:
-    """The function of a seed's two keys, one seed after the other: on a CPU faster than vmap."""
+    """Maps a function of a seed's two keys over the seeds, in sequence: faster than vmap on CPU."""
     keys = jnp.stack([jax.random.split(jax.random.PRNGKey(seed)) for seed in seeds])
     return jax.tree.map(np.asarray, jax.jit(lambda keys: jax.lax.map(function, keys))(keys))
 
@@ -88,11 +88,11 @@ def offline(
     num_steps: int,
     meta_rate: float,
 ) -> dict[str, Any]:
-    """Learns a schedule over a horizon; then trains with it, and takes the loss at the end.
+    """Learns a schedule over a horizon, then trains with it.
 
     Returns:
-      Arrays with one row a seed: `history` of the hyperparameters, those learned, the batch
-      `losses` of the training with them, and the `final_loss` over all examples.
+      Arrays with one row per seed: `learned` hyperparameters and their `history`, the batch `losses`
+      of the training with them, and the `final_loss` over all examples.
     """
     meta_optimizer = optax.adam(meta_rate)
 
@@ -131,7 +131,7 @@ def online(
     meta_rate: float,
     reset_meta_state: bool,
 ) -> dict[str, Any]:
-    """Every manual rate of a grid, then meta-descent from the one that ended lowest."""
+    """Trains at every manual rate of a grid, then with meta-descent from the best of them."""
     meta_optimizer = optax.adam(meta_rate)
 
     def run(keys, rate, **options):
@@ -171,10 +171,10 @@ def online(
 def surface(
     net: Network, seed: int, horizons: tuple[int, ...], rates: np.ndarray, decays: np.ndarray
 ) -> np.ndarray:
-    """The meta-objective float[horizon, decay, rate]: the loss after T steps of each schedule.
+    """Returns float[horizon, decay, rate]: the loss after T steps of each schedule.
 
-    Every look-ahead starts from the same parameters, pretrained as in :func:`offline`, and sees the
-    same batches; one run to the longest horizon passes through all of them.
+    Every look-ahead starts from the same parameters, pretrained as in :func:`offline`, and uses the
+    same batches, so one run to the longest horizon passes through all horizons.
     """
 
     @jax.jit

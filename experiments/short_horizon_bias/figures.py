@@ -1,4 +1,4 @@
-"""The pictures of `short_horizon_bias`."""
+"""The figures of `short_horizon_bias`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def schedules(found: dict[str, Any], path: Path) -> None:
 
 
 def ratios(config: Any, found: Any, path: Path) -> None:
-    """What short-sightedness costs, against horizon, conditioning, noise and look-ahead."""
+    """The cost of a short look-ahead, against horizon, conditioning, noise and look-ahead."""
     fig, axes = plotting.figure(1, 4, size=(12.0, 3.2))
     panels = (
         ("steps of the run", config.horizons, found.horizon),
@@ -102,14 +102,14 @@ def offline(config: Any, net: Any, found: dict[int, Any], path: Path) -> None:
         x = width * (0.5 + np.arange(smooth.shape[1]))
         right.semilogy(x, smooth.mean(0), color=color, lw=1.5)
         right.fill_between(x, smooth.min(0), smooth.max(0), color=color, alpha=0.15, lw=0)
-    left.set(xlabel="training step", ylabel="learnt effective learning rate", ylim=(1e-8, 10))
+    left.set(xlabel="training step", ylabel="learned effective learning rate", ylim=(1e-8, 10))
     right.set(xlabel="training step", ylabel="batch loss: mean and range of the seeds")
     _legend_above(fig, left, len(found))
     fig.savefig(path)
 
 
 def online(config: Any, found: dict[str, Any], path: Path) -> None:
-    """Training at the best manual rate, and with meta-descent that starts from it."""
+    """Training at the best manual rate, and with meta-descent starting from it."""
     fig, (left, right) = plotting.figure(1, 2, size=(9.5, 3.8))
     steps = 1 + np.arange(config.online_steps)
     named = (("manual", "best manual rate", OPTIMAL), ("adjusted", "online meta-descent", GREEDY))
@@ -138,7 +138,7 @@ def surface(
         1, len(losses), size=(1.0 + 3.0 * len(losses), 3.6), sharey=True, squeeze=False
     )
     for ax, horizon, values in zip(axes[0], config.horizons, losses, strict=True):
-        # A run that diverged is as bad as one that never left the start.
+        # Show a run that diverged like one that never left the start.
         values = np.log10(np.clip(np.nan_to_num(values, nan=np.inf), None, np.log(10)))
         ax.grid(False)
         mesh = ax.contourf(rates, decays, values, levels=14, cmap="viridis")

@@ -1,6 +1,6 @@
-"""The noise floor of `short_horizon_bias`: its rule on the noisy quadratic, where the optimum is known.
+"""The rule of the noise floor on the noisy quadratic, where the optimal batch sizes are known.
 
-The equations are those of NOISE.md.
+Equation numbers are those of ``experiments/noise_rules/DERIVATION.md``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arbiter_jax import noisy_quadratic, plotting, schedulers
-from arbiter_jax.objectives._noise_floor import final_size, size_for_end
+from arbiter_jax import noisy_quadratic, objectives, plotting
 from experiments.short_horizon_bias import claims
 from experiments.short_horizon_bias import quadratic as toy
 
 LEARNING_RATE = 0.5
 SHARES = (0.075, 0.15, 0.3, 0.6, 1.2)
-SHARE, HOLD, GROWTH = map(schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth"))
+DEFAULTS = objectives.FloorConfig()
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 
 
 def _ends(problem: Any, num_examples: float, schedules: np.ndarray) -> np.ndarray:
-    """The excess loss along each of many schedules, float[S, J + 1]."""
+    """Returns float[S, J + 1]: the excess loss along each of S schedules."""
     follow = lambda sizes: (
         noisy_quadratic.rollout_batch_sizes(problem, sizes, num_examples, LEARNING_RATE).excess_loss
     )
@@ -38,13 +37,13 @@ def _mapped(function: Any, rows: jax.Array) -> jax.Array:
 
 
 def _doubled(held: Any, past: np.ndarray, growth: float) -> np.ndarray:
-    """A held size, and what becomes of it after a share `past` of the time to grow by doublings."""
+    """A held size that grows in steps of at most a factor 2; `past` is the share of its growth time."""
     stages = max(1, math.ceil(math.log2(growth)))
     return held * growth ** (np.clip(np.floor(past * stages) + 1, 0, stages) / stages)
 
 
 def _averages(losses: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
-    """Of the losses, with weights t and t^3: Eq. 9."""
+    """Averages of the losses with weights t and t^3: Eq. 9."""
     t = np.geomspace(1, steps[-1], 400)
     loss = np.interp(np.log(t), np.log(steps), losses)
     mean = lambda a: np.sum(loss * t ** (a + 1)) / np.sum(t ** (a + 1))
@@ -56,14 +55,14 @@ def follow_rule(
     num_examples: float,
     num_segments: int,
     share: float,
-    hold: float = HOLD,
-    growth: float = GROWTH,
+    hold: float = DEFAULTS.hold_until,
+    growth: float = DEFAULTS.final_growth,
 ) -> np.ndarray:
-    """The sizes that :func:`arbiter_jax.schedulers.noise_floor` decides on, its averages exact."""
+    """The sizes of :func:`arbiter_jax.schedulers.noise_floor` with exact averages."""
     segment = num_examples / num_segments
-    bent = 1 / (1 - LEARNING_RATE * problem.curvature / 2)  # Eq. 15
+    correction = 1 / (1 - LEARNING_RATE * problem.curvature / 2)  # Eq. 15
     spread = problem.curvature**2 * problem.noise_variance
-    noise = float(LEARNING_RATE * jnp.sum(bent * spread) / 4)
+    noise = float(LEARNING_RATE * jnp.sum(correction * spread) / 4)
     run = jax.jit(
         lambda sizes: (
             noisy_quadratic.rollout_batch_sizes(
@@ -79,18 +78,19 @@ def follow_rule(
         if j < hold * num_segments:
             older, recent = _averages(losses, steps)
             size = noise / (share * 16 * max(older - recent, 1e-9))  # Eq. 10
-            size = float(size_for_end(size, steps[-1], left))  # Eq. 16
+            size = float(objectives.size_for_end(size, steps[-1], left))  # Eq. 16
             size = held = max(size, noise / losses[-1])  # Eq. 17
         else:
-            in_force = max(held, 1.0)
-            size = final_size(held, in_force, steps[-1], left, share=share, growth=growth)
+            size = objectives.final_size(
+                held, max(held, 1.0), steps[-1], left, noise_share=share, final_growth=growth
+            )
             size = max(held, size)  # Eq. 12
         sizes[j:] = np.clip(size, 1, segment)
     return sizes
 
 
 def measure(num_examples: float, dimensions: int = 400, num_segments: int = 40) -> dict[str, Any]:
-    """For one budget: schedules by name, their losses, and the final loss for each share."""
+    """For one budget: schedules and their losses by name, and the final loss for each share."""
     problem, segment = toy.harmonic(dimensions), num_examples / num_segments
     run = (problem, num_examples, LEARNING_RATE)
     optimal = noisy_quadratic.optimal_batch_sizes(*run, num_segments=num_segments)
@@ -108,7 +108,7 @@ def measure(num_examples: float, dimensions: int = 400, num_segments: int = 40) 
     for name, schedules in (("best constant", constants), ("best held, then grown", grown)):
         best = int(np.argmin(_ends(problem, num_examples, np.array(schedules))[:, -1]))
         found[name] = np.array(schedules)[best]
-    found["noise floor"] = rules[SHARES.index(SHARE)]
+    found["noise floor"] = rules[SHARES.index(DEFAULTS.noise_share)]
     losses = _ends(problem, num_examples, np.array(list(found.values())))
     return {
         "sizes": found,
@@ -118,10 +118,10 @@ def measure(num_examples: float, dimensions: int = 400, num_segments: int = 40) 
 
 
 def rows(found: dict[float, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The claims."""
+    """Claims on the noise floor."""
     for budget, numbers in found.items():
         ends = {name: float(loss[-1]) for name, loss in numbers["losses"].items()}
-        yield claims._row(
+        yield claims.row(
             f"noise floor, {budget:,.0f} examples: between the optimum and the best constant size",
             ", ".join(f"{name} {loss:.4f}" for name, loss in ends.items()),
             ends["optimum"] <= ends["noise floor"] < ends["best constant"],
@@ -129,7 +129,7 @@ def rows(found: dict[float, dict[str, Any]]) -> Iterator[dict[str, Any]]:
         )
     budget, numbers = next(iter(found.items()))
     shares = dict(zip(SHARES, numbers["shares"], strict=True))
-    yield claims._row(
+    yield claims.row(
         f"noise floor, {budget:,.0f} examples: every share is within 30% of the best one",
         ", ".join(f"{share:g}: {loss:.4f}" for share, loss in shares.items()),
         max(shares.values()) < 1.3 * min(shares.values()),
@@ -138,7 +138,7 @@ def rows(found: dict[float, dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def plot(found: dict[float, dict[str, Any]], path: Path) -> None:
-    """Sizes and losses of the schedules, a row for each budget."""
+    """Sizes and losses of the schedules, one row of panels per budget."""
     fig, axes = plotting.figure(len(found), 2, size=(9.5, 3.2 * len(found) + 0.5), squeeze=False)
     for (left, right), (budget, numbers) in zip(axes, found.items(), strict=True):
         for color, (name, sizes) in zip(plotting.COLORS, numbers["sizes"].items(), strict=False):

@@ -18,24 +18,24 @@ SWEEP_DIMENSIONS = 100
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-    """What the toy figures are of."""
+    """Sizes and sweeps of the figures on the quadratic."""
 
     dimensions: int = 1000
     num_steps: int = 250
     momenta: tuple[bool, ...] = (False, True)
-    horizons: tuple[int, ...] = (10, 30, 100, 300, 1000)  # lengths of whole runs
+    horizons: tuple[int, ...] = (10, 30, 100, 300, 1000)  # lengths of whole runs, in steps
     conditions: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-    sweep_steps: int = 250  # of the runs that these and the next are for
+    sweep_steps: int = 250  # length of the runs over `conditions` and `noises`
     noises: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
     look_aheads: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
-    look_ahead_steps: int = 100  # of the run that they are for
+    look_ahead_steps: int = 100  # length of the run for `look_aheads`
     num_examples: int = 10_000  # budget of the batch-size schedules
     num_segments: int = 32
     segment_look_aheads: tuple[int, ...] = (1, 2, 4, 8)
 
 
 class Ratios(NamedTuple):
-    """Excess loss of greedy rates over that of optimal ones, or of a look-ahead's rates."""
+    """Excess loss of greedy rates, or of those of a look-ahead, over that of optimal ones."""
 
     horizon: np.ndarray
     condition: np.ndarray
@@ -44,7 +44,7 @@ class Ratios(NamedTuple):
 
 
 def harmonic(dimensions: int, noise: float = 1.0, second_moment: float = 10.0) -> NoisyQuadratic:
-    """Curvatures 1 / i with noise variances i: every coordinate ends at the same excess loss."""
+    """Curvatures 1 / i with noise variances i, so that all coordinates end at one excess loss."""
     i = jnp.arange(1.0, dimensions + 1)
     return NoisyQuadratic(1 / i, noise * i, jnp.full_like(i, second_moment))
 
@@ -56,7 +56,7 @@ def geometric(condition: jax.Array, noise: jax.Array) -> NoisyQuadratic:
 
 
 def schedules(config: ToyConfig) -> dict[str, noisy_quadratic.RateSchedule]:
-    """Greedy and optimal schedules, of the rate alone and with momentum."""
+    """Greedy and optimal schedules of the rate, and of rate and momentum."""
     problem = harmonic(config.dimensions)
     found = {}
     for momentum in config.momenta:
@@ -76,9 +76,9 @@ def _ratio(problem: NoisyQuadratic, num_steps: int) -> jax.Array:
 
 
 def ratios(config: ToyConfig) -> Ratios:
-    """How much worse short-sighted rates end, against what."""
+    """How much worse short-sighted rates end, over every sweep of the config."""
     of_horizon = [_ratio(harmonic(SWEEP_DIMENSIONS), steps) for steps in config.horizons]
-    # One program for both sweeps: only numbers differ.
+    # One program for both sweeps, which differ only in numbers.
     points = [(c, 1.0) for c in config.conditions] + [(100.0, s) for s in config.noises]
     swept = jax.jit(lambda p: jax.lax.map(lambda x: _ratio(geometric(*x), config.sweep_steps), p))(
         tuple(jnp.array(column) for column in zip(*points, strict=True))
@@ -96,7 +96,7 @@ def ratios(config: ToyConfig) -> Ratios:
 
 
 def without_noise(config: ToyConfig, num_steps: int = 10) -> dict[str, float]:
-    """Excess loss after a few steps without noise: both greedy schedules, conjugate gradient."""
+    """Excess loss after a few steps without noise: both greedy schedules, and conjugate gradient."""
     problem = harmonic(config.dimensions, noise=0.0, second_moment=1.0)
     losses = {
         name: float(noisy_quadratic.greedy_schedule(problem, num_steps, momentum).excess_loss[-1])
@@ -108,7 +108,7 @@ def without_noise(config: ToyConfig, num_steps: int = 10) -> dict[str, float]:
 
 
 def batch_sizes(config: ToyConfig, learning_rate: float = 0.5) -> dict[str, Any]:
-    """Greedy, far-sighted and optimal batch sizes at equal examples, and the best constant one."""
+    """Greedy, look-ahead and optimal batch sizes at equal examples, and the best constant one."""
     problem = harmonic(config.dimensions)
     run = (problem, config.num_examples, learning_rate)
     options = {"num_segments": config.num_segments}
