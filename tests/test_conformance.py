@@ -67,7 +67,7 @@ def loss_fn(params, batch):
 
 
 def make_expected_gain(**limits):
-    return aj.schedulers.expected_gain(loss_fn, every=2, step_cost="measured", **limits)
+    return aj.schedulers.expected_gain(loss_fn, measure_every=2, step_cost="measured", **limits)
 
 
 def make_noise_floor(**limits):

@@ -2,12 +2,13 @@
 
 At every inner step the agent proposes, the features of the freshly updated network respond to the
 mixture of the proposals, and the loss of that response is differentiated with respect to the agent
-alone: nothing is unrolled, and nothing flows back through the body of the network. MacLellan and
+alone: nothing is unrolled, and no gradient passes through the body of the network. MacLellan and
 Dong, "Hyper-Learning for Gradient-Based Batch Size Adaptation", arXiv:2205.08231.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,27 +18,57 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import all_finite, cond_in_place, raw_key, tree_where
-from arbiter_jax.base import PyTree, applied_batch_size, require
-from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
+from arbiter_jax.base import PyTree, applied_batch_size, measures_now, requests, require
 from arbiter_jax.hyper_learning._agents import Agent, mixture_logit, sorted_proposals
+from arbiter_jax.hyper_learning._meta_objective import MetaObjective, Range, from_noise
 from arbiter_jax.hyper_learning._reparameterization import to_batch_size, to_logit
-from arbiter_jax.hyper_learning._response import ResponseLoss, call_response_loss
-from arbiter_jax.hyper_learning._state import (
-    ALPHA_SCALE,
-    ArbiterState,
-    NoiseArbiterState,
-    redraw_mixture,
-)
+from arbiter_jax.hyper_learning._response import ResponseLoss, response_objective
+from arbiter_jax.hyper_learning._state import ALPHA_SCALE, ArbiterState, redraw_mixture
 from arbiter_jax.hyper_learning._warm_up import hyper_optimizer
 from arbiter_jax.objectives import NoiseObjective
-from arbiter_jax.objectives._objective import limited_loss, update_objective
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """The checked arguments of :func:`arbiter`."""
+
+    agent: Agent
+    objective: MetaObjective
+    limits: Range
+    initial_batch_size: int
+    window: int
+    hyper_every: int
+    anchors: bool  # whether an offset moves the mixture to a given batch size
+    agent_optimizer: optax.GradientTransformation
+    mixture_optimizer: optax.GradientTransformation
 
 
 class _Learnable(NamedTuple):
-    """What the agent's optimizer sees; without the response weights where those stay as drawn."""
+    """What the agent's optimizer sees; no response weights if they stay as drawn."""
 
     agent_params: PyTree
     response_weights: jax.Array | None
+
+
+class _HyperStep(NamedTuple):
+    """What one evaluation of the meta-objective says."""
+
+    proposals: jax.Array  # shape=(N,), dtype=float
+    mixture: jax.Array  # shape=(), dtype=float
+    offset: jax.Array  # shape=(), dtype=float
+    meta_batch_size: jax.Array  # shape=(), dtype=int32
+    is_clipped: jax.Array  # shape=(), dtype=bool
+    meta_loss: jax.Array  # shape=(), dtype=float
+
+
+class _WindowEnd(NamedTuple):
+    """The fields that the end of a window changes: what passes through a condition is copied."""
+
+    batch_size: jax.Array
+    mixture_logits: jax.Array
+    mixture_opt_state: PyTree
+    window_step: jax.Array
+    key: jax.Array
 
 
 def arbiter(
@@ -148,13 +179,12 @@ def arbiter(
             "arbiter takes exactly one of response_loss and objective, got "
             f"{response_loss!r} and {objective!r}."
         )
-    if objective is None:
-        num_features = _validate.integer(num_features=num_features, minimum=1)
-        make_state, rates = ArbiterState, (1e-5, 1e-4)
+    if response_loss is not None:
+        meta_objective = response_objective(response_loss, num_features, learn_response)
+    elif isinstance(objective, NoiseObjective):
+        meta_objective = from_noise(objective)
     else:
-        num_features, learn_response = 0, False  # nothing responds
-        make_state, rates = NoiseArbiterState, (1e-3, 1e-2)
-    signals = ("meta_batch",) if objective is None else objective.signals
+        raise ValueError(f"objective must come from aj.noise_response, got {objective!r}.")
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -163,177 +193,203 @@ def arbiter(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."
         )
     window = _validate.integer(window=window, minimum=1)
-    hyper_every = _validate.integer(hyper_every=hyper_every, minimum=1, maximum=window)
-    _validate.one_of(("offset", "none"), anchor=anchor)
-    num_proposals = agent.num_proposals
-    agent_optimizer = agent_optimizer or hyper_optimizer(rates[0])
-    mixture_optimizer = mixture_optimizer or hyper_optimizer(rates[1])
-
-    def learnable_of(state: ArbiterState) -> _Learnable:
-        response_weights = state.response_weights if learn_response else None
-        return _Learnable(state.agent_params, response_weights)
+    config = _Config(
+        agent=agent,
+        objective=meta_objective,
+        limits=Range(low, high),
+        initial_batch_size=start,
+        window=window,
+        hyper_every=_validate.integer(hyper_every=hyper_every, minimum=1, maximum=window),
+        anchors=_validate.one_of(("offset", "none"), anchor=anchor) == "offset",
+        agent_optimizer=agent_optimizer or hyper_optimizer(meta_objective.agent_rate),
+        mixture_optimizer=mixture_optimizer or hyper_optimizer(meta_objective.mixture_rate),
+    )
 
     def init_fn(params):
         del params
-        key, agent_key, response_key, alpha_key = jax.random.split(raw_key(seed), 4)
-        agent_params = agent.init(agent_key)
-        mixture_logits = ALPHA_SCALE * jax.random.normal(alpha_key, (num_proposals,))
-        response_weights = jax.random.uniform(response_key, (num_features,), minval=-1.0)
-        learnable: Any = _Learnable(agent_params, response_weights if learn_response else None)
-        logit = to_logit(start, low, high)
-        int32 = lambda x: jnp.asarray(x, jnp.int32)
-        return make_state(
-            agent_params=agent_params,
-            mixture_logits=mixture_logits,
-            response_weights=response_weights,
-            agent_opt_state=agent_optimizer.init(learnable),
-            mixture_opt_state=mixture_optimizer.init(mixture_logits),
-            proposals=jnp.full((num_proposals,), logit),
-            mixture_weights=jax.nn.softmax(mixture_logits),
-            mixture=logit,
-            offset=jnp.zeros_like(logit),
-            pending_anchor=int32(start if anchor == "offset" else 0),
-            batch_size=int32(start),
-            meta_batch_size=int32(start),
-            meta_loss=jnp.zeros_like(logit),
-            window_step=int32(0),
-            signals_due=None if hyper_every == 1 else jnp.array(True),
-            num_clipped=int32(0),
-            num_skipped=int32(0),
-            key=key,
-            statistics=None if objective is None else objective.init(),
-        )
+        return _init(config, raw_key(seed))
 
-    def meta_loss_of(learnable, mixture_logits, state, params, agent_inputs, extra):
-        """F as a function of phi, m and alpha; everything else is a constant."""
-        raw = sorted_proposals(agent, learnable.agent_params, agent_inputs)
-        raw_mixture = mixture_logit(mixture_logits, raw)
-        if anchor == "offset":
-            target = to_logit(jnp.maximum(state.pending_anchor, low), low, high)
-            anchored = jax.lax.stop_gradient(target - raw_mixture)
-            offset = jnp.where(state.pending_anchor > 0, anchored, state.offset)
-        else:
-            offset = state.offset
-        mixture = raw_mixture + offset
-        if objective is None:
-            meta_loss, meta_batch_size = response_to(mixture, learnable, state, params, extra)
-        else:
-            size = (high - low) * jax.nn.sigmoid(mixture) + low
-            meta_loss = limited_loss(objective, state.statistics, size, low, high)
-            meta_batch_size = state.meta_batch_size
-        return meta_loss, (raw + offset, mixture, offset, meta_batch_size, meta_loss)
-
-    def response_to(mixture, learnable, state, params, extra):
-        meta_batch_size = to_batch_size(mixture, low, high)
-        meta_batch = extra["meta_batch"]
-        mask = batch_mask(meta_batch_size, num_rows(meta_batch))
-        response_weights = learnable.response_weights
-        if response_weights is None:
-            response_weights = state.response_weights
-        # Constants to the objective, said outright: the batch decides nothing it can feel.
-        params, meta_batch = jax.lax.stop_gradient((params, replace_padding(meta_batch, mask)))
-        losses = call_response_loss(
-            response_loss, num_features, params, response_weights * mixture, meta_batch, extra
-        )
-        return masked_mean(losses, mask), meta_batch_size
-
-    def hyper_step(state, params, agent_inputs, extra, usable):
-        learnable: Any = learnable_of(state)
-        grads, aux = jax.grad(meta_loss_of, argnums=(0, 1), has_aux=True)(
-            learnable, state.mixture_logits, state, params, agent_inputs, extra
-        )
-        proposals, mixture, offset, meta_batch_size, meta_loss = aux
-        agent_updates, agent_opt_state = agent_optimizer.update(
-            grads[0], state.agent_opt_state, learnable
-        )
-        # A new anchor starts alpha over; only here is it known what a fresh optimizer state is.
-        mixture_opt_state = tree_where(
-            state.pending_anchor > 0,
-            mixture_optimizer.init(state.mixture_logits),
-            state.mixture_opt_state,
-        )
-        alpha_updates, mixture_opt_state = mixture_optimizer.update(
-            grads[1], mixture_opt_state, state.mixture_logits
-        )
-        learnable = optax.apply_updates(learnable, agent_updates)
-        mixture_logits: Any = optax.apply_updates(state.mixture_logits, alpha_updates)
-        response_weights = learnable.response_weights
-        new_state = state._replace(
-            agent_params=learnable.agent_params,
-            mixture_logits=mixture_logits,
-            response_weights=(
-                state.response_weights if response_weights is None else response_weights
-            ),
-            agent_opt_state=agent_opt_state,
-            mixture_opt_state=mixture_opt_state,
-            proposals=proposals,
-            mixture_weights=jax.nn.softmax(mixture_logits),
-            mixture=mixture,
-            offset=offset,
-            pending_anchor=jnp.zeros_like(state.pending_anchor),
-            meta_batch_size=meta_batch_size,
-            meta_loss=meta_loss,
-        )
-        if objective is None:
-            clipped = meta_batch_size > num_rows(extra["meta_batch"])
-            new_state = new_state._replace(num_clipped=state.num_clipped + clipped)
-        skipped = state._replace(num_skipped=state.num_skipped + 1)
-        return tree_where(usable & all_finite(grads, aux, mixture_logits), new_state, skipped)
-
-    def end_window(state):
-        """The fields that a window's end changes: the decision is taken and alpha starts over."""
-        chosen = state.proposals[jnp.argmax(state.mixture_logits)]
-        # An anchor not yet dropped means that no hyper-step has been possible: stay there.
-        batch_size = jnp.where(
-            state.pending_anchor > 0, state.batch_size, to_batch_size(chosen, low, high)
-        )
-        key, mixture_logits = redraw_mixture(state.key, state.mixture_logits)
-        fresh = mixture_optimizer.init(mixture_logits)
-        fresh = jax.tree.map(lambda x, old: x.astype(old.dtype), fresh, state.mixture_opt_state)
-        return batch_size, mixture_logits, fresh, jnp.zeros_like(state.window_step), key
-
-    def update_fn(updates, state, params=None, *, agent_inputs=None, **extra_args):
-        require(
-            "arbiter",
-            params=params,
-            agent_inputs=agent_inputs,
-            **{name: extra_args.get(name) for name in signals},
-        )
-        # Computed out here, where it is one with the step that the caller takes: old parameters and
-        # updates kept alive for later would both have to be copied.
-        new_params = optax.apply_updates(cast("optax.Params", params), updates)
-        usable = jnp.array(True)
-        if objective is not None:
-            in_force = jnp.clip(applied_batch_size(extra_args.get("batch_size"), state), low, high)
-            statistics, usable = update_objective(
-                objective,
-                state.statistics,
-                updates,
-                params,
-                in_force,
-                extra_args,
-                state.signals_due,
-            )
-            state = state._replace(statistics=statistics)
-        learn = lambda state: hyper_step(state, new_params, agent_inputs, extra_args, usable)
-        if hyper_every == 1:
-            state = learn(state)
-        else:
-            state = cond_in_place(state.signals_due, learn, state)
-        state = state._replace(window_step=state.window_step + 1)
-        # Only the few small fields that change: whatever passes through a condition is copied.
-        fields = ("batch_size", "mixture_logits", "mixture_opt_state", "window_step", "key")
-        values = jax.lax.cond(
-            state.window_step >= window,
-            end_window,
-            lambda state: tuple(getattr(state, field) for field in fields),
-            state,
-        )
-        state = state._replace(**dict(zip(fields, values, strict=True)))
-        if objective is not None:  # its meta batch is as large as the batch, in a bucket with it
-            state = state._replace(meta_batch_size=jnp.array(state.batch_size))
-        if hyper_every > 1:
-            state = state._replace(signals_due=state.window_step % hyper_every == 0)
-        return updates, state
+    def update_fn(updates, state, params=None, *, probe=None, **signals):
+        if probe is not None:
+            return updates, state
+        return updates, _update(config, state, updates, params, signals)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init(config: _Config, key: jax.Array) -> ArbiterState:
+    key, agent_key, response_key, alpha_key = jax.random.split(key, 4)
+    num_features, num_proposals = config.objective.num_features, config.agent.num_proposals
+    agent_params = config.agent.init(agent_key)
+    mixture_logits = ALPHA_SCALE * jax.random.normal(alpha_key, (num_proposals,))
+    response_weights = jax.random.uniform(response_key, (num_features,), minval=-1.0)
+    learnable: Any = _learnables(config, agent_params, response_weights)
+    start = config.initial_batch_size
+    logit = to_logit(start, *config.limits)
+    int32 = lambda x: jnp.asarray(x, jnp.int32)
+    return ArbiterState(
+        agent_params=agent_params,
+        mixture_logits=mixture_logits,
+        response_weights=response_weights,
+        agent_opt_state=config.agent_optimizer.init(learnable),
+        mixture_opt_state=config.mixture_optimizer.init(mixture_logits),
+        proposals=jnp.full((num_proposals,), logit),
+        mixture_weights=jax.nn.softmax(mixture_logits),
+        mixture=logit,
+        offset=jnp.zeros_like(logit),
+        pending_anchor=int32(start if config.anchors else 0),
+        batch_size=int32(start),
+        min_batch_size=int32(config.limits.low),
+        max_batch_size=int32(config.limits.high),
+        meta_batch_size=int32(start),
+        meta_loss=jnp.zeros_like(logit),
+        window_step=int32(0),
+        signals_due=None if config.hyper_every == 1 else jnp.array(True),
+        num_clipped=int32(0),
+        num_skipped=int32(0),
+        key=key,
+        statistics=config.objective.init(),
+    )
+
+
+def _update(
+    config: _Config,
+    state: ArbiterState,
+    updates: PyTree,
+    params: PyTree,
+    signals: dict[str, Any],
+) -> ArbiterState:
+    required = sorted(requests(state).signals)
+    require("arbiter", params=params, **{name: signals.get(name) for name in required})
+    # Outside the condition, where XLA merges this with the caller's own `apply_updates`: inside it
+    # would have to copy params and updates.
+    new_params = optax.apply_updates(cast("optax.Params", params), updates)
+    measures = measures_now(state.signals_due, signals.get("signals_made"))
+    applied = jnp.clip(applied_batch_size(signals.get("batch_size"), state), *config.limits)
+    statistics, usable = config.objective.observe(
+        state.statistics, updates, params, applied, signals, measures
+    )
+    state = state._replace(statistics=statistics)
+    learn = lambda state: _hyper_step(config, state, new_params, signals, usable)
+    if not isinstance(measures, bool):
+        state = cond_in_place(measures, learn, state)
+    elif measures:
+        state = learn(state)
+    state = state._replace(window_step=state.window_step + 1)
+    ended = jax.lax.cond(
+        state.window_step >= config.window,
+        lambda state: _end_window(config, state),
+        lambda state: _WindowEnd(*(getattr(state, name) for name in _WindowEnd._fields)),
+        state,
+    )
+    state = state._replace(**ended._asdict())
+    state = state._replace(
+        meta_batch_size=config.objective.meta_batch_size(state.meta_batch_size, state.batch_size)
+    )
+    if config.hyper_every > 1:
+        state = state._replace(signals_due=state.window_step % config.hyper_every == 0)
+    return state
+
+
+def _learnables(
+    config: _Config, agent_params: PyTree, response_weights: jax.Array
+) -> _Learnable:
+    return _Learnable(agent_params, response_weights if config.objective.learn_response else None)
+
+
+def _meta_loss(
+    learnable: _Learnable,
+    mixture_logits: jax.Array,
+    config: _Config,
+    state: ArbiterState,
+    new_params: PyTree,
+    signals: dict[str, Any],
+) -> tuple[jax.Array, _HyperStep]:
+    """F as a function of phi, m and alpha; everything else is a constant."""
+    low, high = config.limits
+    raw = sorted_proposals(config.agent, learnable.agent_params, signals["agent_inputs"])
+    raw_mixture = mixture_logit(mixture_logits, raw)
+    offset = state.offset
+    if config.anchors:
+        target = to_logit(jnp.maximum(state.pending_anchor, low), low, high)
+        anchored = jax.lax.stop_gradient(target - raw_mixture)
+        offset = jnp.where(state.pending_anchor > 0, anchored, offset)
+    mixture = raw_mixture + offset
+    response_weights = learnable.response_weights
+    if response_weights is None:
+        response_weights = state.response_weights
+    loss = config.objective.loss(
+        mixture, response_weights, state.statistics, new_params, signals, config.limits
+    )
+    return loss.value, _HyperStep(
+        proposals=raw + offset,
+        mixture=mixture,
+        offset=offset,
+        meta_batch_size=loss.batch_size,
+        is_clipped=loss.is_clipped,
+        meta_loss=loss.value,
+    )
+
+
+def _hyper_step(
+    config: _Config,
+    state: ArbiterState,
+    new_params: PyTree,
+    signals: dict[str, Any],
+    usable: jax.Array,
+) -> ArbiterState:
+    learnable: Any = _learnables(config, state.agent_params, state.response_weights)
+    grads, step = jax.grad(_meta_loss, argnums=(0, 1), has_aux=True)(
+        learnable, state.mixture_logits, config, state, new_params, signals
+    )
+    agent_updates, agent_opt_state = config.agent_optimizer.update(
+        grads[0], state.agent_opt_state, learnable
+    )
+    # A new anchor starts alpha over; only here is it known what a fresh optimizer state is.
+    mixture_opt_state = tree_where(
+        state.pending_anchor > 0,
+        config.mixture_optimizer.init(state.mixture_logits),
+        state.mixture_opt_state,
+    )
+    alpha_updates, mixture_opt_state = config.mixture_optimizer.update(
+        grads[1], mixture_opt_state, state.mixture_logits
+    )
+    learnable = optax.apply_updates(learnable, agent_updates)
+    mixture_logits: Any = optax.apply_updates(state.mixture_logits, alpha_updates)
+    response_weights = learnable.response_weights
+    new_state = state._replace(
+        agent_params=learnable.agent_params,
+        mixture_logits=mixture_logits,
+        response_weights=state.response_weights if response_weights is None else response_weights,
+        agent_opt_state=agent_opt_state,
+        mixture_opt_state=mixture_opt_state,
+        proposals=step.proposals,
+        mixture_weights=jax.nn.softmax(mixture_logits),
+        mixture=step.mixture,
+        offset=step.offset,
+        pending_anchor=jnp.zeros_like(state.pending_anchor),
+        meta_batch_size=step.meta_batch_size,
+        meta_loss=step.meta_loss,
+        num_clipped=state.num_clipped + step.is_clipped,
+    )
+    skipped = state._replace(num_skipped=state.num_skipped + 1)
+    return tree_where(usable & all_finite(grads, step, mixture_logits), new_state, skipped)
+
+
+def _end_window(config: _Config, state: ArbiterState) -> _WindowEnd:
+    """The decision is taken, and alpha starts over."""
+    chosen = state.proposals[jnp.argmax(state.mixture_logits)]
+    key, mixture_logits = redraw_mixture(state.key, state.mixture_logits)
+    fresh = config.mixture_optimizer.init(mixture_logits)
+    return _WindowEnd(
+        # An anchor that is still pending means that no hyper-step has been possible: stay there.
+        batch_size=jnp.where(
+            state.pending_anchor > 0, state.batch_size, to_batch_size(chosen, *config.limits)
+        ),
+        mixture_logits=mixture_logits,
+        mixture_opt_state=jax.tree.map(
+            lambda x, old: x.astype(old.dtype), fresh, state.mixture_opt_state
+        ),
+        window_step=jnp.zeros_like(state.window_step),
+        key=key,
+    )

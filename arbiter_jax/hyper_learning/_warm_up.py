@@ -85,7 +85,7 @@ def warm_up(
     target_size = jnp.asarray(batch_size, float)
     inner = jnp.clip(target_size, low + 0.5, high - 0.5)
     target = jnp.log(inner - low) - jnp.log(high - inner)
-    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(learning_rate))
+    optimizer = hyper_optimizer(learning_rate)
 
     def loss(learnable: Any):
         agent_params, mixture_logits = learnable

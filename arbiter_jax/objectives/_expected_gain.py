@@ -46,7 +46,7 @@ class GainState(NamedTuple):
     persistence: PersistenceSignal | None  # if it is not a number that was given
 
     requires = ("update_noise", "meta_batch")
-    logged = ("noiseless_gain", "noise_cost")
+    metrics = ("noiseless_gain", "noise_cost")
 
 
 class GainSample(NamedTuple):

@@ -93,7 +93,15 @@ class FloorState(NamedTuple):
     persistence: PersistenceSignal | None  # if it is not a number that was given
 
     requires = ("value", "gradient_noise", "update_noise", "grad_stats")
-    logged = ("noise", "held_batch_size")
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """What is reported at every step."""
+        return {
+            "noise": self.noise,
+            "log_time_slope": log_time_slope(self),
+            "held_batch_size": self.held_batch_size,
+        }
 
 
 class FloorSample(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -74,20 +75,21 @@ def impulse_response(
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     power = _validate.one_of((1, 2), power=power)
-    return _total(_follow(tx, jnp.ones(64), num_steps), power)
+    return _total(_follow(tx, np.ones(64), num_steps), power)
 
 
 def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Persistence:
-    """Measures what :func:`impulse_response` measures, on parameters of the structure of `params`.
+    """Measures :func:`impulse_response` on small stand-ins for the parameters of a model.
 
-    Masks and labels by path, as in `optax.multi_transform`, therefore work, and frozen parameters do
-    not count. A chain inside `optax.MultiSteps` is measured in units of its updates. The batch-size
-    rules and learning-rate rules of this library let the measurement pass through.
+    They have the structure of `params` and the number of axes of each leaf, so that masks, and labels
+    as in `optax.multi_transform`, work; frozen parameters do not count. Of children whose names
+    differ by a number (layers of one kind), the first one stands for all. A chain inside
+    `optax.MultiSteps` is measured in units of its updates. The batch-size rules and learning-rate rules
+    of this library let the measurement pass through.
 
     Args:
       tx: The whole optimizer chain.
-      params: Parameters, any pytree of arrays; only its structure and the number of axes of each
-        leaf are used, so that it may hold tracers or shapes.
+      params: Parameters, any pytree of arrays, tracers or shapes: their values are not used.
 
     Returns:
       A :class:`Persistence`. It is computed once for each `tx` and structure.
@@ -100,23 +102,47 @@ def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Per
     >>> round(float(k.displacement)), round(float(k.deviation), 1)
     (10, 2.3)
     """
-    leaves, structure = jax.tree.flatten(params)
-    shapes = tuple(tuple(min(n, _MAX_AXIS_SIZE) for n in jnp.shape(leaf)) for leaf in leaves)
-    is_float = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves)
-    return _measure_persistence(tx, structure, shapes, is_float)
+    try:
+        found = _measure_persistence(tx, *_shapes(_without_repetition(params)))
+    except ValueError:  # labels or masks in `tx` may have the structure of all parameters
+        found = None
+    found = found or _measure_persistence(tx, *_shapes(params))
+    return found or Persistence(np.float32(1), np.float32(1))
 
 
 @functools.lru_cache(maxsize=32)
 def _measure_persistence(
-    tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...], is_float: tuple[bool, ...]
-) -> Persistence:
-    with jax.ensure_compile_time_eval():
-        leaves = [
-            jnp.ones(shape, float if real else int)
-            for shape, real in zip(shapes, is_float, strict=True)
-        ]
-        responses = _follow(tx, jax.tree.unflatten(structure, leaves), _NUM_STEPS)
+    tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]
+) -> Persistence | None:
+    """None if all updates are zero."""
+    params = jax.tree.unflatten(structure, [np.ones(shape) for shape in shapes])
+    responses = _follow(tx, params, _NUM_STEPS)
+    if not np.any(responses):
+        return None
     return Persistence(*(np.float32(max(1.0, _total(responses, power))) for power in (1, 2)))
+
+
+def _shapes(params: PyTree) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    """The structure of the parameters, and a small shape for each leaf."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, tuple(
+        tuple(min(n, _MAX_AXIS_SIZE) for n in jnp.shape(leaf)) for leaf in leaves
+    )
+
+
+def _without_repetition(params: PyTree) -> PyTree:
+    """One of several children that differ only by a number in their name: a deep net compiles long."""
+    if type(params) not in (dict, list, tuple):
+        return params
+    is_dict = isinstance(params, dict)
+    kept, seen = {}, set()
+    for key, child in params.items() if is_dict else enumerate(params):
+        ranks = tuple(jnp.ndim(leaf) for leaf in jax.tree.leaves(child))
+        kind = re.sub(r"\d+", "#", str(key)), jax.tree.structure(child), ranks
+        if kind not in seen:
+            seen.add(kind)
+            kept[key] = _without_repetition(child)
+    return kept if is_dict else type(params)(kept.values())
 
 
 def _total(responses: np.ndarray, power: int) -> float:
@@ -130,13 +156,13 @@ def _total(responses: np.ndarray, power: int) -> float:
 def _follow(tx: Any, params: PyTree, num_steps: int) -> np.ndarray:
     """The response of each update to the first of `num_steps` gradients, after a warm-up."""
     try:
-        for warm_up in (_WARM_UP, 0):
-            responses, largest_update = _responses(tx, params, warm_up, num_steps)
-            if np.any(responses != 0):
-                break
-            # A schedule that is zero by now may not have been zero at the start.
-    except Exception as error:  # whatever a transformation of somebody else raises
-        raise _refusal(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        with jax.ensure_compile_time_eval():
+            responses, largest_update = _responses(tx, params, _WARM_UP, num_steps)
+            if not np.any(responses):  # a schedule may have been larger than zero at the start
+                responses, largest_update = _responses(tx, params, 0, num_steps)
+    except Exception as error:  # a transformation of somebody else may raise anything
+        reason = str(error).strip().splitlines() or [""]
+        raise _refusal(f"{type(error).__name__}: {reason[0]}") from error
     if not np.all(np.isfinite(responses)):
         raise _refusal("its response to a gradient is not finite")
     if largest_update > 0 and not np.any(responses):
@@ -147,49 +173,33 @@ def _follow(tx: Any, params: PyTree, num_steps: int) -> np.ndarray:
 def _responses(
     tx: Any, params: PyTree, warm_up: int, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(r_0, r_1, ..., size of the largest update), from one run with its derivative."""
+    """(r_0, r_1, ..., size of the largest update), from one run and its derivative."""
     update = _with_extra_args(tx).update
-    leaves, structure = jax.tree.flatten(params)
-    real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    ends = np.cumsum([leaf.size for leaf, is_real in zip(leaves, real, strict=True) if is_real])
-    noise = jax.random.rademacher(
-        jax.random.PRNGKey(0), (warm_up + num_steps, ends[-1] if ends.size else 0), float
-    )
-    direction = noise[warm_up]
 
-    def tree_of(vector):
-        parts = iter(jnp.split(vector, ends[:-1]))
-        return jax.tree.unflatten(
-            structure,
-            [
-                next(parts).reshape(leaf.shape) if is_real else jnp.zeros_like(leaf)
-                for leaf, is_real in zip(leaves, real, strict=True)
-            ],
-        )
+    @jax.jit
+    def derivative(params):
+        leaves, structure = jax.tree.flatten(params)
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        shape = (warm_up + num_steps, ends[-1])
+        noise = jax.random.rademacher(jax.random.PRNGKey(0), shape, float)
+        losses = _LOSS_DECAY ** jnp.arange(len(noise), dtype=float)
+        direction = noise[warm_up]
 
-    def vector_of(tree):
-        parts = zip(jax.tree.leaves(tree), real, strict=True)
-        return jnp.concatenate([jnp.ravel(leaf) for leaf, is_real in parts if is_real])
+        def step(state, inputs):
+            gradient, loss = inputs
+            parts = zip(jnp.split(gradient, ends[:-1]), leaves, strict=True)
+            gradient = jax.tree.unflatten(structure, [x.reshape(leaf.shape) for x, leaf in parts])
+            updates, state = update(gradient, state, params, value=loss, grad=gradient, probe=True)
+            return state, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(updates)])
 
-    def step(state, inputs):
-        gradient, loss = inputs
-        gradients = tree_of(gradient)
-        updates, state = update(gradients, state, params, value=loss, grad=gradients, probe=True)
-        updates = vector_of(updates)
-        return state, (updates @ direction, jnp.max(jnp.abs(updates), initial=0))
+        def run(bump):
+            inputs = noise.at[warm_up].add(bump), losses
+            _, updates = jax.lax.scan(step, tx.init(params), inputs)
+            return (updates @ direction)[warm_up:], jnp.max(jnp.abs(updates))
 
-    losses = _LOSS_DECAY ** jnp.arange(warm_up + num_steps, dtype=float)
-
-    def run(bump):
-        inputs = noise.at[warm_up].add(bump), losses
-        _, (responses, sizes) = jax.lax.scan(step, tx.init(params), inputs)
-        return responses[warm_up:], jnp.max(sizes)
-
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def derivative():
         return jax.jvp(run, (jnp.zeros_like(direction),), (direction,), has_aux=True)[1:]
 
-    responses, largest_update = derivative()
+    responses, largest_update = derivative(params)
     return np.asarray(responses, np.float64), np.asarray(largest_update)
 
 

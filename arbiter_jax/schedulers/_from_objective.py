@@ -149,9 +149,7 @@ def make_rule(
                 _rule.int32(), _rule.int32(start), objective.num_examples, high
             )
         return make_state(
-            batch_size=_rule.int32(start),
-            min_batch_size=_rule.int32(low),
-            max_batch_size=_rule.int32(high),
+            **_rule.sizes(low, high, start),
             window_steps=window_steps,
             statistics=objective.init(),
             step_cost=MeasuredCost(_step_times.init(start)) if measures_cost else None,
@@ -160,20 +158,11 @@ def make_rule(
             signals_due=None if interval == 1 else jnp.array(True),
         )
 
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        batch_size=None,
-        signals_made=None,
-        probe=None,
-        **signals,
+    def update_state(
+        state, *, updates, params, batch_size=None, signals_made=None, **signals
     ):
-        if probe is not None:
-            return updates, state
-        for signal in sorted(base.required_signals(state)):
-            base.require(name, "", **{signal: signals.get(signal)})
+        required = sorted(base.requests(state).signals)
+        base.require(name, **{signal: signals.get(signal) for signal in required})
         applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
         timed, cost = state.step_cost, step_cost
         if measures_cost:
@@ -209,9 +198,9 @@ def make_rule(
         if interval > 1:
             due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
             new = new._replace(signals_due=due)
-        return updates, new
+        return new
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)
 
 
 def _initial_size(budget: Any, high: int) -> jax.Array:
