@@ -21,7 +21,7 @@ from arbiter_jax.base import PyTree
 
 _WARM_UP = 100  # steps after which running second moments have settled
 _NUM_STEPS = 1000  # steps over which the response is summed; longer than any momentum remembers
-_MAX_AXIS_SIZE = 4  # of the stand-ins for parameters: their structure matters, their size does not
+_AXIS_SIZE = 4  # of the stand-ins for parameters: their structure matters, their size does not
 _LOSS_DECAY = 0.99  # of the stand-in for the loss: what waits for a plateau must not find one
 
 
@@ -103,31 +103,29 @@ def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Per
     (10, 2.3)
     """
     try:
-        found = _measure_persistence(tx, *_shapes(_without_repetition(params)))
+        found = _measure_persistence(tx, *_structure(_without_repetition(params)))
     except ValueError:  # labels or masks in `tx` may have the structure of all parameters
         found = None
-    found = found or _measure_persistence(tx, *_shapes(params))
+    found = found or _measure_persistence(tx, *_structure(params))
     return found or Persistence(np.float32(1), np.float32(1))
 
 
 @functools.lru_cache(maxsize=32)
 def _measure_persistence(
-    tx: Any, structure: Any, shapes: tuple[tuple[int, ...], ...]
+    tx: Any, structure: Any, ranks: tuple[int, ...]
 ) -> Persistence | None:
     """None if all updates are zero."""
-    params = jax.tree.unflatten(structure, [np.ones(shape) for shape in shapes])
+    params = jax.tree.unflatten(structure, [np.ones([_AXIS_SIZE] * rank) for rank in ranks])
     responses = _follow(tx, params, _NUM_STEPS)
     if not np.any(responses):
         return None
     return Persistence(*(np.float32(max(1.0, _total(responses, power))) for power in (1, 2)))
 
 
-def _shapes(params: PyTree) -> tuple[Any, tuple[tuple[int, ...], ...]]:
-    """The structure of the parameters, and a small shape for each leaf."""
+def _structure(params: PyTree) -> tuple[Any, tuple[int, ...]]:
+    """The structure of the parameters, and the number of axes of each leaf."""
     leaves, structure = jax.tree.flatten(params)
-    return structure, tuple(
-        tuple(min(n, _MAX_AXIS_SIZE) for n in jnp.shape(leaf)) for leaf in leaves
-    )
+    return structure, tuple(jnp.ndim(leaf) for leaf in leaves)
 
 
 def _without_repetition(params: PyTree) -> PyTree:
@@ -137,8 +135,7 @@ def _without_repetition(params: PyTree) -> PyTree:
     is_dict = isinstance(params, dict)
     kept, seen = {}, set()
     for key, child in params.items() if is_dict else enumerate(params):
-        ranks = tuple(jnp.ndim(leaf) for leaf in jax.tree.leaves(child))
-        kind = re.sub(r"\d+", "#", str(key)), jax.tree.structure(child), ranks
+        kind = re.sub(r"\d+", "#", str(key)), *_structure(child)
         if kind not in seen:
             seen.add(kind)
             kept[key] = _without_repetition(child)
