@@ -88,10 +88,10 @@ def arbiter(
     seed: int | jax.Array = 0,
     objective: NoiseObjective | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Chooses the batch size by hyper-learning; the last link of a chain.
+    r"""Trains an agent to choose the batch size, while the model trains; the last link of a chain.
 
-    One hyper-step, with w* the parameters after this update, phi the agent, alpha the mixture logits
-    and m the response weights:
+    One hyper-step, with w* the parameters after this update, phi the agent, alpha the mixture logits,
+    m the response weights and f the features:
 
     .. math::
       l_1 \le \dots \le l_N &= \text{sort}(\text{mean over the inputs of } agent_\phi), \\
@@ -99,47 +99,45 @@ def arbiter(
       B_s &= \lfloor (b_{max} - b_{min})\, \sigma(s) + b_{min} \rfloor, \\
       F &= \text{mean over } B_s \text{ examples of } loss(head(f(w^*) \odot (1 + m s))).
 
-    phi, alpha and m descend F; the features f and w* are constants to them, so that only the forward
-    pass of the network's body is computed. After `window` updates the batch size becomes that of
-    proposal number argmax alpha, and alpha is drawn anew, 1e-6 times standard normal, with fresh
-    optimizer state.
+    phi, alpha and m descend F. For them f and w* are constants, so that only the forward pass of the
+    network's body is computed. After `window` updates the batch size becomes that of proposal number
+    argmax alpha, and alpha is drawn again, 1e-6 times standard normal, with a fresh optimizer state.
 
-    The update function takes, besides the parameters, ``agent_inputs`` (a batch of validation
-    inputs) and ``meta_batch`` (a pytree whose leaves have M leading rows, of which the first
-    min(B_s, M) count), and ``model_state`` where the model has one. It returns the updates
-    unchanged.
+    The update function takes the parameters, ``agent_inputs`` (a batch of validation inputs),
+    ``meta_batch`` (a pytree whose leaves have M leading rows, of which the first min(B_s, M) count), and
+    ``model_state`` if the model has one. It returns the updates unchanged.
 
-    Where this departs from the published code: logits aim at the centre of a batch size's interval,
-    so that none is lost to floor; the response is computed in inference mode and changes no
-    BatchNorm statistics; the network's own gradient of F is never computed; the batch size changes
-    at window ends, and a window may be set to one epoch.
+    Differences from the published code: logits aim at the center of a batch size's interval, so that
+    none is lost to floor; the response is computed in inference mode and does not change BatchNorm
+    statistics; the network's own gradient of F is not computed; the batch size changes at the end of a
+    window, and a window may be one epoch.
 
-    Known behaviour: F depends on s only through the perturbation m s of the features. The mixture is
-    drawn to s = 0, where there is none, and the batch size to the middle of its range, whatever the
-    task. ``experiments/feasibility.py`` measures it. ``objective=aj.noise_response(...)`` puts a
-    function J of the batch size in the place of F, measured on the noise of the gradient; agent,
-    mixture and selection stay as they are.
+    Known behavior: F depends on s only through the perturbation m s of the features. It is smallest at
+    s = 0, the middle of the range, and there the batch size goes, whatever the task
+    (`experiments.feasibility` measures it). ``objective=aj.noise_response(...)`` replaces F by a
+    function J of the batch size that is measured on the noise of the gradient; agent, mixture and
+    selection stay the same.
 
     Args:
-      agent: Proposes; see :func:`arbiter_jax.mlp_agent`.
-      response_loss: The loss of each meta example under a response; see :data:`ResponseLoss`. None
-        where `objective` is given.
-      num_features: Width of the head's input. None where `objective` is given.
+      agent: Makes the proposals; see :func:`arbiter_jax.mlp_agent`.
+      response_loss: The loss of each meta example under a response; see
+        :data:`arbiter_jax.hyper_learning.ResponseLoss`. None if `objective` is given.
+      num_features: Width of the head's input, an integer >= 1. None if `objective` is given.
       min_batch_size: :math:`b_{min}`, an integer >= 1.
       max_batch_size: :math:`b_{max}`, an integer > min_batch_size.
       initial_batch_size: Batch size of the first window, within the range.
       window: T, number of updates between two decisions, an integer >= 1.
-      agent_optimizer: Of phi and m; by default weight decay 5e-4, then Adam at 1e-5 (1e-3 with an
-        objective, which is to be followed within a run).
-      mixture_optimizer: Of alpha; by default the same at 1e-4 (1e-2).
+      agent_optimizer: Trains phi and m; by default weight decay 5e-4, then Adam at 1e-5 (1e-3 with an
+        objective, whose minimum moves within a run).
+      mixture_optimizer: Trains alpha; by default the same at 1e-4 (1e-2 with an objective).
       learn_response: If False, m stays as drawn, uniform in (-1, 1).
       anchor: "offset" adds one constant to every proposal, chosen at the first hyper-step such that
-        the mixture stands at the logit of initial_batch_size; "none" leaves the agent as it is
-        (see :func:`arbiter_jax.warm_up`).
-      hyper_every: A hyper-step at the first of so many updates, in [1, window]. The updates between
-        cost nothing; vmapped, those at which none is due in any lane.
+        the mixture is at the logit of initial_batch_size; "none" leaves the agent as it is (see
+        :func:`arbiter_jax.warm_up`).
+      hyper_every: Takes a hyper-step at every n-th update, an integer in [1, window]. The other updates
+        add no cost; under `vmap`, only those at which no lane is due.
       seed: An int, or a PRNG key.
-      objective: From :func:`arbiter_jax.noise_response`, in the place of F.
+      objective: From :func:`arbiter_jax.noise_response`, to descend instead of F.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with an :class:`ArbiterState`.
@@ -147,15 +145,15 @@ def arbiter(
     Raises:
       ValueError: If an argument is out of its range; at the first trace if the agent's output or the
         width of the head does not fit.
-      TypeError: If `update` is not given `params`, `agent_inputs`, `meta_batch` or what the
+      TypeError: If `update` is called without `params`, `agent_inputs`, `meta_batch` or what the
         objective reads.
 
     Reference:
       MacLellan and Dong, "Hyper-Learning for Gradient-Based Batch Size Adaptation",
       arXiv:2205.08231.
 
-    *Guarantees*: the updates pass unchanged; batch_size stays within the range; a hyper-step that
-    meets a number that is not finite changes nothing but ``num_skipped``.
+    *Guarantees*: the updates pass unchanged; batch_size stays within the range; a hyper-step with a
+    number that is not finite changes nothing but ``num_skipped``.
 
     >>> import arbiter_jax as aj
     >>> def response_loss(params, response, meta_batch):  # a linear head on raw inputs
@@ -291,9 +289,7 @@ def _update(
     return state
 
 
-def _learnables(
-    config: _Config, agent_params: PyTree, response_weights: jax.Array
-) -> _Learnable:
+def _learnables(config: _Config, agent_params: PyTree, response_weights: jax.Array) -> _Learnable:
     return _Learnable(agent_params, response_weights if config.objective.learn_response else None)
 
 

@@ -26,7 +26,9 @@ class ArbiterState(NamedTuple):
     mixture_weights: jax.Array  # shape=(N,), dtype=float, softmax(alpha) after the last hyper-step
     mixture: jax.Array  # shape=(), dtype=float, s
     offset: jax.Array  # shape=(), dtype=float, added to every proposal
-    pending_anchor: jax.Array  # shape=(), dtype=int32, where to anchor at the next hyper-step; 0: no
+    pending_anchor: (
+        jax.Array
+    )  # shape=(), dtype=int32, where to anchor at the next hyper-step; 0: no
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32

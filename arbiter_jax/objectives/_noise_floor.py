@@ -31,7 +31,9 @@ _MIN_STEPS = 8  # losses, up to which a slope of 0 is no reason to stop
 _EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its slope over p. Eq. 9
 _NOISE_EXPONENT = 0.15  # s of the noise, which falls as t^-s. Eq. 16
 _MAX_CORRECTION = 8.0  # upper bound on the factor of Eq. 15 in a single measurement
-_MAX_SLOPE_RATIO = 2.0  # how much faster the training loss may fall than the validation loss. Eq. 14
+_MAX_SLOPE_RATIO = (
+    2.0  # how much faster the training loss may fall than the validation loss. Eq. 14
+)
 _INFINITE_SIZE = 1e9  # what a state holds for an infinite batch size; 1 / this for 0
 
 

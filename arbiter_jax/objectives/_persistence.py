@@ -111,9 +111,7 @@ def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Per
 
 
 @functools.lru_cache(maxsize=32)
-def _measure_persistence(
-    tx: Any, structure: Any, ranks: tuple[int, ...]
-) -> Persistence | None:
+def _measure_persistence(tx: Any, structure: Any, ranks: tuple[int, ...]) -> Persistence | None:
     """None if all updates are zero."""
     params = jax.tree.unflatten(structure, [np.ones([_AXIS_SIZE] * rank) for rank in ranks])
     responses = _follow(tx, params, _NUM_STEPS)

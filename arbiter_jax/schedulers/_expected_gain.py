@@ -28,7 +28,9 @@ class ExpectedGainState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    signals_due: jax.Array | None  # shape=(), dtype=bool, whether the next step measures; None: always
+    signals_due: (
+        jax.Array | None
+    )  # shape=(), dtype=bool, whether the next step measures; None: always
 
 
 def expected_gain(

@@ -44,7 +44,9 @@ class ObjectiveState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    signals_due: jax.Array | None  # shape=(), dtype=bool, whether the next step measures; None: always
+    signals_due: (
+        jax.Array | None
+    )  # shape=(), dtype=bool, whether the next step measures; None: always
 
 
 def from_objective(
@@ -158,9 +160,7 @@ def make_rule(
             signals_due=None if interval == 1 else jnp.array(True),
         )
 
-    def update_state(
-        state, *, updates, params, batch_size=None, signals_made=None, **signals
-    ):
+    def update_state(state, *, updates, params, batch_size=None, signals_made=None, **signals):
         required = sorted(base.requests(state).signals)
         base.require(name, **{signal: signals.get(signal) for signal in required})
         applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)

@@ -29,7 +29,9 @@ class NoiseFloorState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    signals_due: jax.Array | None  # shape=(), dtype=bool, whether the next step measures; None: always
+    signals_due: (
+        jax.Array | None
+    )  # shape=(), dtype=bool, whether the next step measures; None: always
 
 
 def noise_floor(

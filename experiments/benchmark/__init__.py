@@ -228,8 +228,8 @@ def build(config: Config) -> list[tuple[str, float, Callable[[], tuple[Timed, Ti
     loss_fn = mlp.losses.loss_fn
     objective = aj.noise_response("noise_floor", loss_fn=loss_fn)
     noise_rules = {
-        "noise floor": aj.schedulers.noise_floor(loss_fn, every=10, **held),
-        "expected gain": aj.schedulers.expected_gain(loss_fn, every=10, **held),
+        "noise floor": aj.schedulers.noise_floor(loss_fn, measure_every=10, **held),
+        "expected gain": aj.schedulers.expected_gain(loss_fn, measure_every=10, **held),
         "Arbiter, noise response,": aj.arbiter(
             mlp.agent, objective=objective, initial_batch_size=size, window=10**9, hyper_every=10
         ),

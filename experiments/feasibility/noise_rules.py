@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from arbiter_jax import plotting, schedulers
+from arbiter_jax import plotting
+from arbiter_jax.objectives import FloorConfig
 from experiments import _methods, _runner, _training
 
 METHODS = ("noise_floor", "expected_gain", "arbiter_noise_response")
@@ -34,7 +35,7 @@ GROUPS = {
 }
 POINTS = 200  # of the budget, at which sizes are compared
 # Of the budget: the noise floor grows from there on, relative to what it held.
-HELD = schedulers.noise_floor.__kwdefaults__["hold"]
+HELD = FloorConfig.hold_until
 
 
 def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:

@@ -13,8 +13,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, models, schedulers
-from arbiter_jax.objectives import impulse_response
-from arbiter_jax.objectives._noise_floor import final_size
+from arbiter_jax.objectives import FloorConfig, final_size, impulse_response
 from experiments import _methods, _training
 from experiments._learning_rates import scale_by_decay
 from experiments._problems import DEFINITIONS, task_of, token_agent
@@ -139,15 +138,12 @@ def held_then_grown(
       max_batch_size: Largest size.
       min_batch_size: Smallest size.
     """
-    share, hold, growth = map(
-        schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth")
-    )
 
     def size(b, seen):
         in_force = jnp.maximum(b, min_batch_size)
         left, num_steps = num_examples - seen, jnp.maximum(seen, 1) / in_force
-        grown = final_size(b, in_force, num_steps, left, share=share, growth=growth)
-        b = jnp.where(seen < hold * num_examples, b, jnp.maximum(b, grown))
+        grown = final_size(b, in_force, num_steps, left)
+        b = jnp.where(seen < FloorConfig.hold_until * num_examples, b, jnp.maximum(b, grown))
         return jnp.clip(jnp.round(b), min_batch_size, max_batch_size).astype(jnp.int32)
 
     def init_fn(params):

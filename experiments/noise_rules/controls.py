@@ -1,4 +1,4 @@
-"""The controls of :mod:`experiments.noise_rules`: a rule that is told other statistics."""
+"""The controls of :mod:`experiments.noise_rules`: a rule that gets other statistics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arbiter_jax import schedulers
-from arbiter_jax.objectives import NoiseObjective, floor_objective, gain_objective
-from arbiter_jax.schedulers._from_objective import noise_rule
+from arbiter_jax import objectives, schedulers
 from experiments import _methods, _runner, _training
 from experiments.noise_rules import cases
 
@@ -24,15 +22,19 @@ CONTROLLED = (
     cases.Case("digits", "momentum", 0.1),
 )
 BINS = 100  # of the budget, in which the statistics of a run are recorded
-# What is recorded, and told as a sample; None: 0, for the first holds what Eq. 15 adds to it.
-STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("progress", "noise_cost")}
+# What is recorded, and given as a sample; None: 0, for the first holds what Eq. 15 adds to it.
+STATISTICS = {"noise_floor": ("noise", None), "expected_gain": ("noiseless_gain", "noise_cost")}
+OPTIONS: dict[str, dict[str, Any]] = {  # the defaults of the two rules
+    "noise_floor": {"measure_every": 4, "max_change": 4.0},
+    "expected_gain": {"measure_every": 10, "max_change": 2.0},
+}
 
 
 # The control: do the same numbers in another order, or those of another run, do worse?
 
 
 class Replay(NamedTuple):
-    """A noise objective's state, and the statistics that it is told in place of its own."""
+    """A noise objective's state, and the statistics that it gets instead of its own."""
 
     statistics: Any
     table: jax.Array  # shape=(BINS, k), dtype=float
@@ -40,22 +42,24 @@ class Replay(NamedTuple):
     metrics = ()
 
 
-def replay(objective: NoiseObjective, table: jax.Array, num_examples: int) -> NoiseObjective:
+def replay(
+    objective: objectives.NoiseObjective, table: jax.Array, num_examples: int
+) -> objectives.NoiseObjective:
     """The objective, with its samples of the noise read off a table by the share of the budget."""
 
-    def update(state, sample, due, batch_size, signals):
+    def update(state, sample, measured, batch_size, signals):
         seen = jnp.asarray(signals["num_examples"], float) / num_examples
         told = state.table[jnp.clip(seen * BINS, 0, BINS - 1).astype(jnp.int32)]
         # What else was measured (the loss of validation examples) stays.
-        sample = (*told, *sample[len(told) :])
+        sample = type(sample)(*told, *sample[len(told) :])
         return state._replace(
-            statistics=objective.update(state.statistics, sample, due, batch_size, signals)
+            statistics=objective.update(state.statistics, sample, measured, batch_size, signals)
         )
 
     return objective._replace(
         init=lambda: Replay(objective.init(), jnp.asarray(table, float)),
         update=update,
-        objective=lambda state, *args: objective.objective(state.statistics, *args),
+        loss=lambda state, *args: objective.loss(state.statistics, *args),
         best=lambda state, *args: objective.best(state.statistics, *args),
     )
 
@@ -72,24 +76,18 @@ def _recorded(fit: Any, name: str, num_examples: int) -> np.ndarray:
 
 def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray):
     made = cases.definition(case.task, share)
-    loss_fn, budget = made.task.losses.loss_fn, None
+    loss_fn = made.task.losses.loss_fn
     if name == "noise_floor":
-        budget = made.num_examples
-        known = {"num_examples": budget, "persistence": cases.persistence(case.optimizer)}
-        objective, state = floor_objective(loss_fn, **known), schedulers.NoiseFloorState
+        k = cases.persistence(case.optimizer)
+        objective = objectives.noise_floor(loss_fn, num_examples=made.num_examples, persistence=k)
     else:
         k = cases.persistence(case.optimizer, power=2)
-        objective, state = gain_objective(loss_fn, persistence=k), schedulers.ExpectedGainState
-    constants = getattr(schedulers, name).__kwdefaults__
-    rule = noise_rule(
-        state,
+        objective = objectives.expected_gain(loss_fn, persistence=k)
+    rule = schedulers.from_objective(
         replay(objective, table, made.num_examples),
-        rule=name,
-        limits=(8, made.max_batch_size, 64),
-        fixed_cost=0.0,
-        max_change=constants["max_change"],
-        num_examples=budget,
-        every=constants["every"],
+        max_batch_size=made.max_batch_size,
+        initial_batch_size=64,
+        **OPTIONS[name],
     )
     rate = made.scale * case.learning_rate
     optimizer = cases.optimizer(case.optimizer, rate, "constant", made.num_examples)

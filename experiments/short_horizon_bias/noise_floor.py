@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arbiter_jax import noisy_quadratic, plotting, schedulers
-from arbiter_jax.objectives._noise_floor import final_size, size_for_end
+from arbiter_jax import noisy_quadratic, plotting
+from arbiter_jax.objectives import FloorConfig, final_size, size_for_end
 from experiments.short_horizon_bias import claims
 from experiments.short_horizon_bias import quadratic as toy
 
 LEARNING_RATE = 0.5
 SHARES = (0.075, 0.15, 0.3, 0.6, 1.2)
-SHARE, HOLD, GROWTH = map(schedulers.noise_floor.__kwdefaults__.get, ("share", "hold", "growth"))
 HOLDS, GROWTHS = (0.2, 0.4, 0.6, 0.8), (2, 4, 8, 16, 32, 64)
 
 
@@ -56,8 +55,8 @@ def follow_rule(
     num_examples: float,
     num_segments: int,
     share: float,
-    hold: float = HOLD,
-    growth: float = GROWTH,
+    hold: float = FloorConfig.hold_until,
+    growth: float = FloorConfig.final_growth,
 ) -> np.ndarray:
     """The sizes that :func:`arbiter_jax.schedulers.noise_floor` decides on, its averages exact."""
     segment = num_examples / num_segments
@@ -83,7 +82,8 @@ def follow_rule(
             size = held = max(size, noise / losses[-1])  # Eq. 17
         else:
             in_force = max(held, 1.0)
-            size = final_size(held, in_force, steps[-1], left, share=share, growth=growth)
+            growing = {"noise_share": share, "final_growth": growth}
+            size = final_size(held, in_force, steps[-1], left, **growing)
             size = max(held, size)  # Eq. 12
         sizes[j:] = np.clip(size, 1, segment)
     return sizes
@@ -108,7 +108,7 @@ def measure(num_examples: float, dimensions: int = 400, num_segments: int = 40) 
     for name, schedules in (("best constant", constants), ("best held, then grown", grown)):
         best = int(np.argmin(_ends(problem, num_examples, np.array(schedules))[:, -1]))
         found[name] = np.array(schedules)[best]
-    found["noise floor"] = rules[SHARES.index(SHARE)]
+    found["noise floor"] = rules[SHARES.index(FloorConfig.noise_share)]
     losses = _ends(problem, num_examples, np.array(list(found.values())))
     return {
         "sizes": found,

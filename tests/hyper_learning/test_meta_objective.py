@@ -114,9 +114,7 @@ def test_expected_gain_is_an_objective_in_training():
     loss_fn = lambda w, x: jnp.sum((w[None] - x) ** 2, axis=1) / 2
     data = jax.random.normal(jax.random.PRNGKey(0), (512, 64))
     objective = aj.noise_response("expected_gain", loss_fn=loss_fn, persistence=1.0)
-    rule = aj.arbiter(
-        TRACKER, objective=objective, min_batch_size=33, max_batch_size=64, window=10
-    )
+    rule = aj.arbiter(TRACKER, objective=objective, min_batch_size=33, max_batch_size=64, window=10)
     tx = optax.chain(optax.sgd(0.1), rule)
     result = aj.fit(
         loss_fn, jnp.ones(64), tx, aj.Data(data, data), num_examples=40_000, window=10, key=1

@@ -64,9 +64,7 @@ def test_equation_17_noise_is_at_most_all_of_the_loss(optimal_loss, factor):
     objective = objectives.noise_floor(optimal_loss=optimal_loss, persistence=1.0)
     state, loss = objective.init(), jnp.array(1.2 * SLOPE)
     training = state.training._replace(recent=loss, older=loss + SLOPE / 4, last=jnp.array(100))
-    state = state._replace(
-        noise=jnp.array(NOISE / 4), measured_loss=0.1 * loss, training=training
-    )
+    state = state._replace(noise=jnp.array(NOISE / 4), measured_loss=0.1 * loss, training=training)
     sample, signals = FloorSample(NOISE / 4, 0.0, None), {"value": loss}
     state = objective.update(state, sample, False, jnp.asarray(64), signals)
     size = factor * size_by_hand()
@@ -123,7 +121,10 @@ def test_the_persistence_is_asked_for_if_not_given():
         ({"num_examples": 0}, "num_examples must be"),
         ({"num_examples": 2**31}, "num_examples must be .* <= 2147483647"),
         ({"step_cost": "free"}, "step_cost must be"),
-        ({"loss_fn": 100_000}, "loss_fn must be a function .* got 100000; a budget is given as num"),
+        (
+            {"loss_fn": 100_000},
+            "loss_fn must be a function .* got 100000; a budget is given as num",
+        ),
         ({"loss_fn": "mse"}, r"loss_fn must be a function .* got 'mse'\."),
     ],
 )

@@ -145,7 +145,9 @@ def test_layers_of_one_kind_are_measured_once():
         seen.append(len(jax.tree.leaves(params)))
         return optax.EmptyState()
 
-    watched = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    watched = optax.GradientTransformation(
+        init, lambda updates, state, params=None: (updates, state)
+    )
     layer = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}
     params = {"layers": [layer] * 5, "block_1": layer, "block_2": layer, "head": {"kernel": layer}}
     measure_persistence(watched, params)
@@ -159,7 +161,10 @@ def test_layers_of_one_kind_are_measured_once():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_steps": 0}, "num_steps must be an integer >= 1"), ({"power": 3}, "power must be one of")],
+    [
+        ({"num_steps": 0}, "num_steps must be an integer >= 1"),
+        ({"power": 3}, "power must be one of"),
+    ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
