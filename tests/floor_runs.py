@@ -1,4 +1,4 @@
-"""Runs of the noise floor in which the loss and its noise are given, so that sizes are known by hand."""
+"""Runs of the noise floor with a given loss and noise, so that sizes are known by hand."""
 
 import functools
 import math

@@ -95,8 +95,9 @@ def conv_agent(
     """An agent of 3x3 convolutions of stride 3 with ReLU, a mean over space and a dense layer.
 
     The published agent has four convolutional layers of 64 channels without a nonlinearity between
-    them, which makes it linear; this one has ReLU. Stride and width are equal, so that a convolution
-    is a reshape and a dot product on every platform. With 16 channels it costs a tenth as much.
+    them, which makes it linear; this one has ReLU. Stride and width are equal, so that a
+    convolution is a reshape and a dot product on every platform. With 16 channels it costs a tenth
+    as much.
 
     Args:
       input_shape: Shape of one input, (height, width, channels).

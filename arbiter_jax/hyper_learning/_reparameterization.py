@@ -29,8 +29,8 @@ def to_logit(
 
     .. math:: l = \log\frac{b + 1/2 - b_{min}}{b_{max} - b - 1/2}
 
-    The published code uses the left edge, without the 1/2, and loses one example in the round trip if
-    rounding goes down: 64 becomes 63.
+    The published code uses the left edge, without the 1/2, and loses one example in the round trip
+    if rounding goes down: 64 becomes 63.
 
     Args:
       batch_size: b, of any shape, in examples; clipped to [min_batch_size, max_batch_size - 1],

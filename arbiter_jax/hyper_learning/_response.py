@@ -39,6 +39,11 @@ def response_objective(
     Returns:
       A :class:`MetaObjective`.
     """
+    if not callable(response_loss):
+        raise ValueError(
+            "response_loss must be a function (params, response, meta_batch) -> float[M], got "
+            f"{response_loss!r}."
+        )
     num_features = _validate.integer(num_features=num_features, minimum=1)
 
     def observe(statistics, updates, params, batch_size, signals, measures):

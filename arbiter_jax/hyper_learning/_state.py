@@ -26,9 +26,7 @@ class ArbiterState(NamedTuple):
     mixture_weights: jax.Array  # shape=(N,), dtype=float, softmax(alpha) after the last hyper-step
     mixture: jax.Array  # shape=(), dtype=float, s
     offset: jax.Array  # shape=(), dtype=float, added to every proposal
-    pending_anchor: (
-        jax.Array
-    )  # shape=(), dtype=int32, where to anchor at the next hyper-step; 0: no
+    pending_anchor: jax.Array  # shape=(), dtype=int32, anchors the next hyper-step there; 0: no
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32
@@ -56,8 +54,8 @@ def re_anchor(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
     """Anchors every Arbiter in an optimizer state to another batch size.
 
     To be called at the milestones of a schedule that Arbiter complements. The batch size becomes
-    `batch_size`, the mixture is at its logit from the next hyper-step on, alpha and its window start
-    over. What the agent has learned stays.
+    `batch_size`, the mixture is at its logit from the next hyper-step on, alpha and its window
+    start over. What the agent has learned stays.
 
     Args:
       opt_state: State of a chain with :func:`arbiter` (``anchor="offset"``) in it.

@@ -39,11 +39,11 @@ def warm_up(
     .. math:: h(s - l^*), \quad l^* = \log\frac{b - b_{min}}{b_{max} - b},
        \quad h(d) = d^2/2 \text{ if } |d| \le 1 \text{ else } |d| - 1/2,
 
-    with respect to agent and mixture, until the batch size of the mixture is less than 2 away from the
-    target. The target is the published one, at the left edge of the batch size's interval; at the very
-    end of the range, where its logit would be infinite, it is moved inward by half an example. Every
-    leaf of agent_params is trained, with the coupled weight decay of hyper-learning, 5e-4. The
-    optimizer state is not returned: hyper-learning starts with a fresh one.
+    with respect to agent and mixture, until the batch size of the mixture is less than 2 away from
+    the target. The target is the published one, at the left edge of the batch size's interval; at
+    the very end of the range, where its logit would be infinite, it is moved inward by half an
+    example. Every leaf of agent_params is trained, with the coupled weight decay of hyper-learning,
+    5e-4. The optimizer state is not returned: hyper-learning starts with a fresh one.
 
     Args:
       agent: The agent.

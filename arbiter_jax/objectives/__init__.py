@@ -6,13 +6,8 @@ the gradient is one, and what it costs can be measured during the run. Derivatio
 """
 
 from arbiter_jax.objectives._expected_gain import GainState, expected_gain
-from arbiter_jax.objectives._noise_floor import (
-    FloorConfig,
-    FloorState,
-    final_size,
-    noise_floor,
-    size_for_end,
-)
+from arbiter_jax.objectives._floor_sizes import FloorConfig, final_size, size_for_end
+from arbiter_jax.objectives._noise_floor import FloorState, noise_floor
 from arbiter_jax.objectives._noise_response import noise_response
 from arbiter_jax.objectives._objective import NoiseObjective
 from arbiter_jax.objectives._persistence import (

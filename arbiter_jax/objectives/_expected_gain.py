@@ -77,8 +77,8 @@ def expected_gain(
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss.
       persistence: k, a number >= 1: 1 for SGD, 1 / sqrt(1 - momentum^2) with momentum, 1 / sqrt(1 -
         b1^2) for Adam; or an optimizer, whose :func:`impulse_response` is measured here; None to
-        measure the chain that the objective is used in. If it is too large, A_0 is almost all q / B,
-        and the minimum tends to 2 B whatever the dynamics.
+        measure the chain that the objective is used in. If it is too large, A_0 is almost all q /
+        B, and the minimum tends to 2 B whatever the dynamics.
       step_cost: c_0, the fixed cost of a step, in examples, >= 0.
 
     Returns:

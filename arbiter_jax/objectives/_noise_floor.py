@@ -6,19 +6,24 @@ decrease per unit of log time, -dF / d log t, with t the number of steps.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax.typing
 import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import tree_dot, tree_where
 from arbiter_jax.base import PyTree
+from arbiter_jax.objectives._floor_sizes import (
+    EXPONENT,
+    INFINITE_SIZE,
+    FloorConfig,
+    final_size,
+    size_for_end,
+)
 from arbiter_jax.objectives._objective import (
     NoiseObjective,
     check_loss_fn,
@@ -28,27 +33,10 @@ from arbiter_jax.objectives._objective import (
 from arbiter_jax.objectives._persistence import PersistenceSignal, check_persistence
 
 _MIN_STEPS = 8  # losses, up to which a slope of 0 is no reason to stop
-_EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its slope over p. Eq. 9
-_NOISE_EXPONENT = 0.15  # s of the noise, which falls as t^-s. Eq. 16
 _MAX_CORRECTION = 8.0  # upper bound on the factor of Eq. 15 in a single measurement
 _MAX_SLOPE_RATIO = (
     2.0  # how much faster the training loss may fall than the validation loss. Eq. 14
 )
-_INFINITE_SIZE = 1e9  # what a state holds for an infinite batch size; 1 / this for 0
-
-
-@dataclasses.dataclass(frozen=True)
-class FloorConfig:
-    """The constants of :func:`noise_floor`, which documents them, with their defaults."""
-
-    loss_fn: Callable[..., Any] | None = None
-    num_examples: int | None = None
-    noise_share: float = 0.3
-    hold_until: float = 0.6
-    final_growth: float = 32.0
-    persistence: float | None = None
-    step_cost: float = 0.0
-    optimal_loss: float = 0.0
 
 
 class LogTimeSlope(NamedTuple):
@@ -130,32 +118,32 @@ def noise_floor(
     .. math:: J(b) = a / b + \log b, \qquad
       a = \frac{k \left(-B\, E\langle \xi, du \rangle\right)}{4\, share\, \Delta}
 
-    B is the applied batch size, :math:`\xi` half the difference of the gradients of the two halves of
-    the batch, du the response of the updates to it, k the `persistence`. The numerator over 4 b is by
-    how much noise raises the loss at the batch size b, its *floor*; :math:`\Delta` is the excess of the
-    loss over its limit, read off the slope at which it falls. At the end of the budget a grows. The
-    derivation is in ``experiments/noise_rules/DERIVATION.md``, Eqs. 7 to 17;
+    B is the applied batch size, :math:`\xi` half the difference of the gradients of the two halves
+    of the batch, du the response of the updates to it, k the `persistence`. The numerator over 4 b
+    is by how much noise raises the loss at the batch size b, its *floor*; :math:`\Delta` is the
+    excess of the loss over its limit, read off the slope at which it falls. At the end of the
+    budget a grows. The derivation is in ``experiments/noise_rules/DERIVATION.md``, Eqs. 7 to 17;
     :func:`arbiter_jax.schedulers.noise_floor` is the rule that takes the minimum, b = a.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
         examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None for
-        that of ``aj.fit``, and to hold the size if nobody knows one.
+      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None
+        for that of ``aj.fit``, and to hold the size if nobody knows one.
       noise_share: The noise floor as a share of the loss still to go, > 0.
       hold_until: The share of the budget after which the size may grow, in [0, 1].
       final_growth: The factor by which it has grown at the end, >= 1.
-      persistence: k, a number >= 1: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam; or an optimizer,
-        whose :func:`impulse_response` is measured here; None to measure the chain that the objective
-        is used in.
+      persistence: k, a number >= 1: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam; or an
+        optimizer, whose :func:`impulse_response` is measured here; None to measure the chain that
+        the objective is used in.
       step_cost: The fixed cost of a step, in examples, >= 0.
       optimal_loss: The least that the loss can be, a number < infinity; -infinity if there is no
         least, as for the density of a continuous variable. It need not be attainable.
 
     Returns:
-      A :class:`NoiseObjective` that reads `value`, `gradient_noise`, `update_noise`, `grad_stats`; with
-      a loss function `meta_batch` (and `model_state` if the model has one); and `persistence` if it is
-      not given.
+      A :class:`NoiseObjective` that reads `value`, `gradient_noise`, `update_noise`, `grad_stats`;
+      with a loss function `meta_batch` (and `model_state` if the model has one); and `persistence`
+      if it is not given.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -285,7 +273,7 @@ def _update(
     if config.num_examples is None and signals.get("budget") is not None:
         new = new._replace(run_budget=jnp.asarray(signals["budget"], jnp.int32))
     # What grows later is the last size before growth began.
-    size = jnp.clip(_floor_size(config, new), 1 / _INFINITE_SIZE, _INFINITE_SIZE)
+    size = jnp.clip(_floor_size(config, new), 1 / INFINITE_SIZE, INFINITE_SIZE)
     settled = _grows(config, state) & (state.held_batch_size > 0)
     keep = jnp.isnan(size) | settled
     return new._replace(
@@ -321,7 +309,7 @@ def _floor_size(config: FloorConfig, state: FloorState) -> jax.Array:
     noise, slope = jnp.maximum(state.noise, 0), log_time_slope(state)
     # There is noise, and steps gain nothing; but a few losses are too few to say so.
     unlimited = jnp.where((noise > 0) & (state.training.last > _MIN_STEPS), jnp.inf, jnp.nan)
-    size = noise * _EXPONENT / (config.noise_share * jnp.where(slope > 0, slope, 1))  # Eq. 10
+    size = noise * EXPONENT / (config.noise_share * jnp.where(slope > 0, slope, 1))  # Eq. 10
     budget = _budget(config, state)
     left = jnp.maximum(budget - state.num_examples, 0)
     at_the_end = size_for_end(size, jnp.maximum(state.training.last, 1), left)
@@ -348,72 +336,5 @@ def _best(config: FloorConfig, state: FloorState, cost: Any = None) -> jax.Array
 
 def _loss(config: FloorConfig, state: FloorState, b: jax.Array, cost: Any = None) -> jax.Array:
     target = _best(config, state, cost)
-    target = jnp.where(target > 0, jnp.minimum(target, _INFINITE_SIZE), b)  # unknown: stay
+    target = jnp.where(target > 0, jnp.minimum(target, INFINITE_SIZE), b)  # unknown: stay
     return jax.lax.stop_gradient(target) / b + jnp.log(b)  # Eq. 13
-
-
-def size_for_end(
-    batch_size: jax.typing.ArrayLike,
-    num_steps: jax.typing.ArrayLike,
-    examples_left: jax.typing.ArrayLike,
-) -> jax.Array:
-    r"""Extrapolates the size for the current slope and noise to the end of the budget (Eq. 16).
-
-    .. math:: b = B \left(1 + \frac{r}{b\, t}\right)^{1/4 - 0.15}
-
-    Holding b until the end makes r / b more steps, in which the slope of the loss falls as
-    :math:`t^{-1/4}` and the noise as :math:`t^{-0.15}`.
-
-    Args:
-      batch_size: B, the size for the current slope and noise (Eq. 10), float[], in examples.
-      num_steps: t, the steps so far, >= 1.
-      examples_left: r, what is left of the budget, >= 0.
-
-    Returns:
-      b, float[], in examples.
-
-    >>> round(float(size_for_end(64.0, num_steps=100, examples_left=100_000)), 1)
-    81.0
-    """
-    batch_size = jnp.clip(jnp.asarray(batch_size, float), 1 / _INFINITE_SIZE, _INFINITE_SIZE)
-    b = batch_size
-    for _ in range(8):  # an error of log b becomes one of at most a tenth of it
-        b = batch_size * (1 + examples_left / (b * num_steps)) ** (_EXPONENT - _NOISE_EXPONENT)
-    return b
-
-
-def final_size(
-    batch_size: Any,
-    held_batch_size: Any,
-    num_steps: Any,
-    examples_left: Any,
-    *,
-    noise_share: float = FloorConfig.noise_share,
-    final_growth: float = FloorConfig.final_growth,
-) -> Any:
-    r"""The size to which a held size grows at the end of the budget (Eq. 12).
-
-    .. math:: \frac{g B_0}{1 + g r / R}, \qquad R = 2\, share\, b\, t, \qquad g = growth \sqrt{b / B_0}
-
-    R examples are worth as much in steps as the noise floor holds of the loss. The size is held as
-    long as this is less than it.
-
-    Args:
-      batch_size: b, the size that was to be held, > 0, in examples.
-      held_batch_size: B_0, the size that was held, >= b: larger at the lower end of the range.
-      num_steps: t, the steps so far, >= 1.
-      examples_left: r, what is left of the budget, >= 0.
-      noise_share: The noise floor as a share of the loss still to go, > 0.
-      final_growth: The factor by which the size has grown when nothing is left, >= 1.
-
-    Returns:
-      The size, in examples, a number or array like the arguments.
-
-    >>> final_size(64.0, 64.0, num_steps=1000, examples_left=0)
-    2048.0
-    >>> round(final_size(64.0, 64.0, num_steps=1000, examples_left=10_000))
-    219
-    """
-    factor = final_growth * (batch_size / held_batch_size) ** 0.5
-    worth_the_noise = 0.5 * noise_share / _EXPONENT * batch_size * num_steps  # R
-    return factor * held_batch_size / (1 + factor * examples_left / worth_the_noise)

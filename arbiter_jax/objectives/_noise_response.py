@@ -30,9 +30,9 @@ def noise_response(
 
     :math:`a` is the size at which noise costs a fixed share of the loss still to go, see
     :func:`arbiter_jax.objectives.noise_floor`; :math:`A_0` is what a step without noise gains and
-    :math:`q / b` what its noise costs, see :func:`arbiter_jax.objectives.expected_gain`. The rules of
-    the same names in :mod:`arbiter_jax.schedulers` take the minimum in closed form: compare the agent
-    with them.
+    :math:`q / b` what its noise costs, see :func:`arbiter_jax.objectives.expected_gain`. The rules
+    of the same names in :mod:`arbiter_jax.schedulers` take the minimum in closed form: compare the
+    agent with them.
 
     Args:
       kind: "noise_floor" or "expected_gain".

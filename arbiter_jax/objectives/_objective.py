@@ -20,9 +20,9 @@ from arbiter_jax.batching import masked_mean, num_rows
 class NoiseObjective(NamedTuple):
     """A function J of the batch size that is measured during the run; from :func:`noise_response`.
 
-    Its minimum makes a batch-size rule (:func:`arbiter_jax.schedulers.from_objective`), and an agent
-    descends it (:func:`arbiter_jax.arbiter`). Both keep its state in theirs; the state says which
-    signals it ``requires``. Costs are those of one step, in examples.
+    Its minimum makes a batch-size rule (:func:`arbiter_jax.schedulers.from_objective`), and an
+    agent descends it (:func:`arbiter_jax.arbiter`). Both keep its state in theirs; the state says
+    which signals it ``requires``. Costs are those of one step, in examples.
     """
 
     init: Callable[[], Any]  # () -> state

@@ -49,8 +49,8 @@ def impulse_response(
     .. math:: k = \Bigl(\sum_{j \ge 0} (r_j / r_0)^p\Bigr)^{1/p}, \qquad
       r_j = \langle \xi, (\partial u_{t+j} / \partial g_t)\, \xi\rangle
 
-    with u the updates, g the gradients, :math:`\xi` noise, and :math:`r_0` the first response that is
-    not zero. It needs no model: gradients that are pure noise are passed to the transformation.
+    with u the updates, g the gradients, :math:`\xi` noise, and :math:`r_0` the first response that
+    is not zero. It needs no model: gradients that are pure noise are passed to the transformation.
 
     Args:
       tx: A differentiable optax chain.
@@ -58,7 +58,8 @@ def impulse_response(
         what the momentum remembers.
       power: p, 1 or 2. With 1, k is how far a gradient moves the parameters in total, in units of
         its first step: 1 / (1 - m) for momentum m, 1 / (1 - b1) for Adam. With 2, k is the standard
-        deviation of an update's noise in units of that of the newest gradient in it: 1 / sqrt(1 - m^2).
+        deviation of an update's noise in units of that of the newest gradient in it: 1 / sqrt(1 -
+        m^2).
 
     Returns:
       k, a float; 1 if all updates are zero.
@@ -81,11 +82,11 @@ def impulse_response(
 def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Persistence:
     """Measures :func:`impulse_response` on small stand-ins for the parameters of a model.
 
-    They have the structure of `params` and the number of axes of each leaf, so that masks, and labels
-    as in `optax.multi_transform`, work; frozen parameters do not count. Of children whose names
-    differ by a number (layers of one kind), the first one stands for all. A chain inside
-    `optax.MultiSteps` is measured in units of its updates. The batch-size rules and learning-rate rules
-    of this library let the measurement pass through.
+    They have the structure of `params` and the number of axes of each leaf, so that masks, and
+    labels as in `optax.multi_transform`, work; frozen parameters do not count. Of children whose
+    names differ by a number (layers of one kind), the first one stands for all. A chain inside
+    `optax.MultiSteps` is measured in units of its updates. The batch-size rules and learning-rate
+    rules of this library let the measurement pass through.
 
     Args:
       tx: The whole optimizer chain.

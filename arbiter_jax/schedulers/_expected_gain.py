@@ -28,9 +28,7 @@ class ExpectedGainState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    signals_due: (
-        jax.Array | None
-    )  # shape=(), dtype=bool, whether the next step measures; None: always
+    signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
 
 def expected_gain(
@@ -52,24 +50,25 @@ def expected_gain(
       q = \tfrac12 k^2 B_{now}\, du^\top H\, du
 
     with u the updates, du their response to half the difference of the gradients of the two halves
-    of the batch, and the loss F and its Hessian H taken on validation examples. A step of b examples is
-    expected to gain :math:`A_0 - q / b` and costs :math:`c_0 + b`; without a fixed cost B = 2 q / A_0.
-    Both are averages over the steps at which they are measured, each weighing as many examples as its
-    batch has, times those measured so far.
+    of the batch, and the loss F and its Hessian H taken on validation examples. A step of b
+    examples is expected to gain :math:`A_0 - q / b` and costs :math:`c_0 + b`; without a fixed cost
+    B = 2 q / A_0. Both are averages over the steps at which they are measured, each weighing as
+    many examples as its batch has, times those measured so far.
 
     The rule is greedy: it removes noise as soon as it costs progress now, although noise of early
-    steps is forgotten by the end. :func:`noise_floor` is not greedy. On a GPU or TPU, where a small batch
-    costs as much time as one that fills the device, pass ``step_cost="measured"`` or a `min_batch_size`
-    that fills it.
+    steps is forgotten by the end. :func:`noise_floor` is not greedy. On a GPU or TPU, where a small
+    batch costs as much time as one that fills the device, pass ``step_cost="measured"`` or a
+    `min_batch_size` that fills it.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss.
       measure_every: A_0 and q are measured at every n-th step, an integer >= 1, and at each of the
         first 20.
-      persistence: k, how much noise an update holds in units of that of the newest gradient in it, a
-        number >= 1: 1 for SGD, 1 / sqrt(1 - momentum^2) with momentum, 1 / sqrt(1 - b1^2) for Adam; or the
-        optimizer in front of the rule, which is then measured; None to measure the chain that the rule
-        is in. If k is too large, A_0 is almost all q / B, and B / B_now tends to 2 whatever the dynamics.
+      persistence: k, how much noise an update holds in units of that of the newest gradient in it,
+        a number >= 1: 1 for SGD, 1 / sqrt(1 - momentum^2) with momentum, 1 / sqrt(1 - b1^2) for
+        Adam; or the optimizer in front of the rule, which is then measured; None to measure the
+        chain that the rule is in. If k is too large, A_0 is almost all q / B, and B / B_now tends
+        to 2 whatever the dynamics.
       step_cost: c_0, the fixed cost of a step, in examples, >= 0; "measured": fitted to the time of
         the steps, as in :func:`goodput`.
       max_change: Largest factor between the applied size and the next one, > 1.
@@ -80,10 +79,10 @@ def expected_gain(
         if None.
 
     Returns:
-      A transformation that returns the updates unchanged and whose `update` reads `update_noise` and
-      `meta_batch`; `model_state` if the model has one; `persistence` if it is not given; `step_seconds` if
-      the cost of a step is measured; and, if given, `batch_size`, the applied size. It is the last link
-      of a chain: the updates that it sees are those that are applied.
+      A transformation that returns the updates unchanged and whose `update` reads `update_noise`
+      and `meta_batch`; `model_state` if the model has one; `persistence` if it is not given;
+      `step_seconds` if the cost of a step is measured; and, if given, `batch_size`, the applied
+      size. It is the last link of a chain: the updates that it sees are those that are applied.
 
     Raises:
       ValueError: If an argument is out of its range.

@@ -44,9 +44,7 @@ class ObjectiveState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    signals_due: (
-        jax.Array | None
-    )  # shape=(), dtype=bool, whether the next step measures; None: always
+    signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
 
 def from_objective(
@@ -67,8 +65,8 @@ def from_objective(
 
     Args:
       objective: A :class:`arbiter_jax.objectives.NoiseObjective`.
-      measure_every: The costly signals are measured at every n-th step, an integer >= 1, and at each
-        of the first 20.
+      measure_every: The costly signals are measured at every n-th step, an integer >= 1, and at
+        each of the first 20.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
         steps, as in :func:`goodput`; None: that of the objective.
       max_change: Largest factor between the applied size and the next one, > 1.
@@ -79,9 +77,9 @@ def from_objective(
         if None.
 
     Returns:
-      A transformation that returns the updates unchanged and whose `update` reads the signals of the
-      objective and, if given, `batch_size`, the applied size, and `budget`, the examples of the run
-      (and `step_seconds` if the cost of a step is measured).
+      A transformation that returns the updates unchanged and whose `update` reads the signals of
+      the objective and, if given, `batch_size`, the applied size, and `budget`, the examples of the
+      run (and `step_seconds` if the cost of a step is measured).
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -95,11 +93,11 @@ def from_objective(
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> objective = aj.objectives.expected_gain(lambda w, x: (w - x) ** 2 / 2, persistence=1.0)
     >>> rule = aj.schedulers.from_objective(objective, initial_batch_size=8, max_change=1.5)
-    >>> signals = {"meta_batch": jnp.zeros(4), "update_noise": jnp.array(-0.3)}
+    >>> signals = {"meta_batch": jnp.zeros(4), "update_noise": jnp.array(-0.4)}
     >>> params = jnp.ones(())
     >>> _, state = rule.update(-0.05 * params, rule.init(params), params, **signals)
-    >>> int(aj.get_batch_size(state))  # 2 q / A_0 is 9.2
-    9
+    >>> int(aj.get_batch_size(state))  # 2 q / A_0 is 9.9
+    10
     """
     if not isinstance(objective, NoiseObjective):
         raise ValueError(

@@ -29,9 +29,7 @@ class NoiseFloorState(NamedTuple):
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    signals_due: (
-        jax.Array | None
-    )  # shape=(), dtype=bool, whether the next step measures; None: always
+    signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
 
 def noise_floor(
@@ -56,24 +54,25 @@ def noise_floor(
       B = \frac{k \left(-B_{now} E\langle \xi, du \rangle\right)}{4\, share\, \Delta}, \qquad
       \Delta = -4\, \frac{dF}{d \log t}
 
-    Gradient noise holds the loss F above where it would be, by about :math:`k\, lr\, tr S / (4 B)` for
-    SGD. The rule keeps that *noise floor* at a share of :math:`\Delta`, the loss still to go, which it
-    reads off the slope at which F falls with the number of steps t. In the last part of the budget the
-    size grows, because late noise no longer has time to decay. The derivation, with its corrections for
-    large rates, for what is left of the budget and for memorizing, is in
+    Gradient noise holds the loss F above where it would be, by about :math:`k\, lr\, tr S / (4 B)`
+    for SGD. The rule keeps that *noise floor* at a share of :math:`\Delta`, the loss still to go,
+    which it reads off the slope at which F falls with the number of steps t. In the last part of
+    the budget the size grows, because late noise no longer has time to decay. The derivation, with
+    its corrections for large rates, for what is left of the budget and for memorizing, is in
     ``experiments/noise_rules/DERIVATION.md``; the equations are those of
     :func:`arbiter_jax.objectives.noise_floor`.
 
-    With `loss_fn` the rule also measures the loss of validation examples, and lets the training loss
-    fall at most twice as fast: progress that is only memorized buys no steps. Pass it if examples are
-    seen many times. On a GPU or TPU, where a small batch costs as much time as one that fills the device,
-    pass ``step_cost="measured"`` or a `min_batch_size` that fills it. Keep the learning rate constant.
+    With `loss_fn` the rule also measures the loss of validation examples, and lets the training
+    loss fall at most twice as fast: progress that is only memorized buys no steps. Pass it if
+    examples are seen many times. On a GPU or TPU, where a small batch costs as much time as one
+    that fills the device, pass ``step_cost="measured"`` or a `min_batch_size` that fills it. Keep
+    the learning rate constant.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
         examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None for
-        that of ``aj.fit``. Without any budget the size is held until the end.
+      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None
+        for that of ``aj.fit``. Without any budget the size is held until the end.
       measure_every: The noise is measured at every n-th step, an integer >= 1, and at each of the
         first 20; the training loss at every step. A larger number makes the steps cheaper (see
         `experiments.benchmark` for 10), and the statistics noisier.
@@ -81,27 +80,27 @@ def noise_floor(
       hold_until: The share of the budget after which the size may grow, in [0, 1].
       final_growth: The factor by which it has grown at the end, >= 1; what happens before the very
         end hardly depends on it.
-      persistence: k, for how many steps the optimizer goes on applying a gradient, a number >= 1: 1 / (1
-        - momentum) for SGD, 1 / (1 - b1) for Adam; or the optimizer in front of the rule, which is then
-        measured; None to measure the chain that the rule is in.
+      persistence: k, for how many steps the optimizer goes on applying a gradient, a number >= 1: 1
+        / (1 - momentum) for SGD, 1 / (1 - b1) for Adam; or the optimizer in front of the rule,
+        which is then measured; None to measure the chain that the rule is in.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
         steps, as in :func:`goodput`.
-      optimal_loss: F*, the least that the loss can be, a number < infinity; -infinity if there is no
-        least, as for the density of a continuous variable. It need not be attainable.
+      optimal_loss: F*, the least that the loss can be, a number < infinity; -infinity if there is
+        no least, as for the density of a continuous variable. It need not be attainable.
       max_change: Largest factor between the applied size and the next one, > 1.
       min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
         carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
-      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        if None. It is forgotten within a few windows; `experiments.feasibility` measures what is left
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest if
+        None. It is forgotten within a few windows; `experiments.feasibility` measures what is left
         of it.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`,
-      `gradient_noise`, `update_noise`, `grad_stats`; `persistence` if it is not given; `meta_batch`, and
-      `model_state` if the model has one, if `loss_fn` is given; `step_seconds` if the cost of a step is
-      measured; and, if given, `num_examples`, `batch_size` and `budget`: the examples so far, the applied
-      size, and the examples of the run.
+      `gradient_noise`, `update_noise`, `grad_stats`; `persistence` if it is not given;
+      `meta_batch`, and `model_state` if the model has one, if `loss_fn` is given; `step_seconds` if
+      the cost of a step is measured; and, if given, `num_examples`, `batch_size` and `budget`: the
+      examples so far, the applied size, and the examples of the run.
 
     Raises:
       ValueError: If an argument is out of its range.

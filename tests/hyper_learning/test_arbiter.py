@@ -121,8 +121,8 @@ def test_a_gradient_step_lowers_the_meta_loss():
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_in_a_chain_it_sees_the_parameters_after_the_update():
-    """The whole update: momentum, and all."""
+def test_it_sees_the_parameters_after_the_whole_update():
+    """In a chain: momentum, and all."""
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), make())
     params, grads, signals = problem()
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params, **signals)
@@ -219,7 +219,7 @@ def test_without_learning_the_pick_is_random():
 # learn_response and hyper_every
 
 
-def test_learn_response_false_leaves_the_weights_as_drawn():
+def test_learn_response_false_keeps_the_weights():
     states, learned = run(2, learn_response=False), run(2)
     chex.assert_trees_all_equal(states[-1].response_weights, states[0].response_weights)
     assert np.any(learned[-1].response_weights != learned[0].response_weights)
@@ -293,7 +293,7 @@ def test_a_nan_changes_nothing_but_num_skipped(where):
     assert np.any(after.response_weights != state.response_weights)
 
 
-def test_a_nan_at_a_window_end_leaves_a_size_in_the_range():
+def test_a_nan_at_a_window_end_leaves_a_valid_size():
     update, start = compiled(window=2)
     params, grads, signals = problem()
     _, state = update(grads, start, params, **signals)
@@ -305,7 +305,7 @@ def test_a_nan_at_a_window_end_leaves_a_size_in_the_range():
     chex.assert_tree_all_finite(state)
 
 
-def test_nothing_but_nan_keeps_the_initial_size_and_anchor():
+def test_nothing_but_nan_keeps_the_size_and_its_anchor():
     update, state = compiled(window=2)
     params, grads, signals = problem()
     for _ in range(5):
@@ -340,7 +340,7 @@ def test_batch_size_stays_within_any_range(limits):
 
 
 def test_missing_params_are_named():
-    params, grads, signals = problem()
+    _, grads, signals = problem()
     with pytest.raises(TypeError, match="arbiter needs the signal `params`: call update"):
         make().update(grads, compiled()[1], None, **signals)
 

@@ -103,7 +103,7 @@ def test_an_agent_asks_for_what_its_objective_reads():
     assert int(aj.get_batch_size(aj.re_anchor(gain, 128))) == 128
 
 
-def test_the_budget_of_an_objective_is_that_of_its_agent():
+def test_an_agent_reports_the_budget_of_its_objective():
     init = lambda **options: aj.arbiter(TRACKER, **options).init(None)
     planned = init(objective=aj.noise_response("noise_floor", num_examples=1000))
     assert [int(budget) for budget in aj.base.requests(planned).budgets] == [1000]
@@ -135,6 +135,7 @@ def test_expected_gain_is_an_objective_in_training():
             "exactly one of response_loss and objective",
         ),
         ({"objective": response_loss}, "objective must come from aj.noise_response, got"),
+        ({"response_loss": 3, "num_features": 6}, "response_loss must be a function .* got 3"),
     ],
 )
 def test_a_wrong_objective_is_named(options, message):

@@ -106,7 +106,7 @@ def update_with(loss, **extra):
     return start, jax.jit(tx.update)(grads, start, params, **signals, **extra)[1]
 
 
-def test_the_state_of_a_model_reaches_the_response_loss():
+def test_the_model_state_reaches_the_response_loss():
     def loss_with_state(params, response, meta_batch, model_state):
         return response_loss(params, response, meta_batch) + model_state["shift"]
 

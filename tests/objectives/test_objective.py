@@ -18,7 +18,7 @@ def loss_fn(w, batch):
 # Averages
 
 
-def test_a_sample_counts_for_the_steps_since_the_last_one():
+def test_a_sample_counts_for_all_steps_since_the_last():
     mean = power_average(jnp.float32(0), jnp.float32(3.0), jnp.int32(0), jnp.int32(2), 1)
     mean = power_average(mean, jnp.float32(5.0), jnp.int32(2), jnp.int32(4), 1)
     # Weights t^1, integrated from 0 to 2 and from 2 to 4: 2 and 6.
@@ -73,7 +73,7 @@ def test_a_flag_that_is_traced_decides_like_a_bool(measures):
 
 
 @pytest.mark.parametrize("measures", [True, False])
-def test_a_measurement_known_while_tracing_needs_no_cond(measures):
+def test_known_while_tracing_needs_no_cond(measures):
     conds = lambda flag: str(jax.make_jaxpr(lambda: step_of(flag)[1])()).count("cond[")
     assert conds(measures) == 0
     assert str(jax.make_jaxpr(lambda flag: step_of(flag)[1])(True)).count("cond[") == 1

@@ -85,7 +85,7 @@ def test_steps_that_do_not_measure_train_alike():
         assert int(state.opt_state[1].num_skipped) == 0
 
 
-def test_a_shadow_with_another_interval_changes_nothing():
+def test_a_shadow_with_another_interval_is_no_matter():
     """Each measures at its own steps."""
     states = []
     for every in (3, 5):

@@ -60,7 +60,7 @@ def test_the_named_rules_are_rules_around_objectives(named, objective, options):
 
 
 @pytest.mark.parametrize("budget", [None, 8000])
-def test_an_objective_may_plan_for_the_budget_of_the_loop(budget):
+def test_an_objective_may_plan_for_the_loops_budget(budget):
     """20 first batches of an 800th, and windows of a 50th of it."""
     rule = schedulers.from_objective(objectives.noise_floor(persistence=1.0), **LIMITS)
     signals = {} if budget is None else {"budget": jnp.int32(budget)}

@@ -269,7 +269,7 @@ def size_with_validation(share, measure_every=4, num_steps=400):
 
 
 @pytest.mark.parametrize(("share", "factor"), [(1.0, 1), (0.6, 1), (0.25, 2), (0.1, 5)])
-def test_equation_14_half_of_the_progress_may_be_memory(share, factor):
+def test_equation_14_half_the_progress_may_be_memory(share, factor):
     size, statistics = size_with_validation(share)
     assert size == pytest.approx(factor * size_by_hand(), rel=0.05)
     slope = float(statistics.validation.slope.value())
