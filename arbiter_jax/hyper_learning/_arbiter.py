@@ -106,7 +106,7 @@ def arbiter(
     *Guarantees*: the updates pass unchanged; batch_size stays within the range; a hyper-step with a
     number that is not finite changes nothing but ``num_skipped``.
 
-    >>> import arbiter_jax as aj
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> def response_loss(params, response, meta_batch):  # a linear head on raw inputs
     ...     inputs, labels = meta_batch
     ...     outputs = (inputs * (1 + response[None, :])) @ params
