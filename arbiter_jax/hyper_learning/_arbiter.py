@@ -158,8 +158,8 @@ def arbiter(
         del params
         return init_state(config, raw_key(seed))
 
-    def update_fn(updates, state, params=None, *, probe=None, **signals):
-        if probe is not None:
+    def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
+        if updates_only is not None or probe is not None:
             return updates, state
         return updates, update_state(config, state, updates, params, signals)
 
