@@ -20,7 +20,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import base
-from arbiter_jax.objectives import noise_response
+from arbiter_jax.objectives import Persistence, noise_response
 
 LOW, HIGH, START = 16, 128, 32
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
@@ -67,7 +67,12 @@ def loss_fn(params, batch):
 
 
 def make_expected_gain(**limits):
-    return aj.schedulers.expected_gain(loss_fn, every=2, step_cost="measured", **limits)
+    return aj.schedulers.expected_gain(loss_fn, measure_every=2, step_cost="measured", **limits)
+
+
+def make_from_objective(**limits):
+    objective = aj.objectives.expected_gain(loss_fn, persistence=1.0)
+    return aj.schedulers.from_objective(objective, **limits)
 
 
 def make_noise_floor(**limits):
@@ -76,7 +81,7 @@ def make_noise_floor(**limits):
 
 def make_arbiter_with_noise(**limits):
     agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
-    objective = noise_response("noise_floor", num_examples=400)
+    objective = noise_response("noise_floor", num_examples=400, persistence=1.0)
     return aj.arbiter(agent, objective=objective, window=2, **limits)
 
 
@@ -87,13 +92,16 @@ CASES = {
     "cabs": Case(lambda **k: aj.schedulers.cabs(0.1, **k), ("value", "grad_stats")),
     "constant": Case(aj.schedulers.constant),
     "dive_batch": Case(lambda **k: aj.schedulers.dive_batch(64, delta=1.0, **k), ("grad_stats",)),
-    "expected_gain": Case(make_expected_gain, ("update_noise", "meta_batch", "step_seconds")),
+    "expected_gain": Case(
+        make_expected_gain, ("update_noise", "meta_batch", "step_seconds", "persistence")
+    ),
+    "from_objective": Case(make_from_objective, ("update_noise", "meta_batch")),
     "from_schedule": Case(make_from_schedule),
     "goodput": Case(aj.schedulers.goodput, ("grad_stats", "step_seconds")),
     "gradient_noise_scale": Case(aj.schedulers.gradient_noise_scale, ("grad_stats",)),
     "hysteresis": Case(make_hysteresis, ("grad_stats",), takes_limits=False),
     "inner_product_test": Case(aj.schedulers.inner_product_test, ("grad_stats",)),
-    "noise_floor": Case(make_noise_floor, ("value", *NOISE)),
+    "noise_floor": Case(make_noise_floor, ("value", *NOISE, "persistence")),
     "norm_test": Case(aj.schedulers.norm_test, ("grad_stats",)),
     "shadow": Case(make_shadow, ("grad_stats",), takes_limits=False),
     "simigrad": Case(lambda **k: aj.schedulers.simigrad(decide_every=2, **k), ("grad_stats",)),
@@ -151,6 +159,7 @@ def signals_at(seed: int) -> dict[str, Any]:
         "agent_inputs": inputs[:8],
         "meta_batch": (inputs, inputs.sum(axis=1)),
         "step_seconds": 0.01 + 0.001 * (seed // 2),
+        "persistence": Persistence(1.0, 1.0),
     }
     signals = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), signals)
     return signals | {"batch_size": jnp.asarray(START + 8 * (seed // 2), jnp.int32)}

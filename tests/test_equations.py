@@ -98,22 +98,33 @@ def evaluate(precision):
 
 
 @functools.cache
-def run(case, precision):
-    """The states after each of five steps of Adam, on the inputs of steps 0 to 4."""
-    with jax.enable_x64(precision == "float64"):
-        agent_rate, mixture_rate = FIXTURE[f"{case}_lrs"]
-        tx = make(
-            agent_optimizer=hyper_optimizer(agent_rate),
-            mixture_optimizer=hyper_optimizer(mixture_rate),
-        )
+def five_steps(precision):
+    """Five steps of Adam on the inputs of steps 0 to 4, for any two learning rates: one program."""
+    del precision  # it is that of the caller
+
+    @jax.jit
+    def run(rates, inputs):
+        agent_optimizer, mixture_optimizer = map(hyper_optimizer, rates)
+        tx = make(agent_optimizer=agent_optimizer, mixture_optimizer=mixture_optimizer)
         params = arrays("init_", NETWORK_NAMES)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        state, states = start_of(tx, params), []
-        update = jax.jit(tx.update)
-        for step in range(5):
-            _, state = update(zeros, state, params, **inputs_of(step))
-            states.append(state)
-        return states
+
+        def step(state, inputs):
+            _, state = tx.update(zeros, state, params, **inputs)
+            return state, state
+
+        return jax.lax.scan(step, start_of(tx, params), inputs)[1]
+
+    return run
+
+
+@functools.cache
+def run(case, precision):
+    """The states after each of the five steps."""
+    with jax.enable_x64(precision == "float64"):
+        inputs = jax.tree.map(lambda *x: jnp.stack(x), *(inputs_of(step) for step in range(5)))
+        states = five_steps(precision)(tuple(FIXTURE[f"{case}_lrs"]), inputs)
+        return [jax.tree.map(lambda x, t=t: x[t], states) for t in range(5)]
 
 
 @functools.cache
@@ -278,7 +289,7 @@ def test_fixture_e_in_float32():
         np.testing.assert_allclose(agent_params[name], FIXTURE[f"E_final_{name}"], atol=2e-4)
 
 
-def test_the_target_of_the_warm_up_is_the_published_one():
+def test_the_target_of_the_warm_up_is_as_published():
     np.testing.assert_allclose(FIXTURE["E_s_target"], np.log((64 - 8) / (512 - 64)), rtol=1e-12)
     distance = np.abs(FIXTURE["E_s"] - FIXTURE["E_s_target"])
     huber = np.where(distance <= 1, distance**2 / 2, distance - 0.5)

@@ -1,8 +1,7 @@
 """The agent: a small network that reads a batch of inputs and proposes batch sizes.
 
-An agent is a pair of pure functions. Its proposals are logits, one row an example; averaging over
-the batch, sorting and mapping into the range of batch sizes is the work of
-:mod:`arbiter_jax.hyper_learning`.
+An agent is a pair of pure functions. Its proposals are logits, one row per example; `arbiter`
+averages them over the batch, sorts them and maps them into the range of batch sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _dense(key: jax.Array, fan_in: int, shape: tuple[int, ...]) -> dict[str, jax
     bound = 1 / math.sqrt(fan_in)
     return {
         "weight": jax.random.uniform(weight_key, shape, minval=-bound, maxval=bound),
-        # Random biases keep the proposals apart when the inputs tell them nothing.
+        # Random biases keep the proposals apart if the inputs carry no information.
         "bias": jax.random.uniform(bias_key, shape[-1:], minval=-bound, maxval=bound),
     }
 
@@ -61,7 +60,7 @@ def mlp_agent(
       An :class:`Agent`.
 
     Raises:
-      ValueError: If a size is no integer >= 1.
+      ValueError: If a size is not an integer >= 1.
 
     >>> agent = mlp_agent((8, 8, 1))
     >>> agent.apply(agent.init(jax.random.PRNGKey(0)), jnp.zeros((5, 8, 8, 1))).shape
@@ -95,9 +94,10 @@ def conv_agent(
 ) -> Agent:
     """An agent of 3x3 convolutions of stride 3 with ReLU, a mean over space and a dense layer.
 
-    The published agent has four convolutional layers of 64 channels and no nonlinearity between
-    them, which makes it linear; here they are there. Stride and width are equal, so that a
-    convolution is a reshape and a dot, on every platform. With 16 channels it costs a tenth.
+    The published agent has four convolutional layers of 64 channels without a nonlinearity between
+    them, which makes it linear; this one has ReLU. Stride and width are equal, so that a
+    convolution is a reshape and a dot product on every platform. With 16 channels it costs a tenth
+    as much.
 
     Args:
       input_shape: Shape of one input, (height, width, channels).
@@ -109,7 +109,7 @@ def conv_agent(
       An :class:`Agent`.
 
     Raises:
-      ValueError: If input_shape has not three axes, or a size is no integer >= 1.
+      ValueError: If input_shape does not have three axes, or a size is not an integer >= 1.
 
     >>> agent = conv_agent((28, 28, 1))
     >>> agent.apply(agent.init(jax.random.PRNGKey(0)), jnp.zeros((5, 28, 28, 1))).shape
@@ -154,7 +154,7 @@ def sorted_proposals(agent: Agent, agent_params: PyTree, agent_inputs: jax.Array
     """The agent's proposals for one batch of inputs: its mean logits, ascending, float[N].
 
     Raises:
-      ValueError: If the agent's output has not the shape (batch, num_proposals).
+      ValueError: If the shape of the agent's output is not (batch, num_proposals).
     """
     logits = agent.apply(agent_params, agent_inputs)
     expected = (jnp.shape(jax.tree.leaves(agent_inputs)[0])[0], agent.num_proposals)

@@ -1,7 +1,7 @@
 """The batch size as a smooth function of one unbounded number.
 
 The agent proposes logits. A sigmoid maps them into the range of batch sizes, and floor makes them
-whole; :func:`to_logit` goes the other way.
+integers; :func:`to_logit` is the inverse.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def _check_range(min_batch_size: int, max_batch_size: int) -> tuple[int, int]:
 def to_logit(
     batch_size: jax.typing.ArrayLike, min_batch_size: int, max_batch_size: int
 ) -> jax.Array:
-    r"""The logit at the centre of the interval that floor maps to a batch size.
+    r"""The logit at the center of the interval that floor maps to a batch size.
 
     .. math:: l = \log\frac{b + 1/2 - b_{min}}{b_{max} - b - 1/2}
 
-    The published code takes the left edge, without the 1/2, and so loses one in the round trip: 64
-    becomes 63 when rounding falls the wrong way.
+    The published code uses the left edge, without the 1/2, and loses one example in the round trip
+    if rounding goes down: 64 becomes 63.
 
     Args:
       batch_size: b, of any shape, in examples; clipped to [min_batch_size, max_batch_size - 1],
@@ -42,7 +42,7 @@ def to_logit(
       float, of the shape of batch_size.
 
     Raises:
-      ValueError: If the range is reversed, empty or not of integers.
+      ValueError: If the range is reversed, empty or not made of integers.
 
     *Guarantees*: ``to_batch_size(to_logit(b)) == b`` for every integer b in [min_batch_size,
     max_batch_size - 1], in float32, for ranges up to 32-65536.
@@ -73,7 +73,7 @@ def to_batch_size(
       min_batch_size.
 
     Raises:
-      ValueError: If the range is reversed, empty or not of integers.
+      ValueError: If the range is reversed, empty or not made of integers.
 
     >>> to_batch_size(jnp.array([-jnp.inf, 0.0, jnp.inf]), 8, 512).tolist()
     [8, 260, 512]

@@ -1,4 +1,4 @@
-"""The state of Arbiter, and what may be set in it from outside of a chain."""
+"""The state of Arbiter, and how to anchor it to a batch size from outside a chain."""
 
 from __future__ import annotations
 
@@ -22,42 +22,40 @@ class ArbiterState(NamedTuple):
     agent_opt_state: PyTree  # of phi and m
     mixture_opt_state: PyTree  # of alpha
     proposals: jax.Array  # shape=(N,), dtype=float, sorted logits of the last hyper-step
+    # Kept apart from alpha, which the end of a window draws again.
     mixture_weights: jax.Array  # shape=(N,), dtype=float, softmax(alpha) after the last hyper-step
     mixture: jax.Array  # shape=(), dtype=float, s
     offset: jax.Array  # shape=(), dtype=float, added to every proposal
-    pending_anchor: jax.Array  # shape=(), dtype=int32, anchor here at the next hyper-step; 0: no
+    pending_anchor: jax.Array  # shape=(), dtype=int32, anchors the next hyper-step there; 0: no
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
     meta_batch_size: jax.Array  # shape=(), dtype=int32, B_s, in examples
     meta_loss: jax.Array  # shape=(), dtype=float, F
     window_step: jax.Array  # shape=(), dtype=int32, updates since the window began
-    signals_due: jax.Array | None  # shape=(), dtype=bool, next is a hyper-step; None: always is
+    signals_due: jax.Array | None  # shape=(), dtype=bool, next is a hyper-step; None: always
     num_clipped: jax.Array  # shape=(), dtype=int32, hyper-steps with B_s larger than the meta batch
     num_skipped: jax.Array  # shape=(), dtype=int32, hyper-steps skipped for a non-finite number
     key: jax.Array  # shape=(2,), dtype=uint32
-    statistics: PyTree = None  # what the objective has measured, where one is given
+    statistics: PyTree = None  # of the meta-objective; says what that reads
 
-    requires = ("agent_inputs", "meta_batch")
+    requires = ("agent_inputs",)
     metrics = ("proposals", "mixture_weights", "mixture", "meta_batch_size", "meta_loss")
 
 
-class NoiseArbiterState(ArbiterState):
-    """State of :func:`arbiter` with an objective, whose own state asks for what it reads."""
-
-    requires = ("agent_inputs",)
-
-
 def redraw_mixture(key: jax.Array, mixture_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A new key, and mixture logits drawn anew."""
+    """A new key, and new mixture logits."""
     key, alpha_key = jax.random.split(key)
     noise = jax.random.normal(alpha_key, mixture_logits.shape, mixture_logits.dtype)
     return key, ALPHA_SCALE * noise
 
 
 def re_anchor(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
-    """Anchors every Arbiter in an optimizer state anew, at the milestone of a schedule, say.
+    """Anchors every Arbiter in an optimizer state to another batch size.
 
-    The batch size in force becomes `batch_size`, the mixture stands at its logit from the next
-    hyper-step on, alpha and its window start over. What the agent has learnt stays.
+    To be called at the milestones of a schedule that Arbiter complements. The batch size becomes
+    `batch_size`, the mixture is at its logit from the next hyper-step on, alpha and its window
+    start over. What the agent has learned stays.
 
     Args:
       opt_state: State of a chain with :func:`arbiter` (``anchor="offset"``) in it.
@@ -80,7 +78,7 @@ def re_anchor(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
         if not isinstance(node, ArbiterState):
             return node
         found.append(node)
-        # Shapes stay as they are, also those of a state that was vmapped over seeds.
+        # Shapes stay as they are, including those of a state that was vmapped over seeds.
         size = jnp.broadcast_to(jnp.asarray(batch_size, jnp.int32), node.batch_size.shape)
         fresh = jnp.vectorize(redraw_mixture, signature="(k),(n)->(k),(n)")
         key, mixture_logits = fresh(node.key, node.mixture_logits)

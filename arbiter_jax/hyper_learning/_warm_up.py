@@ -1,4 +1,4 @@
-"""Training an agent to propose a given batch size before hyper-learning begins."""
+"""Trains an agent to propose a given batch size before hyper-learning begins."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def warm_up(
     learning_rate: float = 1e-4,
     max_steps: int = 10_000,
 ) -> tuple[PyTree, jax.Array, jax.Array]:
-    r"""The published way to start an agent at a batch size: regression on its logit.
+    r"""Starts an agent at a batch size as published, by regression on its logit.
 
     Adam descends the Huber loss between the mixture s and the logit of the target,
 
     .. math:: h(s - l^*), \quad l^* = \log\frac{b - b_{min}}{b_{max} - b},
        \quad h(d) = d^2/2 \text{ if } |d| \le 1 \text{ else } |d| - 1/2,
 
-    over agent and mixture, until the batch size of the mixture is less than 2 off the target. The
-    target is the published one, at the left edge of the batch size's interval; one at the very end
-    of the range, whose logit would be infinite, is moved inwards by half an example. Every leaf of
-    agent_params is trained, with the coupled weight decay of hyper-learning, 5e-4. The
-    optimizer state is not returned: hyper-learning starts with a fresh one.
+    with respect to agent and mixture, until the batch size of the mixture is less than 2 away from
+    the target. The target is the published one, at the left edge of the batch size's interval; at
+    the very end of the range, where its logit would be infinite, it is moved inward by half an
+    example. Every leaf of agent_params is trained, with the coupled weight decay of hyper-learning,
+    5e-4. The optimizer state is not returned: hyper-learning starts with a fresh one.
 
     Args:
       agent: The agent.
       agent_params: Its parameters.
-      mixture_logits: alpha, float[N]. Trained along, then dropped: reset it after the warm-up.
+      mixture_logits: alpha, float[N]. It is trained too, and dropped: reset it after the warm-up.
       agent_inputs: A batch of validation inputs, [batch, ...].
       batch_size: b, int32[], the target, in [min_batch_size, max_batch_size].
       min_batch_size: :math:`b_{min}`, an integer >= 1.
@@ -57,7 +57,7 @@ def warm_up(
       max_steps: Limit on the number of steps, an integer >= 1.
 
     Returns:
-      (agent_params, num_steps, mixture): int32[] steps taken, and float[] s at the last of them.
+      (agent_params, num_steps, mixture): num_steps int32[], mixture float[], s at the last step.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -85,7 +85,7 @@ def warm_up(
     target_size = jnp.asarray(batch_size, float)
     inner = jnp.clip(target_size, low + 0.5, high - 0.5)
     target = jnp.log(inner - low) - jnp.log(high - inner)
-    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(learning_rate))
+    optimizer = hyper_optimizer(learning_rate)
 
     def loss(learnable: Any):
         agent_params, mixture_logits = learnable

@@ -1,7 +1,12 @@
-"""The noise floor: the loss that noise sustains, and the pace of training. NOISE.md, Eqs. 7 to 17."""
+"""The noise floor: the loss that gradient noise sustains, compared with the loss still to go.
+
+``experiments/noise_rules/DERIVATION.md``, Eqs. 7 to 17. Throughout, the slope of a loss F is its
+decrease per unit of log time, -dF / d log t, with t the number of steps.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,214 +16,325 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import tree_dot, tree_where
-from arbiter_jax.objectives._objective import NoiseObjective, power_average, validation_loss
-from arbiter_jax.objectives._persistence import Persistence, resolve_persistence
+from arbiter_jax.base import PyTree
+from arbiter_jax.objectives._floor_sizes import (
+    EXPONENT,
+    INFINITE_SIZE,
+    FloorConfig,
+    final_size,
+    size_for_end,
+)
+from arbiter_jax.objectives._objective import (
+    NoiseObjective,
+    check_loss_fn,
+    power_average,
+    validation_loss,
+)
+from arbiter_jax.objectives._persistence import PersistenceSignal, check_persistence
+
+_MIN_STEPS = 8  # losses, up to which a slope of 0 is no reason to stop
+_MAX_CORRECTION = 8.0  # upper bound on the factor of Eq. 15 in a single measurement
+_MAX_SLOPE_RATIO = (
+    2.0  # how much faster the training loss may fall than the validation loss. Eq. 14
+)
 
 
-class ValidationPace(NamedTuple):
-    """The same averages of the loss of validation examples, at the steps at which noise is measured."""
+class LogTimeSlope(NamedTuple):
+    """The slope of a loss in log time, from two averages of it. Eq. 9."""
 
-    recent_loss: jax.Array  # shape=(), dtype=float
-    older_loss: jax.Array  # shape=(), dtype=float
-    last_step: jax.Array  # shape=(), dtype=int32, the last step in them, counted from 1; 0: none
+    recent: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t^3
+    older: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t
+    last: jax.Array  # shape=(), dtype=int32, the last step in them, counted from 1; 0 if none
+
+    def update(self, loss: jax.Array, step: jax.Array) -> LogTimeSlope:
+        """Takes in the loss of a step, which counts for all steps since the last one."""
+        return LogTimeSlope(
+            recent=power_average(self.recent, loss, self.last, step, 3),
+            older=power_average(self.older, loss, self.last, step, 1),
+            last=step,
+        )
+
+    def value(self) -> jax.Array:
+        """-dF / d log t: an average with weights t^a lags by 1 / (a + 1) in log t."""
+        return 4 * (self.older - self.recent)  # 1 / (1/2 - 1/4)
+
+
+class ValidationSlope(NamedTuple):
+    """The slope of the loss of validation examples, at the steps at which noise is measured."""
+
+    slope: LogTimeSlope
 
     requires = ("meta_batch",)
 
 
 class FloorState(NamedTuple):
-    """The loss that noise sustains, and the pace at which the loss falls."""
+    """What :func:`noise_floor` has measured: the loss that noise sustains, the slope of the loss."""
 
-    noise: jax.Array  # shape=(), dtype=float, B times the noise floor, look i weighing i^3
-    noisy_loss: jax.Array  # shape=(), dtype=float, average of the loss at the same steps
-    num_looks: jax.Array  # shape=(), dtype=int32, steps in these two
-    recent_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t^3
-    older_loss: jax.Array  # shape=(), dtype=float, average of the loss, step t weighing t
-    num_steps: jax.Array  # shape=(), dtype=int32, steps in these two
-    num_examples: jax.Array  # shape=(), dtype=int32, examples seen, of the budget
-    held_batch_size: jax.Array  # shape=(), dtype=float, what is to be held; 0: unknown
-    size_when_held: jax.Array  # shape=(), dtype=float, the size in force when that was last told
-    validation: ValidationPace | None  # where the objective was given a loss function
+    noise: jax.Array  # shape=(), dtype=float, B times the noise floor, measurement i weighing i^3
+    measured_loss: jax.Array  # shape=(), dtype=float, average of the loss at the same steps
+    num_measurements: jax.Array  # shape=(), dtype=int32, steps in these two
+    training: LogTimeSlope  # of the training loss, at every step
+    validation: ValidationSlope | None  # of the validation loss, if there is a loss function
+    num_examples: jax.Array  # shape=(), dtype=int32, training examples seen
+    budget: jax.Array  # shape=(), dtype=int32, examples of the run it was built for; 0 if not given
+    run_budget: jax.Array  # shape=(), dtype=int32, the same from the training loop; 0 if unknown
+    held_batch_size: jax.Array  # shape=(), dtype=float, the size to hold; 0 if unknown
+    size_when_held: jax.Array  # shape=(), dtype=float, size applied when that was last updated
+    persistence: PersistenceSignal | None  # if it is not a number that was given
 
     requires = ("value", "gradient_noise", "update_noise", "grad_stats")
-    metrics = ("noise", "recent_loss", "older_loss", "held_batch_size")
+
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """What is reported at every step."""
+        return {
+            "noise": self.noise,
+            "log_time_slope": log_time_slope(self),
+            "held_batch_size": self.held_batch_size,
+        }
 
 
-def floor_objective(
+class FloorSample(NamedTuple):
+    """What one measurement says."""
+
+    noise: jax.Array  # shape=(), dtype=float, B times the noise floor at small rates. Eq. 8
+    correction: jax.Array  # shape=(), dtype=float, >= 0, what large rates add to it. Eq. 15
+    validation_loss: jax.Array | None  # shape=(), dtype=float
+
+
+def noise_floor(
     loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
-    share: float = 0.3,
-    hold: float = 0.6,
-    growth: float = 32.0,
-    persistence: Persistence = 1.0,
-    step_cost: float = 0.0,
-    optimal_loss: float = 0.0,
+    noise_share: float = FloorConfig.noise_share,
+    hold_until: float = FloorConfig.hold_until,
+    final_growth: float = FloorConfig.final_growth,
+    persistence: float | optax.GradientTransformation | None = None,
+    step_cost: float = FloorConfig.step_cost,
+    optimal_loss: float = FloorConfig.optimal_loss,
 ) -> NoiseObjective:
-    """The noise floor as a share of the loss still to go: Eqs. 7 to 17."""
-    budget = (
-        None
-        if num_examples is None
-        else _validate.integer(num_examples=num_examples, minimum=1, maximum=2**31 - 1)
-    )
-    share = _validate.positive(share=share)
-    hold = _validate.in_range(0, 1, hold=hold)
-    if _validate.positive(growth=growth) < 1:
-        raise ValueError(f"growth must be >= 1, got {growth!r}.")
-    k, cost = resolve_persistence(persistence), _validate.non_negative(step_cost=step_cost)
+    r"""An objective that keeps what gradient noise costs at a fixed share of the loss still to go.
+
+    .. math:: J(b) = a / b + \log b, \qquad
+      a = \frac{k \left(-B\, E\langle \xi, du \rangle\right)}{4\, share\, \Delta}
+
+    B is the applied batch size, :math:`\xi` half the difference of the gradients of the two halves
+    of the batch, du the response of the updates to it, k the `persistence`. The numerator over 4 b
+    is by how much noise raises the loss at the batch size b, its *floor*; :math:`\Delta` is the
+    excess of the loss over its limit, read off the slope at which it falls. At the end of the
+    budget a grows. The derivation is in ``experiments/noise_rules/DERIVATION.md``, Eqs. 7 to 17;
+    :func:`arbiter_jax.schedulers.noise_floor` is the rule that takes the minimum, b = a.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
+        examples as well; None if not.
+      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None
+        for that of ``aj.fit``, and to hold the size if nobody knows one.
+      noise_share: The noise floor as a share of the loss still to go, > 0.
+      hold_until: The share of the budget after which the size may grow, in [0, 1].
+      final_growth: The factor by which it has grown at the end, >= 1.
+      persistence: k, a number >= 1: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam; or an
+        optimizer, whose :func:`impulse_response` is measured here; None to measure the chain that
+        the objective is used in.
+      step_cost: The fixed cost of a step, in examples, >= 0.
+      optimal_loss: The least that the loss can be, a number < infinity; -infinity if there is no
+        least, as for the density of a continuous variable. It need not be attainable.
+
+    Returns:
+      A :class:`NoiseObjective` that reads `value`, `gradient_noise`, `update_noise`, `grad_stats`;
+      with a loss function `meta_batch` (and `model_state` if the model has one); and `persistence`
+      if it is not given.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+
+    >>> import arbiter_jax as aj
+    >>> objective = aj.objectives.noise_floor(num_examples=100_000, persistence=10.0)
+    >>> state = objective.init()._replace(held_batch_size=jax.numpy.array(64.0))
+    >>> float(objective.best(state))
+    64.0
+    """
+    if loss_fn is not None:
+        number = isinstance(loss_fn, (int, float))
+        check_loss_fn(loss_fn, "; a budget is given as num_examples" if number else "")
+    if num_examples is not None:
+        num_examples = _validate.integer(num_examples=num_examples, minimum=1, maximum=2**31 - 1)
     infinity = float("inf")
-    optimal_loss = _validate.in_range(-infinity, infinity, closed="left", optimal_loss=optimal_loss)
-
-    def init():
-        zero = lambda dtype: jnp.zeros((), dtype)
-        return FloorState(
-            noise=zero(float),
-            noisy_loss=zero(float),
-            num_looks=zero(jnp.int32),
-            recent_loss=zero(float),
-            older_loss=zero(float),
-            num_steps=zero(jnp.int32),
-            num_examples=zero(jnp.int32),
-            held_batch_size=zero(float),
-            size_when_held=zero(float),
-            validation=None
-            if loss_fn is None
-            else ValidationPace(zero(float), zero(float), zero(jnp.int32)),
-        )
-
-    def share_of_budget(state):
-        return state.num_examples.astype(float) / (budget or 1)
-
-    def measure(updates, params, batch_size, signals):
-        response = -tree_dot(signals["gradient_noise"], signals["update_noise"])
-        noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
-        # No noise in an update that is none: gradients without size say nothing.
-        noise = jnp.where((response != 0) | (tree_dot(updates, updates) > 0), noise, jnp.nan)
-        stats, tiny = signals["grad_stats"], jnp.finfo(noise.dtype).tiny
-        signal = stats.mean_sq_norm / jnp.maximum(stats.variance_trace, tiny)
-        signal = jnp.where(jnp.isinf(stats.variance_trace), jnp.nan, signal)  # to be skipped
-        bent = noise * batch_size * signal / (2 * k - 1)  # Eq. 15, but for what makes progress
-        sample = (noise, jnp.where(noise > 0, bent, 0))
-        return sample if loss_fn is None else (*sample, validation_loss(loss_fn, signals)(params))
-
-    def update(state, sample, due, batch_size, signals):
-        noise, bent, *other_loss = sample
-        value = jnp.asarray(signals["value"], float)
-        seen = signals.get("num_examples")
-        seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
-        n: Any = optax.safe_increment(state.num_looks)
-        t: Any = optax.safe_increment(state.num_steps)
-        progress = jnp.maximum(training_pace(state), 0) / t  # of a step
-        bent = bent - batch_size * progress / (4 * (2 * k - 1))
-        noise = noise + jnp.clip(bent, 0, (_BENT - 1) * jnp.maximum(noise, 0))  # Eq. 15
-        looked_at = lambda mean, sample: jnp.where(
-            due, power_average(mean, sample, n - 1, n, 3), mean
-        )
-        new = state._replace(
-            noise=looked_at(state.noise, noise),
-            noisy_loss=looked_at(state.noisy_loss, value),
-            num_looks=jnp.where(due, n, state.num_looks),
-            recent_loss=power_average(state.recent_loss, value, t - 1, t, 3),
-            older_loss=power_average(state.older_loss, value, t - 1, t, 1),
-            num_steps=t,
-            num_examples=seen + batch_size,
-        )
-        if loss_fn is not None:
-            old = state.validation
-            looked = ValidationPace(
-                recent_loss=power_average(old.recent_loss, other_loss[0], old.last_step, t, 3),
-                older_loss=power_average(old.older_loss, other_loss[0], old.last_step, t, 1),
-                last_step=t,
-            )
-            new = new._replace(validation=tree_where(due, looked, old))
-        # What grows is the last size before growth began.
-        size = jnp.clip(floor_size(new), 1 / _LARGEST, _LARGEST)
-        settled = (share_of_budget(state) >= hold) & (state.held_batch_size > 0)
-        keep = jnp.isnan(size) | (settled if budget is not None else False)
-        return new._replace(
-            held_batch_size=jnp.where(keep, state.held_batch_size, size),
-            size_when_held=jnp.where(keep, state.size_when_held, batch_size.astype(float)),
-        )
-
-    def floor_size(state):
-        noise, pace = jnp.maximum(state.noise, 0), pace_of_loss(state)
-        # Noise, and nothing to gain from steps; but a few losses do not tell.
-        beyond = jnp.where((noise > 0) & (state.num_steps > _FEW), jnp.inf, jnp.nan)
-        now = noise * _EXPONENT / (share * jnp.where(pace > 0, pace, 1))
-        if budget is not None:
-            left = jnp.maximum(budget - state.num_examples, 0)
-            now = size_for_end(now, jnp.maximum(state.num_steps, 1), left)
-        most = state.noisy_loss - optimal_loss  # that any noise can hold
-        now = jnp.maximum(now, jnp.where(most > 0, noise / most, 0))  # Eq. 17
-        return jnp.where(pace > 0, now, beyond)
-
-    def best(state, cost=cost):
-        b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
-        held = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
-        if budget is None:
-            return held
-        grown = final_size(
-            b,
-            jnp.maximum(b, state.size_when_held),  # above b at the lower end of the range
-            jnp.maximum(state.num_steps, 1),
-            jnp.maximum(budget - state.num_examples, 0).astype(float),
-            share=share,
-            growth=growth,
-        )
-        return jnp.where(share_of_budget(state) < hold, held, jnp.maximum(held, grown))
-
-    def objective(state, b, cost=cost):
-        target = best(state, cost)
-        target = jnp.where(target > 0, jnp.minimum(target, _LARGEST), b)  # unknown: stay
-        return jax.lax.stop_gradient(target) / b + jnp.log(b)  # Eq. 13
-
-    signals = FloorState.requires + (() if loss_fn is None else ValidationPace.requires)
-    return NoiseObjective(init, measure, update, objective, best, signals)
+    config = FloorConfig(
+        loss_fn=loss_fn,
+        num_examples=num_examples,
+        noise_share=_validate.positive(noise_share=noise_share),
+        hold_until=_validate.in_range(0, 1, hold_until=hold_until),
+        final_growth=_validate.greater(1, closed=True, final_growth=final_growth),
+        persistence=check_persistence(persistence),
+        step_cost=_validate.non_negative(step_cost=step_cost),
+        optimal_loss=_validate.in_range(
+            -infinity, infinity, closed="left", optimal_loss=optimal_loss
+        ),
+    )
+    bind = lambda function: functools.partial(function, config)
+    return NoiseObjective(
+        init=bind(_init),
+        measure=bind(_measure),
+        empty_sample=bind(_empty_sample),
+        update=bind(_update),
+        loss=bind(_loss),
+        best=bind(_best),
+        num_examples=num_examples,
+    )
 
 
-_FEW = 8  # steps from which no pace can be told
-_EXPONENT = 0.25  # p of the loss F* + c t^-p, whose excess over F* is its pace over p. Eq. 9
-_NOISE_EXPONENT = 0.15  # s of the noise, B times its floor, that falls as t^-s. Eq. 16
-_BENT = 8.0  # how many times more noise than in the limit of small rates one look may tell of
-_MEMORY = 2.0  # how many times faster the training loss may fall than that of other examples
-_LARGEST = 1e9  # in place of an infinite batch size, where a state holds it; 1 / this for none
+def _init(config: FloorConfig) -> FloorState:
+    zero = lambda dtype: jnp.zeros((), dtype)  # no two fields share a buffer
+    slope = lambda: LogTimeSlope(zero(float), zero(float), zero(jnp.int32))
+    return FloorState(
+        noise=zero(float),
+        measured_loss=zero(float),
+        num_measurements=zero(jnp.int32),
+        training=slope(),
+        validation=None if config.loss_fn is None else ValidationSlope(slope()),
+        num_examples=zero(jnp.int32),
+        budget=jnp.asarray(config.num_examples or 0, jnp.int32),
+        run_budget=zero(jnp.int32),
+        held_batch_size=zero(float),
+        size_when_held=zero(float),
+        persistence=PersistenceSignal() if config.persistence is None else None,
+    )
 
 
-def size_for_end(now: Any, num_steps: Any, left: Any) -> jax.Array:
-    """The size b of Eq. 10 for pace and noise of the moment, `now`, as it is for the end's: Eq. 16.
-
-    After `num_steps` steps, with `left` examples to go.
-    """
-    now = jnp.clip(jnp.asarray(now, float), 1 / _LARGEST, _LARGEST)
-    b = now
-    for _ in range(8):  # an error of log b becomes one of at most a tenth of it
-        b = now * (1 + left / (b * num_steps)) ** (_EXPONENT - _NOISE_EXPONENT)
-    return b
+def _persistence(config: FloorConfig, signals: dict[str, Any]) -> Any:
+    if config.persistence is None:
+        return signals["persistence"].displacement
+    return config.persistence
 
 
-def final_size(b: Any, in_force: Any, num_steps: Any, left: Any, *, share: float, growth: float):
-    """What a held size is to grow to with `left` examples to go, if that is more: Eq. 12.
+def _measure(
+    config: FloorConfig,
+    updates: PyTree,
+    params: PyTree,
+    batch_size: jax.Array,
+    signals: dict[str, Any],
+) -> FloorSample:
+    k = _persistence(config, signals)
+    response = -tree_dot(signals["gradient_noise"], signals["update_noise"])
+    noise = 0.25 * k * batch_size.astype(float) * response  # Eq. 8
+    # All-zero gradients carry no information: NaN, so that the step is skipped.
+    noise = jnp.where((response != 0) | (tree_dot(updates, updates) > 0), noise, jnp.nan)
+    stats, tiny = signals["grad_stats"], jnp.finfo(noise.dtype).tiny
+    signal = stats.mean_sq_norm / jnp.maximum(stats.variance_trace, tiny)
+    signal = jnp.where(jnp.isinf(stats.variance_trace), jnp.nan, signal)  # to be skipped
+    # Eq. 15, without what makes progress, which is not noise: _update subtracts it.
+    correction = noise * batch_size * signal / (2 * k - 1)
+    sample = FloorSample(
+        noise=noise,
+        correction=jnp.where(noise > 0, correction, 0),
+        validation_loss=None
+        if config.loss_fn is None
+        else validation_loss(config.loss_fn, signals)(params),
+    )
+    return jax.tree.map(lambda x: jnp.asarray(x, float), sample)
 
-    `b` is the size that was to be held, `in_force` the one that was, at least b; both after
-    `num_steps` steps, in examples.
-    """
-    factor = growth * (b / in_force) ** 0.5
-    worth_the_noise = 0.5 * share / _EXPONENT * b * num_steps  # R
-    return factor * in_force / (1 + factor * left / worth_the_noise)
+
+def _empty_sample(config: FloorConfig) -> FloorSample:
+    zero = jnp.zeros((), float)
+    return FloorSample(zero, zero, None if config.loss_fn is None else zero)
 
 
-def training_pace(state: FloorState) -> jax.Array:
-    """The pace of the training loss alone: Eq. 9."""
-    return 4 * (state.older_loss - state.recent_loss)  # 1 / (1/2 - 1/4)
+def _update(
+    config: FloorConfig,
+    state: FloorState,
+    sample: FloorSample,
+    measured: bool | jax.Array,
+    batch_size: jax.Array,
+    signals: dict[str, Any],
+) -> FloorState:
+    value = jnp.asarray(signals["value"], float)
+    seen = signals.get("num_examples")
+    seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
+    n: Any = optax.safe_increment(state.num_measurements)
+    t: Any = optax.safe_increment(state.training.last)
+    k = _persistence(config, signals)
+    progress = jnp.maximum(state.training.value(), 0) / t  # of a step
+    correction = sample.correction - batch_size * progress / (4 * (2 * k - 1))
+    limit = (_MAX_CORRECTION - 1) * jnp.maximum(sample.noise, 0)
+    noise = sample.noise + jnp.clip(correction, 0, limit)  # Eq. 15
+    average = lambda mean, x: jnp.where(measured, power_average(mean, x, n - 1, n, 3), mean)
+    new = state._replace(
+        noise=average(state.noise, noise),
+        measured_loss=average(state.measured_loss, value),
+        num_measurements=jnp.where(measured, n, state.num_measurements),
+        training=state.training.update(value, t),
+        num_examples=seen + batch_size,
+    )
+    if state.validation is not None:
+        assert sample.validation_loss is not None
+        validation = ValidationSlope(state.validation.slope.update(sample.validation_loss, t))
+        new = new._replace(validation=tree_where(measured, validation, state.validation))
+    if config.num_examples is None and signals.get("budget") is not None:
+        new = new._replace(run_budget=jnp.asarray(signals["budget"], jnp.int32))
+    # What grows later is the last size before growth began.
+    size = jnp.clip(_floor_size(config, new), 1 / INFINITE_SIZE, INFINITE_SIZE)
+    settled = _grows(config, state) & (state.held_batch_size > 0)
+    keep = jnp.isnan(size) | settled
+    return new._replace(
+        held_batch_size=jnp.where(keep, state.held_batch_size, size),
+        size_when_held=jnp.where(keep, state.size_when_held, batch_size.astype(float)),
+    )
 
 
-def pace_of_loss(state: FloorState) -> jax.Array:
-    """How much the loss falls while the number of steps grows by a factor of e: -dF / d log t.
+def _budget(config: FloorConfig, state: FloorState) -> Any:
+    """Examples of the run, 0 if unknown: an int if it was given, else int32[]."""
+    return state.run_budget if config.num_examples is None else config.num_examples
 
-    An average with weights t^a lags by 1 / (a + 1) in log t, so two of them give the slope. Where
-    the pace on validation examples is known, at most a multiple of that.
-    """
-    pace = training_pace(state)
+
+def _grows(config: FloorConfig, state: FloorState) -> jax.Array:
+    """Whether so much of the budget is used up that the size may grow."""
+    budget = _budget(config, state)
+    share = state.num_examples.astype(float) / jnp.maximum(budget, 1)
+    return jnp.where(budget > 0, share >= config.hold_until, False)
+
+
+def log_time_slope(state: FloorState) -> jax.Array:
+    """The slope of the loss: that of the training loss, at most a multiple of the validation's."""
+    slope = state.training.value()
     if state.validation is None:
-        return pace
-    other = 4 * (state.validation.older_loss - state.validation.recent_loss)
-    return jnp.where(state.num_looks > _FEW, jnp.minimum(pace, _MEMORY * other), pace)  # Eq. 14
+        return slope
+    limit = _MAX_SLOPE_RATIO * state.validation.slope.value()
+    known = state.num_measurements > _MIN_STEPS
+    return jnp.where(known, jnp.minimum(slope, limit), slope)  # Eq. 14
+
+
+def _floor_size(config: FloorConfig, state: FloorState) -> jax.Array:
+    """The size at which noise costs its share of the loss still to go; NaN if unknown."""
+    noise, slope = jnp.maximum(state.noise, 0), log_time_slope(state)
+    # There is noise, and steps gain nothing; but a few losses are too few to say so.
+    unlimited = jnp.where((noise > 0) & (state.training.last > _MIN_STEPS), jnp.inf, jnp.nan)
+    size = noise * EXPONENT / (config.noise_share * jnp.where(slope > 0, slope, 1))  # Eq. 10
+    budget = _budget(config, state)
+    left = jnp.maximum(budget - state.num_examples, 0)
+    at_the_end = size_for_end(size, jnp.maximum(state.training.last, 1), left)
+    size = jnp.where(budget > 0, at_the_end, size)
+    excess = state.measured_loss - config.optimal_loss  # the most that noise can sustain
+    size = jnp.maximum(size, jnp.where(excess > 0, noise / excess, 0))  # Eq. 17
+    return jnp.where(slope > 0, size, unlimited)
+
+
+def _best(config: FloorConfig, state: FloorState, cost: Any = None) -> jax.Array:
+    cost = config.step_cost if cost is None else cost
+    b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
+    held = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
+    grown = final_size(
+        b,
+        jnp.maximum(b, state.size_when_held),  # above b at the lower end of the range
+        jnp.maximum(state.training.last, 1),
+        jnp.maximum(_budget(config, state) - state.num_examples, 0).astype(float),
+        noise_share=config.noise_share,
+        final_growth=config.final_growth,
+    )
+    return jnp.where(_grows(config, state), jnp.maximum(held, grown), held)
+
+
+def _loss(config: FloorConfig, state: FloorState, b: jax.Array, cost: Any = None) -> jax.Array:
+    target = _best(config, state, cost)
+    target = jnp.where(target > 0, jnp.minimum(target, INFINITE_SIZE), b)  # unknown: stay
+    return jax.lax.stop_gradient(target) / b + jnp.log(b)  # Eq. 13

@@ -1,48 +1,45 @@
-"""Objectives whose gradient depends on the batch size: expected gain, and the noise floor.
-
-The published response of Arbiter has no causal path from the batch size to the loss. The noise of
-the gradient is one, and its cost can be measured on the run, without unrolling and without a
-hypernetwork. Derivation and assumptions: ``experiments/NOISE.md``.
-"""
+"""The two objectives by name, for an agent."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from arbiter_jax import _validate
-from arbiter_jax.objectives._expected_gain import GainState, gain_objective
-from arbiter_jax.objectives._noise_floor import FloorState, floor_objective
+from arbiter_jax.objectives._expected_gain import expected_gain
+from arbiter_jax.objectives._noise_floor import noise_floor
 from arbiter_jax.objectives._objective import NoiseObjective
-from arbiter_jax.objectives._persistence import impulse_response
 
-__all__ = ["FloorState", "GainState", "NoiseObjective", "impulse_response", "noise_response"]
+_KINDS: dict[str, Callable[..., NoiseObjective]] = {
+    "noise_floor": noise_floor,
+    "expected_gain": expected_gain,
+}
 
 
 def noise_response(
     kind: str = "noise_floor", *, loss_fn: Callable[..., Any] | None = None, **options: Any
 ) -> NoiseObjective:
-    r"""An objective of the batch size that is measured on the run, for :func:`aj.arbiter`.
+    r"""An objective for :func:`arbiter_jax.arbiter` that depends on the batch size.
 
     With b(s) the batch size of the mixture s, the agent descends
 
     .. math::
-      J_{gain}(s) &= \log(c_0 + b(s)) - \log(A_0 - q / b(s)), \\
-      J_{floor}(s) &= a / b(s) + \log b(s).
+      J_{floor}(s) &= a / b(s) + \log b(s), \\
+      J_{gain}(s) &= \log(c_0 + b(s)) - \log(A_0 - q / b(s)).
 
-    :math:`A_0` is the progress of a noiseless step and :math:`q / b` what noise takes from it; both
-    are measured on validation examples. :math:`a` is the size
-    at which the noise floor, :math:`k (-B E\langle \xi, du \rangle) / (4 b)`, is a given share of
-    the loss still to go: :func:`arbiter_jax.schedulers.noise_floor`. Either has a closed form for
-    its minimum, which is a rule of its own and what an agent is to be compared with.
+    :math:`a` is the size at which noise costs a fixed share of the loss still to go, see
+    :func:`arbiter_jax.objectives.noise_floor`; :math:`A_0` is what a step without noise gains and
+    :math:`q / b` what its noise costs, see :func:`arbiter_jax.objectives.expected_gain`. The rules
+    of the same names in :mod:`arbiter_jax.schedulers` take the minimum in closed form: compare the
+    agent with them.
 
     Args:
       kind: "noise_floor" or "expected_gain".
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss. "expected_gain" needs it;
-        "noise_floor" looks at validation examples only where it is given.
-      **options: The constants of the rule of that name: for "noise_floor" `num_examples`, `share`,
-        `hold`, `growth`, `persistence`, `step_cost`, `optimal_loss`; for "expected_gain"
-        `persistence`, `step_cost`.
+        "noise_floor" measures on validation examples only if it is given.
+      **options: The other arguments of the function of that name in
+        :mod:`arbiter_jax.objectives`.
 
     Returns:
       A :class:`NoiseObjective`.
@@ -58,14 +55,12 @@ def noise_response(
     >>> agent = aj.mlp_agent((3,))
     >>> tx = aj.arbiter(agent, objective=objective, min_batch_size=8, max_batch_size=512)
     """
-    _validate.one_of(("noise_floor", "expected_gain"), kind=kind)
-    if kind == "expected_gain" and loss_fn is None:
-        raise ValueError("loss_fn is needed for kind='expected_gain', got None.")
-    make = {"noise_floor": floor_objective, "expected_gain": gain_objective}[kind]
-    unknown = set(options) - set(make.__kwdefaults__)
+    make = _KINDS[_validate.one_of(tuple(_KINDS), kind=kind)]
+    allowed = [name for name in inspect.signature(make).parameters if name != "loss_fn"]
+    unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise ValueError(
-            f"options must be among {', '.join(make.__kwdefaults__)} for kind={kind!r}, got "
-            f"{', '.join(sorted(unknown))}."
+            f"options must be among {', '.join(allowed)} for kind={kind!r}, got "
+            f"{', '.join(unknown)}."
         )
     return make(loss_fn, **options)

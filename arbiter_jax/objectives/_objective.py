@@ -18,24 +18,27 @@ from arbiter_jax.batching import masked_mean, num_rows
 
 
 class NoiseObjective(NamedTuple):
-    """An objective whose gradient depends on the batch size; from :func:`noise_response`.
+    """A function J of the batch size that is measured during the run; from :func:`noise_response`.
 
-    ``init() -> state``; ``measure(updates, params, batch_size, signals) -> sample`` is what costs
-    something, a tuple of scalars, nan where the signals say nothing; ``update(state, sample, due,
-    batch_size, signals) -> state`` takes in one step, with its sample where `due`, bool[]; see
-    :func:`update_objective`. ``objective(state, b) -> J`` is what an agent descends, a smooth
-    function of a real batch size b; ``best(state) -> b`` is where J is least, infinite where noise
-    is all there is and nan before anything is known. Both take the cost of a step in examples as a
-    last argument, if it is not the one of the factory. ``signals`` names what `measure` and `update`
-    read.
+    Its minimum makes a batch-size rule (:func:`arbiter_jax.schedulers.from_objective`), and an
+    agent descends it (:func:`arbiter_jax.arbiter`). Both keep its state in theirs; the state says
+    which signals it ``requires``. Costs are those of one step, in examples.
     """
 
-    init: Callable[[], Any]
-    measure: Callable[..., tuple[jax.Array, ...]]
+    init: Callable[[], Any]  # () -> state
+    # (updates, params, batch_size, signals) -> sample, a pytree of float[]: the part that costs
+    # something; NaN if the signals carry no information.
+    measure: Callable[..., Any]
+    empty_sample: Callable[[], Any]  # () -> zeros like a sample, for steps without a measurement
+    # (state, sample, measured, batch_size, signals) -> state after one step; the sample counts only
+    # if measured, bool[].
     update: Callable[..., Any]
-    objective: Callable[..., jax.Array]
+    loss: Callable[..., jax.Array]  # (state, b, cost=None) -> J at a real batch size b, smooth
+    # (state, cost=None) -> the b at which J is least; infinite if only noise is left, NaN if unknown.
     best: Callable[..., jax.Array]
-    signals: tuple[str, ...]
+    # The budget of the run that it plans for: an int, 0 if it does not plan, None for the budget of
+    # the training loop.
+    num_examples: int | None = 0
 
 
 def update_objective(
@@ -45,20 +48,28 @@ def update_objective(
     params: PyTree,
     batch_size: jax.Array,
     signals: dict[str, Any],
-    due: jax.Array | None = None,
+    measures: bool | jax.Array = True,
 ) -> tuple[Any, jax.Array]:
-    """One step of an objective: its sample, where that is due (None: always), and the new state.
+    """One step of an objective.
+
+    Args:
+      objective: The objective.
+      state: Its state.
+      updates: The updates about to be applied, like params.
+      params: Before them.
+      batch_size: int32[], examples in the batch of this step.
+      signals: The extra arguments of ``tx.update``.
+      measures: Whether to measure at this step, a bool if it is known while tracing.
 
     Returns:
-      (state, usable): the state as it was where a number is not finite, or says nothing.
+      (state, usable): the old state if a number is not finite or carries no information.
     """
     measure = lambda: objective.measure(updates, params, batch_size, signals)
-    if due is None:
-        due, sample = jnp.array(True), measure()
+    if isinstance(measures, bool):
+        sample = measure() if measures else objective.empty_sample()
     else:
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(measure))
-        sample = jax.lax.cond(due, measure, lambda: zeros)
-    new = objective.update(state, sample, due, batch_size, signals)
+        sample = jax.lax.cond(measures, measure, objective.empty_sample)
+    new = objective.update(state, sample, measures, batch_size, signals)
     usable = all_finite(sample, new)
     return tree_where(usable, new, state), usable
 
@@ -66,17 +77,17 @@ def update_objective(
 def limited_loss(
     objective: NoiseObjective, statistics: PyTree, size: jax.Array, low: int, high: int
 ) -> jax.Array:
-    """J at a real batch size, with the slope that an agent may descend within [low, high].
+    """J at a real batch size, with a slope that an agent can descend within [low, high].
 
-    With size = low + (high - low) sigmoid(s) that is dJ/ds = dJ/d log(size), at most 1 either way: far
-    off on one side J is a thousand times as steep as on the other, and near an end of the range the
-    sigmoid lets through a thousandth of it: an agent would overshoot from below and be slow from above.
-    Beyond the last half example there is nothing to gain, and a logit that ran away there would
-    take long to come back.
+    The slope is dJ/d log(size), at most 1 either way, for the agent's logit s with size = low +
+    (high - low) sigmoid(s). J itself is a thousand times as steep on one side as on the other, and
+    the sigmoid passes on a thousandth of a slope near the ends of the range: an agent would
+    overshoot from below and be slow from above. Within half an example of an end the slope outward
+    is 0, because a logit that ran away there would take long to come back.
     """
     statistics, now = jax.lax.stop_gradient((statistics, size))
     inside = jnp.clip(now, low + 0.5, high - 0.5)
-    value, slope = jax.value_and_grad(lambda b: objective.objective(statistics, b))(inside)
+    value, slope = jax.value_and_grad(lambda b: objective.loss(statistics, b))(inside)
     outward = ((now <= low + 0.5) & (slope > 0)) | ((now >= high - 0.5) & (slope < 0))
     sigmoid_slope = (inside - low) * (high - inside) / (high - low)  # d size / ds
     slope = jnp.clip(inside * slope, -1, 1) / sigmoid_slope
@@ -89,9 +100,9 @@ def power_average(
 ) -> jax.Array:
     """An average up to the time `now` in which time s weighs s^a: it forgets, at any time scale.
 
-    The sample stands for all times after `last`, where the average so far ends.
+    The sample counts for all times since `last`, up to which `mean` is the average.
     """
-    # 1 - (last / now)^(a + 1), to the precision of a float also where the two hardly differ.
+    # 1 - (last / now)^(a + 1), precise in floats even if last and now hardly differ.
     since = (now - last).astype(float) / now.astype(float)
     return mean - jnp.expm1((a + 1) * jnp.log1p(-since)) * (sample - mean)
 
@@ -99,7 +110,7 @@ def power_average(
 def validation_loss(
     loss_fn: Callable[..., Any], signals: dict[str, Any]
 ) -> Callable[[PyTree], jax.Array]:
-    """The mean loss of the validation examples in the signals, a function of the parameters."""
+    """The mean loss of the validation examples in the signals, as a function of the parameters."""
     meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
     rows = jnp.ones(num_rows(meta_batch), bool)
 
@@ -110,3 +121,11 @@ def validation_loss(
         return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
 
     return mean_loss
+
+
+def check_loss_fn(loss_fn: Any, hint: str = "") -> None:
+    """Raises a ValueError for anything that cannot be called where a loss function belongs."""
+    if not callable(loss_fn):
+        raise ValueError(
+            f"loss_fn must be a function (params, batch) -> float[M], got {loss_fn!r}{hint}."
+        )

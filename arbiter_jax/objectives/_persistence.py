@@ -1,8 +1,15 @@
-"""How long the noise of one gradient goes on acting in the updates of an optimizer."""
+"""How long the noise of one gradient goes on acting in the updates of an optimizer.
+
+Momentum applies a gradient, and its noise, again at every later step. The statistics of a single
+step therefore underestimate what noise does, by a factor that only the optimizer knows.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,62 +17,209 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax.base import PyTree
 
-Persistence = Any  # a number >= 1, or an optax.GradientTransformation
+_WARM_UP = 100  # steps after which running second moments have settled
+_NUM_STEPS = 1000  # steps over which the response is summed; longer than any momentum remembers
+_AXIS_SIZE = 4  # of the stand-ins for parameters: their structure matters, their size does not
+_LOSS_DECAY = 0.99  # of the stand-in for the loss: what waits for a plateau must not find one
+
+
+class Persistence(NamedTuple):
+    """How long an optimizer goes on applying a gradient; from :func:`measure_persistence`.
+
+    With r_j the response of the update j steps later and r_0 the first one that is not zero:
+    """
+
+    displacement: Any  # shape=(), dtype=float32, >= 1, sum of r_j / r_0: how far noise moves params
+    deviation: Any  # shape=(), dtype=float32, >= 1, root of the sum of squares: noise in an update
+
+
+class PersistenceSignal(NamedTuple):
+    """Inside the state of an objective: asks the training loop for the signal `persistence`."""
+
+    requires = ("persistence",)
 
 
 def impulse_response(
-    tx: optax.GradientTransformation, num_steps: int = 1000, power: int = 1
+    tx: optax.GradientTransformation, num_steps: int = _NUM_STEPS, power: int = 1
 ) -> float:
-    r"""How much longer than one step the noise of a gradient acts: k of the equations.
+    r"""Measures for how many steps an optimizer goes on applying the noise of one gradient.
 
     .. math:: k = \Bigl(\sum_{j \ge 0} (r_j / r_0)^p\Bigr)^{1/p}, \qquad
       r_j = \langle \xi, (\partial u_{t+j} / \partial g_t)\, \xi\rangle
 
-    measured on gradients that are nothing but noise, from the transformation alone. With p = 1 it
-    is how far a gradient moves the parameters in all, in units of its first step: 1 / (1 - m) for
-    momentum m, 1 / (1 - b1) for Adam. With p = 2 it is how much noise an update holds, in units of
-    that of the newest gradient in it: 1 / sqrt(1 - m^2).
+    with u the updates, g the gradients, :math:`\xi` noise, and :math:`r_0` the first response that
+    is not zero. It needs no model: gradients that are pure noise are passed to the transformation.
 
     Args:
-      tx: A differentiable optax chain without a rule in it.
-      num_steps: Steps over which the response is summed, an integer >= 1; it should outlast the
-        momentum.
-      power: p, 1 or 2.
+      tx: A differentiable optax chain.
+      num_steps: Steps over which the response is summed, an integer >= 1. It should be larger than
+        what the momentum remembers.
+      power: p, 1 or 2. With 1, k is how far a gradient moves the parameters in total, in units of
+        its first step: 1 / (1 - m) for momentum m, 1 / (1 - b1) for Adam. With 2, k is the standard
+        deviation of an update's noise in units of that of the newest gradient in it: 1 / sqrt(1 -
+        m^2).
 
     Returns:
-      k, a float; 1 where the first response is zero.
+      k, a float; 1 if all updates are zero.
+
+    Raises:
+      ValueError: If an argument is out of its range, or the chain cannot be followed: it needs an
+        extra argument that only a training loop has, or its updates have no derivative.
+
+    >>> import optax
+    >>> round(impulse_response(optax.sgd(0.1, momentum=0.9)), 2)
+    10.0
+    >>> round(impulse_response(optax.sgd(0.1, momentum=0.9), power=2), 2)
+    2.29
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     power = _validate.one_of((1, 2), power=power)
-    warm = 100  # running second moments have settled by then
-    noise = jax.random.rademacher(jax.random.PRNGKey(0), (warm + num_steps, 64), float)
-    params, direction = jnp.ones(64), noise[warm]
-    tx = optax.with_extra_args_support(tx)
+    return _total(_follow(tx, np.ones(64), num_steps), power)
 
-    def step(state, grads):
-        updates, state = tx.update(grads, state, params)
-        return state, updates
 
-    def response(bump):
-        state, _ = jax.lax.scan(step, tx.init(params), noise[:warm])
-        grads = noise[warm:].at[0].add(bump)
-        return jax.lax.scan(step, state, grads)[1] @ direction
+def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Persistence:
+    """Measures :func:`impulse_response` on small stand-ins for the parameters of a model.
 
-    with jax.ensure_compile_time_eval():
-        _, responses = jax.jit(
-            lambda: jax.jvp(response, (jnp.zeros_like(direction),), (direction,))
-        )()
-        responses = np.asarray(responses, np.float64)
-    if responses[0] == 0:
+    They have the structure of `params` and the number of axes of each leaf, so that masks, and
+    labels as in `optax.multi_transform`, work; frozen parameters do not count. Of children whose
+    names differ by a number (layers of one kind), the first one stands for all. A chain inside
+    `optax.MultiSteps` is measured in units of its updates. The batch-size rules and learning-rate
+    rules of this library let the measurement pass through.
+
+    Args:
+      tx: The whole optimizer chain.
+      params: Parameters, any pytree of arrays, tracers or shapes: their values are not used.
+
+    Returns:
+      A :class:`Persistence`. It is computed once for each `tx` and structure.
+
+    Raises:
+      ValueError: If the chain cannot be followed, see :func:`impulse_response`.
+
+    >>> import jax.numpy as jnp, optax
+    >>> k = measure_persistence(optax.adam(1e-3), {"w": jnp.ones((3, 5)), "b": jnp.ones(5)})
+    >>> round(float(k.displacement)), round(float(k.deviation), 1)
+    (10, 2.3)
+    """
+    try:
+        found = _measure_persistence(tx, *_structure(_without_repetition(params)))
+    except ValueError:  # labels or masks in `tx` may have the structure of all parameters
+        found = None
+    found = found or _measure_persistence(tx, *_structure(params))
+    return found or Persistence(np.float32(1), np.float32(1))
+
+
+@functools.lru_cache(maxsize=32)
+def _measure_persistence(tx: Any, structure: Any, ranks: tuple[int, ...]) -> Persistence | None:
+    """None if all updates are zero."""
+    params = jax.tree.unflatten(structure, [np.ones([_AXIS_SIZE] * rank) for rank in ranks])
+    responses = _follow(tx, params, _NUM_STEPS)
+    if not np.any(responses):
+        return None
+    return Persistence(*(np.float32(max(1.0, _total(responses, power))) for power in (1, 2)))
+
+
+def _structure(params: PyTree) -> tuple[Any, tuple[int, ...]]:
+    """The structure of the parameters, and the number of axes of each leaf."""
+    leaves, structure = jax.tree.flatten(params)
+    return structure, tuple(jnp.ndim(leaf) for leaf in leaves)
+
+
+def _without_repetition(params: PyTree) -> PyTree:
+    """One of several children that differ only by a number in their name: a deep net compiles long."""
+    if type(params) not in (dict, list, tuple):
+        return params
+    is_dict = isinstance(params, dict)
+    kept, seen = {}, set()
+    for key, child in params.items() if is_dict else enumerate(params):
+        kind = re.sub(r"\d+", "#", str(key)), *_structure(child)
+        if kind not in seen:
+            seen.add(kind)
+            kept[key] = _without_repetition(child)
+    return kept if is_dict else type(params)(kept.values())
+
+
+def _total(responses: np.ndarray, power: int) -> float:
+    """The sum of all responses in units of the first one that is not zero, 1 if there is none."""
+    nonzero = np.flatnonzero(responses)
+    if not nonzero.size:
         return 1.0
-    return float(np.sum((responses / responses[0]) ** power) ** (1 / power))
+    return float(np.sum((responses / responses[nonzero[0]]) ** power) ** (1 / power))
 
 
-def resolve_persistence(persistence: Persistence, power: int = 1) -> float:
-    """A number >= 1 as it is; of a transformation, the number that it is measured to have."""
+def _follow(tx: Any, params: PyTree, num_steps: int) -> np.ndarray:
+    """The response of each update to the first of `num_steps` gradients, after a warm-up."""
+    try:
+        with jax.ensure_compile_time_eval():
+            responses, largest_update = _responses(tx, params, _WARM_UP, num_steps)
+            if not np.any(responses):  # a schedule may have been larger than zero at the start
+                responses, largest_update = _responses(tx, params, 0, num_steps)
+    except Exception as error:  # a transformation of somebody else may raise anything
+        reason = str(error).strip().splitlines() or [""]
+        raise _refusal(f"{type(error).__name__}: {reason[0]}") from error
+    if not np.all(np.isfinite(responses)):
+        raise _refusal("its response to a gradient is not finite")
+    if largest_update > 0 and not np.any(responses):
+        raise _refusal("its updates have no derivative with respect to the gradient")
+    return responses
+
+
+def _responses(
+    tx: Any, params: PyTree, warm_up: int, num_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(r_0, r_1, ..., size of the largest update), from one run and its derivative."""
+    update = _with_extra_args(tx).update
+
+    @jax.jit
+    def derivative(params):
+        leaves, structure = jax.tree.flatten(params)
+        ends = np.cumsum([leaf.size for leaf in leaves])
+        shape = (warm_up + num_steps, ends[-1])
+        noise = jax.random.rademacher(jax.random.PRNGKey(0), shape, float)
+        losses = _LOSS_DECAY ** jnp.arange(len(noise), dtype=float)
+        direction = noise[warm_up]
+
+        def step(state, inputs):
+            gradient, loss = inputs
+            parts = zip(jnp.split(gradient, ends[:-1]), leaves, strict=True)
+            gradient = jax.tree.unflatten(structure, [x.reshape(leaf.shape) for x, leaf in parts])
+            updates, state = update(gradient, state, params, value=loss, grad=gradient, probe=True)
+            return state, jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(updates)])
+
+        def run(bump):
+            inputs = noise.at[warm_up].add(bump), losses
+            _, updates = jax.lax.scan(step, tx.init(params), inputs)
+            return (updates @ direction)[warm_up:], jnp.max(jnp.abs(updates))
+
+        return jax.jvp(run, (jnp.zeros_like(direction),), (direction,), has_aux=True)[1:]
+
+    responses, largest_update = derivative(params)
+    return np.asarray(responses, np.float64), np.asarray(largest_update)
+
+
+def _with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """As `optax.with_extra_args_support`, which drops the arguments that `optax.MultiSteps` takes."""
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(
+        f"persistence of the optimizer could not be measured ({reason}): give the rule a number, "
+        "for noise_floor persistence=1 / (1 - momentum), or 1 / (1 - b1) for Adam."
+    )
+
+
+def check_persistence(persistence: Any, power: int = 1) -> float | None:
+    """Checks the argument of an objective: None (measured later), a number, or an optimizer."""
+    if persistence is None:
+        return None
     if isinstance(persistence, optax.GradientTransformation):
         return max(1.0, impulse_response(persistence, power=power))
-    if _validate.positive(persistence=persistence) < 1:
-        raise ValueError(f"persistence must be >= 1, or an optimizer, got {persistence!r}.")
-    return float(persistence)
+    try:
+        return _validate.greater(1, closed=True, persistence=persistence)
+    except ValueError as error:
+        raise ValueError(f"{str(error)[:-1]}; an optimizer and None are allowed too.") from None

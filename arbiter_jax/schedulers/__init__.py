@@ -6,7 +6,8 @@ Rules swap in one line, and read what they need from the extra arguments of `upd
 * from the loss: :func:`adadamp`; from loss and gradient noise: :func:`cabs`;
 * from gradient noise: :func:`gradient_noise_scale`, :func:`norm_test`, :func:`inner_product_test`,
   :func:`simigrad`, :func:`dive_batch`; with the measured speed as well: :func:`goodput`;
-* from what gradient noise costs: :func:`noise_floor`, :func:`expected_gain`;
+* from what gradient noise costs: :func:`noise_floor`, :func:`expected_gain`; from an objective of
+  one's own: :func:`from_objective`;
 * wrapped around any of them: :func:`hysteresis`, :func:`shadow`.
 
 Rules may decide at every step; the training loop applies the latest decision once per window and
@@ -27,7 +28,7 @@ from arbiter_jax.schedulers._cabs import CABSState, cabs
 from arbiter_jax.schedulers._constant import ConstantState, constant
 from arbiter_jax.schedulers._dive_batch import DiveBatchState, dive_batch
 from arbiter_jax.schedulers._expected_gain import ExpectedGainState, expected_gain
-from arbiter_jax.schedulers._from_objective import MeasuredCost
+from arbiter_jax.schedulers._from_objective import MeasuredCost, ObjectiveState, from_objective
 from arbiter_jax.schedulers._from_schedule import ScheduleState, from_schedule
 from arbiter_jax.schedulers._goodput import GoodputState, goodput
 from arbiter_jax.schedulers._gradient_noise_scale import (
@@ -56,6 +57,7 @@ __all__ = [
     "MeasuredCost",
     "NoiseFloorState",
     "NormTestState",
+    "ObjectiveState",
     "ScheduleState",
     "ShadowState",
     "SimigradState",
@@ -67,6 +69,7 @@ __all__ = [
     "constant",
     "dive_batch",
     "expected_gain",
+    "from_objective",
     "from_schedule",
     "goodput",
     "gradient_noise_scale",

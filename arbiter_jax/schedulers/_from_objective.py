@@ -1,4 +1,4 @@
-"""What the two rules around a noise objective share: the decision, its limits, the cost of a step."""
+"""A batch-size rule around an objective: the decision, its limits, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -14,123 +14,213 @@ from arbiter_jax.objectives import NoiseObjective
 from arbiter_jax.objectives._objective import update_objective
 from arbiter_jax.schedulers import _rule, _step_times
 
-WINDOW_SHARE = 50  # no window sees more than this part of the budget, or has more than one step
-SHORT_WINDOW = 5  # steps, at the start
-SHORT_WINDOWS = 40  # steps in windows as short as that
-ALWAYS = 20  # steps at which the statistics are computed, whatever `every` says
-FIRST_SHARE = 40  # and which see this part of the budget, for harm done early may last,
-FIRST_TIMES = 2  # or batches so many times what is asked for, if that is less
+# The first 20 steps always measure. Each of their batches holds at least an 800th of the budget, but
+# at most twice what the rule asks for: damage from tiny first batches persists.
+_NUM_INITIAL_STEPS = 20
+_INITIAL_BATCHES_PER_BUDGET = 800
+_MAX_INITIAL_FACTOR = 2
+# Decisions are applied every 5 steps as long as little is known, and no window sees more than a 50th
+# of the budget unless it has one step.
+_NUM_EARLY_STEPS = 40
+_EARLY_WINDOW = 5
+_WINDOWS_PER_BUDGET = 50
 
 
 class MeasuredCost(NamedTuple):
-    """The running fit of the time of a step against its size, inside of a rule's state."""
+    """The running fit of the time of a step against its size, inside a rule's state."""
 
     times: _step_times.StepTimes
     requires = ("step_seconds",)
 
 
-def as_step_cost(step_cost: Any) -> float | None:
-    """A number >= 0 as it is; None for "measured"."""
-    if isinstance(step_cost, str):
-        _validate.one_of(("measured",), step_cost=step_cost)
-        return None
-    return _validate.non_negative(step_cost=step_cost)
+class ObjectiveState(NamedTuple):
+    """State of :func:`from_objective`."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
+    window_steps: jax.Array  # shape=(), dtype=int32, steps until the decision is applied, at most
+    statistics: Any  # the state of the objective
+    step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
+    num_steps: jax.Array  # shape=(), dtype=int32
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
+    signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
 
-def noise_rule(
-    make_state: Callable[..., Any],
+def from_objective(
     objective: NoiseObjective,
     *,
-    rule: str,
-    limits: tuple[Any, Any, Any],
-    fixed_cost: float | None,
-    max_change: float,
-    num_examples: int | None = None,
-    every: int,
+    measure_every: int = 4,
+    step_cost: float | str | None = None,
+    max_change: float = 4.0,
+    min_batch_size: int = 8,
+    max_batch_size: int = 512,
+    initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A rule that decides for where an objective is least.
+    """Takes the batch size at which an objective is least, at most a factor from the applied one.
+
+    Around :func:`arbiter_jax.objectives.noise_floor` it is :func:`noise_floor`, around
+    :func:`arbiter_jax.objectives.expected_gain` it is :func:`expected_gain`; build one with other
+    statistics from ``objective._replace(...)``.
 
     Args:
-      make_state: The type of its state.
-      objective: What it looks at.
-      rule: Its name, for messages.
-      limits: Smallest, largest and initial batch size.
-      fixed_cost: Of a step, in examples; None: measured.
-      max_change: Largest factor between the size in force and the next.
-      num_examples: The budget, or None.
-      every: The statistics of the noise are computed at the first of so many steps.
+      objective: A :class:`arbiter_jax.objectives.NoiseObjective`.
+      measure_every: The costly signals are measured at every n-th step, an integer >= 1, and at
+        each of the first 20.
+      step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
+        steps, as in :func:`goodput`; None: that of the objective.
+      max_change: Largest factor between the applied size and the next one, > 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
+      max_batch_size: Largest batch size, an integer >= min_batch_size.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
+        if None.
 
     Returns:
-      The transformation.
-    """
-    every = _validate.integer(every=every, minimum=1)
-    if _validate.positive(max_change=max_change) <= 1:
-        raise ValueError(f"max_change must be > 1, got {max_change!r}.")
-    low, high, start = _validate.batch_size_range(*limits)
-    least = min(2, high)  # of one example nothing is learnt about noise: it would stay 1 forever
-    low, start = max(low, least), max(start, least)
-    enough = 0 if num_examples is None else min(high, num_examples // (FIRST_SHARE * ALWAYS))
+      A transformation that returns the updates unchanged and whose `update` reads the signals of
+      the objective and, if given, `batch_size`, the applied size, and `budget`, the examples of the
+      run (and `step_seconds` if the cost of a step is measured).
 
-    def window_steps(num_steps: Any, size: Any) -> jax.Array:
-        """Few steps at the start, when little is known; at all times few examples."""
-        early = num_steps < SHORT_WINDOWS
-        steps = jnp.where(early, SHORT_WINDOW, jnp.iinfo(jnp.int32).max)
-        if num_examples is not None:
-            steps = jnp.minimum(steps, jnp.maximum(num_examples // (WINDOW_SHARE * size), 1))
-            steps = jnp.where(early & (size < enough), 1, steps)
-        return steps.astype(jnp.int32)
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without a signal.
+
+    *Guarantees*:
+      * Updates unchanged: they are returned as they came.
+      * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
+      * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> objective = aj.objectives.expected_gain(lambda w, x: (w - x) ** 2 / 2, persistence=1.0)
+    >>> rule = aj.schedulers.from_objective(objective, initial_batch_size=8, max_change=1.5)
+    >>> signals = {"meta_batch": jnp.zeros(4), "update_noise": jnp.array(-0.4)}
+    >>> params = jnp.ones(())
+    >>> _, state = rule.update(-0.05 * params, rule.init(params), params, **signals)
+    >>> int(aj.get_batch_size(state))  # 2 q / A_0 is 9.9
+    10
+    """
+    if not isinstance(objective, NoiseObjective):
+        raise ValueError(
+            "objective must be a NoiseObjective, for example aj.objectives.noise_floor(), got "
+            f"{objective!r}."
+        )
+    return make_rule(
+        ObjectiveState,
+        objective,
+        "from_objective",
+        measure_every=measure_every,
+        step_cost=step_cost,
+        max_change=max_change,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        initial_batch_size=initial_batch_size,
+    )
+
+
+def make_rule(
+    make_state: Callable[..., Any],
+    objective: NoiseObjective,
+    name: str,
+    *,
+    measure_every: int,
+    step_cost: float | str | None,
+    max_change: float,
+    **limits: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """As :func:`from_objective`, with the type of the state and the name for messages."""
+    interval = _validate.integer(measure_every=measure_every, minimum=1)
+    _validate.greater(1, max_change=max_change)
+    measures_cost = isinstance(step_cost, str)
+    if measures_cost:
+        _validate.one_of(("measured",), step_cost=step_cost)
+    elif step_cost is not None:
+        _validate.non_negative(step_cost=step_cost)
+    low, high, start = _validate.batch_size_range(**limits)
+    # One example carries no information about noise: the size would stay 1 forever.
+    least = min(2, high)
+    low, start = max(low, least), max(start, least)
 
     def init_fn(params):
         del params
+        if objective.num_examples is None:  # one step, until the budget of the loop is known
+            window_steps = _rule.int32(1)
+        else:
+            window_steps = _window_steps(
+                _rule.int32(), _rule.int32(start), objective.num_examples, high
+            )
         return make_state(
-            batch_size=_rule.int32(start),
-            window_steps=window_steps(_rule.int32(), _rule.int32(start)),
+            **_rule.sizes(low, high, start),
+            window_steps=window_steps,
             statistics=objective.init(),
-            step_cost=None if fixed_cost is not None else MeasuredCost(_step_times.init(start)),
+            step_cost=MeasuredCost(_step_times.init(start)) if measures_cost else None,
             num_steps=_rule.int32(),
             num_skipped=_rule.int32(),
-            signals_due=None if every == 1 else jnp.array(True),
+            signals_due=None if interval == 1 else jnp.array(True),
         )
 
-    def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):
-        for name in (*objective.signals, *(() if fixed_cost is not None else ("step_seconds",))):
-            base.require(rule, **{name: extra_args.get(name)})
-        in_force = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
-        timed, cost = state.step_cost, fixed_cost
-        if timed is not None:
-            times = _step_times.measure(timed.times, extra_args["step_seconds"], in_force)
+    def update_state(state, *, updates, params, batch_size=None, signals_made=None, **signals):
+        required = sorted(base.requests(state).signals)
+        base.require(name, **{signal: signals.get(signal) for signal in required})
+        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        timed, cost = state.step_cost, step_cost
+        if measures_cost:
+            times = _step_times.measure(timed.times, signals["step_seconds"], applied)
             timed, cost = MeasuredCost(times), _step_times.step_cost(times)
 
-        due = None if every == 1 else state.signals_due
         statistics, usable = update_objective(
-            objective, state.statistics, updates, params, in_force, extra_args, due
+            objective,
+            state.statistics,
+            updates,
+            params,
+            applied,
+            signals,
+            base.measures_now(state.signals_due, signals_made),
         )
         num_steps: Any = optax.safe_increment(state.num_steps)
+        budget = objective.num_examples
+        if budget is None:
+            budget = 0 if signals.get("budget") is None else signals["budget"]
         size = objective.best(statistics, cost)
-        first = jnp.fmin(FIRST_TIMES * size, enough)  # the latter, where nothing is known
-        size = jnp.where(jnp.isnan(size), in_force.astype(size.dtype), size)
-        size = jnp.where(num_steps < ALWAYS, jnp.maximum(size, first), size)
-        new = state._replace(
-            batch_size=_limited(size, in_force, max_change, low, high), statistics=statistics
-        )
+        # The latter if nothing is known.
+        first = jnp.fmin(_MAX_INITIAL_FACTOR * size, _initial_size(budget, high))
+        size = jnp.where(jnp.isnan(size), applied.astype(size.dtype), size)
+        size = jnp.where(num_steps < _NUM_INITIAL_STEPS, jnp.maximum(size, first), size)
+        size = _limited_change(size, applied, max_change, low, high)
+        new = state._replace(batch_size=size, statistics=statistics)
         new = _rule.update_or_skip(usable, new, state)
         new = new._replace(
-            window_steps=window_steps(num_steps, new.batch_size),
+            window_steps=_window_steps(num_steps, new.batch_size, budget, high),
             step_cost=timed,
             num_steps=num_steps,
         )
-        if every > 1:
-            due = (num_steps < ALWAYS) | (num_steps % every == 0)
+        if interval > 1:
+            due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
             new = new._replace(signals_due=due)
-        return updates, new
+        return new
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _rule.transformation(init_fn, update_state)
 
 
-def _limited(
-    size: jax.Array, in_force: jax.Array, max_change: float, low: int, high: int
+def _initial_size(budget: Any, high: int) -> jax.Array:
+    """The size that the first batches have at least; 0 without a budget."""
+    return jnp.minimum(high, budget // _INITIAL_BATCHES_PER_BUDGET)
+
+
+def _window_steps(num_steps: jax.Array, size: jax.Array, budget: Any, high: int) -> jax.Array:
+    """Few steps at the start, when little is known; few examples at all times."""
+    early = num_steps < _NUM_EARLY_STEPS
+    unlimited = jnp.iinfo(jnp.int32).max
+    steps = jnp.where(early, _EARLY_WINDOW, unlimited)
+    limit = jnp.maximum(budget // (_WINDOWS_PER_BUDGET * size), 1)
+    steps = jnp.minimum(steps, jnp.where(budget > 0, limit, unlimited))
+    steps = jnp.where(early & (size < _initial_size(budget, high)), 1, steps)
+    return steps.astype(jnp.int32)
+
+
+def _limited_change(
+    size: jax.Array, applied: jax.Array, max_change: float, low: int, high: int
 ) -> jax.Array:
-    """The size as an integer of the range, at most a factor from the one in force."""
-    now = in_force.astype(size.dtype)
+    """The size as an integer of the range, at most a factor from the applied one."""
+    now = applied.astype(size.dtype)
     size = jnp.clip(size, jnp.floor(now / max_change), jnp.ceil(now * max_change))
     return _rule.to_size(size, low, high)

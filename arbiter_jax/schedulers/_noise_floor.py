@@ -1,7 +1,8 @@
 """The noise floor: the batch size at which noise costs a fixed share of the loss still to go.
 
 It finds that size within a few short windows from any start, holds it, and grows at the end of the
-budget, when noise no longer has time to decay. Derivation: ``experiments/NOISE.md``.
+budget, when noise no longer has time to decay. Derivation:
+``experiments/noise_rules/DERIVATION.md``.
 """
 
 from __future__ import annotations
@@ -12,109 +13,94 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from arbiter_jax.objectives import FloorState, floor_objective
-from arbiter_jax.schedulers._from_objective import MeasuredCost, as_step_cost, noise_rule
+from arbiter_jax import objectives
+from arbiter_jax.objectives import FloorConfig, FloorState
+from arbiter_jax.schedulers._from_objective import MeasuredCost, make_rule
 
 
 class NoiseFloorState(NamedTuple):
     """State of :func:`noise_floor`."""
 
-    batch_size: jax.Array  # shape=(), dtype=int32
-    window_steps: jax.Array  # shape=(), dtype=int32, apply the decision after at most so many steps
+    batch_size: jax.Array  # shape=(), dtype=int32, in examples
+    min_batch_size: jax.Array  # shape=(), dtype=int32
+    max_batch_size: jax.Array  # shape=(), dtype=int32
+    window_steps: jax.Array  # shape=(), dtype=int32, steps until the decision is applied, at most
     statistics: FloorState  # what is known of the noise and of the loss
-    step_cost: MeasuredCost | None  # the fit of the time of a step, where it is measured
+    step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals said nothing
-    signals_due: jax.Array | None  # shape=(), dtype=bool, is the next one; None: all are
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
+    signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
 
 def noise_floor(
     loss_fn: Callable[..., Any] | None = None,
     *,
     num_examples: int | None = None,
-    every: int = 4,
-    share: float = 0.3,
-    hold: float = 0.6,
-    growth: float = 32.0,
-    persistence: float | optax.GradientTransformation = 1.0,
-    step_cost: float | str = 0.0,
-    optimal_loss: float = 0.0,
+    measure_every: int = 4,
+    noise_share: float = FloorConfig.noise_share,
+    hold_until: float = FloorConfig.hold_until,
+    final_growth: float = FloorConfig.final_growth,
+    persistence: float | optax.GradientTransformation | None = None,
+    step_cost: float | str = FloorConfig.step_cost,
+    optimal_loss: float = FloorConfig.optimal_loss,
     max_change: float = 4.0,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Holds the noise floor at a share of the loss still to go, and grows at the end.
+    r"""Finds the batch size that suits the learning rate, holds it, and grows it at the end.
 
     .. math::
       B = \frac{k \left(-B_{now} E\langle \xi, du \rangle\right)}{4\, share\, \Delta}, \qquad
       \Delta = -4\, \frac{dF}{d \log t}
 
-    with :math:`\xi` half the difference of the gradients of the two halves of the batch, du the
-    response of the optimizer to it (for SGD :math:`-lr\, \xi`, so that the numerator is k lr tr S),
-    and k the number of steps for which a gradient goes on acting. In equilibrium noise holds the
-    loss :math:`k\, lr\, tr S / (4 B)` above where it would be. It is compared with :math:`\Delta`,
-    the excess of the loss F over what is attainable, and not with F. That excess is read off the
-    pace at which F falls with the number of steps t; it is 4 times that for a loss that approaches
-    its limit as :math:`t^{-1/4}`. So a constant that no training removes (label noise, the entropy
-    of a language) plays no part, and where the loss goes to zero and the noise with it, steps are
-    bought and not larger batches; but never so small ones that the floor were more than F - F*.
+    Gradient noise holds the loss F above where it would be, by about :math:`k\, lr\, tr S / (4 B)`
+    for SGD. The rule keeps that *noise floor* at a share of :math:`\Delta`, the loss still to go,
+    which it reads off the slope at which F falls with the number of steps t. In the last part of
+    the budget the size grows, because late noise no longer has time to decay. The derivation, with
+    its corrections for large rates, for what is left of the budget and for memorizing, is in
+    ``experiments/noise_rules/DERIVATION.md``; the equations are those of
+    :func:`arbiter_jax.objectives.noise_floor`.
 
-    At large rates there is more noise than that. It shows in the mean gradient G, which noise keeps
-    up: the floor is taken :math:`1 + B |G|^2 / ((2 k - 1)\, tr S)` times as high, which is exact for
-    SGD and heavy ball on a quadratic, less the part of :math:`|G|^2` that makes progress.
-
-    Given `loss_fn`, the rule looks at validation examples too, wherever it measures noise, and takes
-    the pace of F to be at most twice that of their loss: a training loss that falls by memorising
-    buys no steps. Do so wherever examples are seen many times.
-
-    With r examples left of the budget, the excess is that of the end of the run, if the size b is
-    held until then, and so is the noise, which is taken to fall as :math:`t^{-0.15}`: the b of the
-    first equation is multiplied by :math:`(1 + r / (b t))^{1/4 - 0.15}`. Without a budget both are
-    those of the moment. At the end the held size B grows as
-
-    .. math:: \frac{g B}{1 + g r / R}, \qquad R = 2\, share\, b\, t, \quad g = growth \sqrt{b / B}
-
-    wherever that is more, from a share `hold` of the budget on. b is what was to be held, less than B
-    where that lies at the lower end of the range: there is less noise to remove then, and growth
-    begins later. R examples are worth as much in steps as the noise floor holds of the loss.
-    Without a budget the size is held.
-
-    The first 20 steps take batches of at least an 800th of the budget, or twice what is asked for where
-    that is less: at a large rate a few small batches do harm that stays, and larger ones cost little.
-    No window sees more than a 50th of the budget, or has more than one step.
+    With `loss_fn` the rule also measures the loss of validation examples, and lets the training
+    loss fall at most twice as fast: progress that is only memorized buys no steps. Pass it if
+    examples are seen many times. On a GPU or TPU, where a small batch costs as much time as one
+    that fills the device, pass ``step_cost="measured"`` or a `min_batch_size` that fills it. Keep
+    the learning rate constant.
 
     Args:
-      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, if the rule is to look at
-        validation examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None if
-        unknown.
-      every: The noise is measured at the first of so many steps, an integer >= 1, and at each of the
-        first 20; the training loss at every step. A larger number makes the steps cheaper (what 10
-        costs is in `experiments.benchmark`), and the statistic noisier.
-      share: The noise floor as a share of the loss still to go, > 0.
-      hold: The share of the budget after which the size may grow, in [0, 1].
-      growth: The factor by which it has grown at the end, >= 1; what happens before the last R /
-        growth examples hardly depends on it.
-      persistence: k, a number >= 1, or the optimizer in front of the rule, whose impulse response
-        is then measured: 1 / (1 - momentum) for SGD, 1 / (1 - b1) for Adam.
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
+        examples as well; None if not.
+      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None
+        for that of ``aj.fit``. Without any budget the size is held until the end.
+      measure_every: The noise is measured at every n-th step, an integer >= 1, and at each of the
+        first 20; the training loss at every step. A larger number makes the steps cheaper (see
+        `experiments.benchmark` for 10), and the statistics noisier.
+      noise_share: The noise floor as a share of the loss still to go, > 0.
+      hold_until: The share of the budget after which the size may grow, in [0, 1].
+      final_growth: The factor by which it has grown at the end, >= 1; what happens before the very
+        end hardly depends on it.
+      persistence: k, for how many steps the optimizer goes on applying a gradient, a number >= 1: 1
+        / (1 - momentum) for SGD, 1 / (1 - b1) for Adam; or the optimizer in front of the rule,
+        which is then measured; None to measure the chain that the rule is in.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
         steps, as in :func:`goodput`.
-      optimal_loss: F*, the least that the loss can be, a number < infinity; -infinity where there is
+      optimal_loss: F*, the least that the loss can be, a number < infinity; -infinity if there is
         no least, as for the density of a continuous variable. It need not be attainable.
-      max_change: Largest factor between the size in force and the next one, > 1.
-      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken for 2, for one example tells
-        nothing of noise.
+      max_change: Largest factor between the applied size and the next one, > 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
-      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
-        where it is None. It is forgotten within a few windows; what is left of it is measured in
-        `experiments.feasibility`.
+      initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest if
+        None. It is forgotten within a few windows; `experiments.feasibility` measures what is left
+        of it.
 
     Returns:
       A transformation that returns the updates unchanged and whose `update` reads `value`,
-      `gradient_noise`, `update_noise`, `grad_stats` and, if given, `num_examples` and `batch_size`,
-      the examples so far and the size in force (and `meta_batch`, and `model_state` where the model
-      has one, where `loss_fn` is given; and `step_seconds`, where the cost of a step is measured).
+      `gradient_noise`, `update_noise`, `grad_stats`; `persistence` if it is not given;
+      `meta_batch`, and `model_state` if the model has one, if `loss_fn` is given; `step_seconds` if
+      the cost of a step is measured; and, if given, `num_examples`, `batch_size` and `budget`: the
+      examples so far, the applied size, and the examples of the run.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -124,7 +110,7 @@ def noise_floor(
       * Updates unchanged: they are returned as they came.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * A constant added to the loss and to `optimal_loss` changes nothing.
+      * Ignores a constant: one added to the loss and to `optimal_loss` changes nothing.
 
     >>> import arbiter_jax as aj, optax
     >>> tx = optax.chain(
@@ -139,24 +125,23 @@ def noise_floor(
     >>> 8 <= int(aj.get_batch_size(state)) <= 512
     True
     """
-    fixed_cost = as_step_cost(step_cost)
-    objective = floor_objective(
+    objective = objectives.noise_floor(
         loss_fn,
         num_examples=num_examples,
-        share=share,
-        hold=hold,
-        growth=growth,
+        noise_share=noise_share,
+        hold_until=hold_until,
+        final_growth=final_growth,
         persistence=persistence,
-        step_cost=fixed_cost or 0.0,
         optimal_loss=optimal_loss,
     )
-    return noise_rule(
+    return make_rule(
         NoiseFloorState,
         objective,
-        rule="noise_floor",
-        limits=(min_batch_size, max_batch_size, initial_batch_size),
-        fixed_cost=fixed_cost,
+        "noise_floor",
+        measure_every=measure_every,
+        step_cost=step_cost,
         max_change=max_change,
-        num_examples=num_examples,
-        every=every,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        initial_batch_size=initial_batch_size,
     )

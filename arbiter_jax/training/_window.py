@@ -42,6 +42,7 @@ from arbiter_jax.gradients import (
     masked_value_and_grad,
     value_grad_and_stats,
 )
+from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
@@ -274,7 +275,6 @@ def run_window(
         num_rows(data.train)
     if (loss_fn is None) == (gradient_fn is None):
         raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
-    tx = _with_extra_args(tx)
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
@@ -282,6 +282,9 @@ def run_window(
     constants = {} if budget is None else {"budget": jnp.asarray(budget, jnp.int32)}
     if "step_seconds" in requested.signals:
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
+    if "persistence" in requested.signals:
+        constants["persistence"] = measure_persistence(tx, state.params)
+    tx = _with_extra_args(tx)
     gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals)
 
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:

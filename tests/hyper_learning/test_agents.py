@@ -26,7 +26,7 @@ def inputs_of(shape, num_rows=3, seed=0):
 
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("num_proposals", [1, 4])
-def test_an_agent_proposes_one_row_of_finite_logits_per_input(name, num_proposals, key):
+def test_one_row_of_finite_logits_per_input(name, num_proposals, key):
     make, shape, options = AGENTS[name]
     agent = make(shape, num_proposals, **options)
     agent_params = jax.jit(agent.init)(key)
@@ -53,7 +53,7 @@ def test_init_is_a_function_of_the_key(name, key):
 @pytest.mark.parametrize(
     ("name", "linear"), [("mlp", False), ("deep mlp", False), ("conv", False), ("linear", True)]
 )
-def test_agents_have_nonlinearities_between_their_layers(name, linear, key):
+def test_agents_have_nonlinearities_between_layers(name, linear, key):
     make, shape, options = AGENTS[name]
     agent = make(shape, **options)
     agent_params = jax.jit(agent.init)(key)
@@ -63,7 +63,7 @@ def test_agents_have_nonlinearities_between_their_layers(name, linear, key):
     assert (float(jnp.abs(bend).max()) < 1e-5) == linear
 
 
-def test_the_published_conv_agent_has_four_layers_of_64_channels(key):
+def test_the_published_conv_agent(key):
     agent = aj.conv_agent((28, 28, 1), channels=64)
     shapes = [layer["weight"].shape for layer in jax.eval_shape(agent.init, key)]
     assert shapes == [(9, 64), *[(9 * 64, 64)] * 3, (64, 4)]
@@ -118,7 +118,7 @@ def test_the_mixture_is_the_softmax_average():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2,), (3, 4), (2, 4, 1), ()])
-def test_an_agent_of_the_wrong_shape_is_told_the_right_one(shape):
+def test_an_agent_of_the_wrong_shape_is_named(shape):
     agent = aj.Agent(lambda key: None, lambda params, inputs: jnp.zeros(shape))
     with pytest.raises(ValueError, match=r"\(batch, num_proposals\) = \(2, 4\), got \("):
         sorted_proposals(agent, None, jnp.zeros((2, 5)))
@@ -159,7 +159,7 @@ def test_warm_up_of_other_ranges(limits):
     assert abs(int(aj.to_batch_size(mixture, *limits)) - limits[0]) < 2
 
 
-def test_warm_up_looks_at_the_mixture_before_the_step():
+def test_warm_up_tests_the_mixture_before_the_step():
     # Already there: one step is taken, as published, and the mixture is the one before it.
     size = int(aj.to_batch_size(0.5, 8, 512))
     agent_params, num_steps, mixture = warm_up(size)

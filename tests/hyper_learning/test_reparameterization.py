@@ -33,7 +33,7 @@ def test_round_trip_in_float64():
 
 
 @pytest.mark.parametrize("limits", RANGES)
-def test_the_logit_stands_at_the_centre_of_the_interval(limits):
+def test_the_logit_is_at_the_center_of_the_interval(limits):
     # As far from both neighbours as it can be: moving by 0.4 examples changes nothing.
     low, high = limits
     with jax.enable_x64(True):

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax import schedulers
+from arbiter_jax import objectives, schedulers
 
 LOW, HIGH, START, NUM_STEPS = 5, 300, 20, 6
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
@@ -28,7 +28,10 @@ RULES = {
     "constant": lambda: schedulers.constant(**LIMITS),
     "dive_batch": lambda: schedulers.dive_batch(40, delta=1.0, **LIMITS),
     "expected_gain": lambda: schedulers.expected_gain(
-        lambda w, x: (w - x) ** 2 / 2, every=1, **LIMITS
+        lambda w, x: (w - x) ** 2 / 2, measure_every=1, persistence=1.0, **LIMITS
+    ),
+    "from_objective": lambda: schedulers.from_objective(
+        objectives.expected_gain(lambda w, x: (w - x) ** 2 / 2, persistence=1.0), **LIMITS
     ),
     "from_schedule": lambda: schedulers.from_schedule(
         lambda n: jnp.log(n - 25.0) * 20, count="num_examples", **LIMITS
@@ -39,7 +42,7 @@ RULES = {
         schedulers.gradient_noise_scale(decay=0.5, **LIMITS), dwell=1, tolerance=0
     ),
     "inner_product_test": lambda: schedulers.inner_product_test(decay=0.5, **LIMITS),
-    "noise_floor": lambda: schedulers.noise_floor(num_examples=100, **LIMITS),
+    "noise_floor": lambda: schedulers.noise_floor(num_examples=100, persistence=1.0, **LIMITS),
     "norm_test": lambda: schedulers.norm_test(decay=0.5, **LIMITS),
     "shadow": lambda: optax.chain(
         schedulers.constant(**LIMITS), schedulers.shadow(schedulers.norm_test(**LIMITS))
@@ -54,6 +57,7 @@ READS = {
     "cabs": ("value", "variance_trace", "batch_size"),
     "dive_batch": ("grad", "variance_trace", "batch_size", "batch_sq_norm"),
     "expected_gain": ("grad", "update_noise", "meta"),
+    "from_objective": ("grad", "update_noise", "meta"),
     "goodput": ("variance_trace", "mean_sq_norm"),
     "gradient_noise_scale": ("variance_trace", "mean_sq_norm"),
     "inner_product_test": ("inner_product_variance", "batch_sq_norm"),
@@ -150,7 +154,8 @@ def test_skips_and_counts(name, data, at, bad):
     free = {"num_skipped": 0}
     free |= {"num_steps": 0} if name == "cabs" else {}  # for the learning rate
     free |= {"times": 0} if name == "goodput" else {}  # the clock runs whatever the gradient
-    free |= {"num_steps": 0} if name in ("noise_floor", "expected_gain") else {}  # likewise
+    around = ("noise_floor", "expected_gain", "from_objective")
+    free |= {"num_steps": 0} if name in around else {}  # likewise
     chex.assert_trees_all_equal(found._replace(**free), expected._replace(**free))
 
 
