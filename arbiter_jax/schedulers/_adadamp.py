@@ -108,6 +108,6 @@ def adadamp(
             weight=weight,
         )
         usable = jnp.isfinite(sample) & (first > optimal_loss)
-        return _rule.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, state)
 
     return _rule.transformation(init_fn, update_state)

@@ -212,6 +212,6 @@ def _growing_test(
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
-        return _rule.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, state)
 
     return _rule.transformation(init_fn, update_state)

@@ -119,6 +119,6 @@ def cabs(
             weight=weight,
         )
         usable = _rule.is_informative(xi, jnp.asarray(value)) & ~jnp.isnan(size)
-        return _rule.update_or_skip(usable, new, counted)
+        return _numerics.update_or_skip(usable, new, counted)
 
     return _rule.transformation(init_fn, update_state)

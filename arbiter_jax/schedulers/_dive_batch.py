@@ -141,6 +141,6 @@ def dive_batch(
         )
         # Judged before the restart, which would hide what is not finite.
         usable = _numerics.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
-        return _rule.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, state)
 
     return _rule.transformation(init_fn, update_state)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule
 
 LARGEST_COUNT = 2**31 - 1
@@ -107,6 +107,6 @@ def from_schedule(
         del extra_args
         counted = state._replace(count=count_after(state, batch_size, progress))
         size, usable = size_at(counted.count, state.batch_size)
-        return _rule.update_or_skip(usable, counted._replace(batch_size=size), counted)
+        return _numerics.update_or_skip(usable, counted._replace(batch_size=size), counted)
 
     return _rule.transformation(init_fn, update_state)

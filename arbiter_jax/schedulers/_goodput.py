@@ -145,7 +145,7 @@ def goodput(
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & (variance + signal_left > 0)
-        return _rule.update_or_skip(usable, new, timed)
+        return _numerics.update_or_skip(usable, new, timed)
 
     return _rule.transformation(init_fn, update_state)
 

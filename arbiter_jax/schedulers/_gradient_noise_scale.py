@@ -109,6 +109,6 @@ def gradient_noise_scale(
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(size)
-        return _rule.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, state)
 
     return _rule.transformation(init_fn, update_state)

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _numerics
-
 State = TypeVar("State", bound=tuple)
 
 UNLIMITED = 2**30  # the largest batch size of a rule that is given none
@@ -82,18 +80,6 @@ def to_size(
     """A real number (infinite allowed, nan not) as an int32 of [low, high]."""
     size = rounding(jnp.clip(value, low, high)).astype(jnp.int32)
     return jnp.clip(size, low, high)  # again: floats cannot hold every integer beyond 2^24
-
-
-def update_or_skip(usable: jax.Array, new: State, state: Any) -> State:
-    """The new state, or the old one with one more skipped step.
-
-    Args:
-      usable: bool[], whether this step's signals carry information.
-      new: State after this step; taken only if every number in it is finite.
-      state: State before it, with a field `num_skipped`.
-    """
-    skipped = state._replace(num_skipped=optax.safe_increment(state.num_skipped))
-    return _numerics.tree_where(usable & _numerics.all_finite(new), new, skipped)
 
 
 def checked_rule(rule: Any) -> optax.GradientTransformationExtraArgs:

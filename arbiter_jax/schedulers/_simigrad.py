@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule
 
 
@@ -118,6 +118,6 @@ def simigrad(
             similarity=jnp.where(due, 0, similarity),
             count=jnp.where(due, 0, count),
         )
-        return _rule.update_or_skip(jnp.isfinite(cosine), new, state)
+        return _numerics.update_or_skip(jnp.isfinite(cosine), new, state)
 
     return _rule.transformation(init_fn, update_state)
