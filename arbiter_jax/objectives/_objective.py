@@ -114,6 +114,7 @@ def validation_loss(
     meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
     rows = jnp.ones(num_rows(meta_batch), bool)
 
+    @jax.jit  # its values and derivatives then share one trace
     def mean_loss(params):
         if model_state is None:
             return masked_mean(loss_fn(params, meta_batch), rows)
