@@ -52,11 +52,18 @@ def typed_key(key: jax.Array | None) -> jax.Array:
 
 def all_finite(*trees: PyTree) -> jax.Array:
     """Whether every number of every inexact leaf is finite, as bool[]."""
-    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(trees)]
+    leaves = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     if not leaves:
         return jnp.array(True)
     # x * 0 is nan if x is not finite, so the sum is too. One fused pass, no boolean reductions.
-    return jnp.isfinite(sum(jnp.sum(jnp.asarray(x) * 0) for x in leaves))
+    sums = [jnp.sum(x * 0) for x in leaves if x.ndim]
+    scalars = [x for x in leaves if not x.ndim]
+    if scalars:
+        # One reduction, which XLA does not repeat. A sum of scalars, and with it all that they were
+        # computed from, would be repeated for every number that is kept only if all are finite.
+        sums.append(jnp.sum(jnp.stack(scalars) * 0))
+    return jnp.isfinite(sum(sums))
 
 
 def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _numerics, _validate, base
+from arbiter_jax import _validate, base
 from arbiter_jax.objectives import NoiseObjective
 from arbiter_jax.objectives._objective import update_objective
 from arbiter_jax.schedulers import _rule, _step_times
@@ -186,10 +186,13 @@ def make_rule(
         size = jnp.where(jnp.isnan(size), applied.astype(size.dtype), size)
         size = jnp.where(num_steps < _NUM_INITIAL_STEPS, jnp.maximum(size, first), size)
         size = _limited_change(size, applied, max_change, low, high)
-        new = state._replace(batch_size=size, statistics=statistics)
-        new = _numerics.update_or_skip(usable, new, state)
-        new = new._replace(
-            window_steps=_window_steps(num_steps, new.batch_size, budget, high),
+        size = jnp.where(usable, size, state.batch_size)
+        skipped = optax.safe_increment(state.num_skipped)
+        new = state._replace(
+            batch_size=size,
+            statistics=statistics,  # the old ones if they are not usable
+            num_skipped=jnp.where(usable, state.num_skipped, skipped),
+            window_steps=_window_steps(num_steps, size, budget, high),
             step_cost=timed,
             num_steps=num_steps,
         )
