@@ -77,7 +77,8 @@ def cut(network: Network, head: str, sample_input: PyTree) -> Model:
         program, operands, structure = tail(params, model_state, features, train=False)
         return jax.tree.unflatten(structure, _jaxpr.evaluate_closed(program, operands))
 
-    programs = [tail(*variables, sample_features, train=train)[0] for train in (True, False)]
+    params, model_state = variables
+    programs = [tail(params, model_state, sample_features, train)[0] for train in (True, False)]
     if len({_jaxpr.text(program) for program in programs}) > 1:
         raise ValueError(
             f"head={head!r} must be followed by nothing that differs between training and "

@@ -158,7 +158,8 @@ def as_matrix(site: Site) -> Matrix | None:
             positions = {value: 1 + i for i, value in enumerate(branch.inputs)}
             data, kernel = (positions.get(x) for x in branch.ops[0].operands)
             if data is not None and kernel == site.position:
-                return _conv_matrix(branch.ops[0].params, site.operand, data - (data > kernel))
+                data -= data > site.position
+                return _conv_matrix(branch.ops[0].params, site.operand, data)
     return None
 
 
