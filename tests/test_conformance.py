@@ -8,8 +8,7 @@ import functools
 import inspect
 import pathlib
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -20,104 +19,22 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import base
-from arbiter_jax.objectives import Persistence, noise_response
+from arbiter_jax.objectives import Persistence
+from tests.rules import ARBITERS, NUM_FEATURES, RULES
 
 LOW, HIGH, START = 16, 128, 32
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
 NUM_STEPS = 6
-NUM_FEATURES = 3
 
+CASES = RULES | ARBITERS
 
-class Case(NamedTuple):
-    """How to make one rule; `inner` if errors about its limits are not its own."""
-
-    make: Callable[..., optax.GradientTransformationExtraArgs]
-    signals: tuple[str, ...] = ()
-    takes_limits: bool = True
-
-
-def response_loss(params, response, meta_batch):
-    inputs, labels = meta_batch
-    return (inputs * (1 + response[None, :]) @ params["w"] - labels) ** 2
-
-
-def make_arbiter(**limits):
-    agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
-    return aj.arbiter(agent, response_loss, num_features=NUM_FEATURES, window=2, **limits)
-
-
-def make_hysteresis(**limits):
-    rule = aj.schedulers.gradient_noise_scale(**limits)
-    return aj.schedulers.hysteresis(rule, dwell=2)
-
-
-def make_shadow(**limits):
-    # A shadow decides nothing, so that it needs a rule beside it.
-    rule = aj.schedulers.shadow(aj.schedulers.gradient_noise_scale(**limits))
-    return optax.chain(aj.schedulers.constant(**limits), rule)
-
-
-def make_from_schedule(**limits):
-    return aj.schedulers.from_schedule(lambda step: 20 * (1 + step), **limits)
-
-
-def loss_fn(params, batch):
-    inputs, labels = batch
-    return (inputs @ params["w"] + params["b"] - labels) ** 2
-
-
-def make_expected_gain(**limits):
-    return aj.schedulers.expected_gain(loss_fn, measure_every=2, step_cost="measured", **limits)
-
-
-def make_from_objective(**limits):
-    objective = aj.objectives.expected_gain(loss_fn, persistence=1.0)
-    return aj.schedulers.from_objective(objective, **limits)
-
-
-def make_noise_floor(**limits):
-    return aj.schedulers.noise_floor(num_examples=400, **limits)
-
-
-def make_arbiter_with_noise(**limits):
-    agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
-    objective = noise_response("noise_floor", num_examples=400, persistence=1.0)
-    return aj.arbiter(agent, objective=objective, window=2, **limits)
-
-
-NOISE = ("gradient_noise", "update_noise", "grad_stats")
-CASES = {
-    "adabatch": Case(lambda **k: aj.schedulers.adabatch(64, epochs=1, **k)),
-    "adadamp": Case(aj.schedulers.adadamp, ("value",)),
-    "cabs": Case(lambda **k: aj.schedulers.cabs(0.1, **k), ("value", "grad_stats")),
-    "constant": Case(aj.schedulers.constant),
-    "dive_batch": Case(lambda **k: aj.schedulers.dive_batch(64, delta=1.0, **k), ("grad_stats",)),
-    "expected_gain": Case(
-        make_expected_gain, ("update_noise", "meta_batch", "step_seconds", "persistence")
-    ),
-    "from_objective": Case(make_from_objective, ("update_noise", "meta_batch")),
-    "from_schedule": Case(make_from_schedule),
-    "goodput": Case(aj.schedulers.goodput, ("grad_stats", "step_seconds")),
-    "gradient_noise_scale": Case(aj.schedulers.gradient_noise_scale, ("grad_stats",)),
-    "hysteresis": Case(make_hysteresis, ("grad_stats",), takes_limits=False),
-    "inner_product_test": Case(aj.schedulers.inner_product_test, ("grad_stats",)),
-    "noise_floor": Case(make_noise_floor, ("value", *NOISE, "persistence")),
-    "norm_test": Case(aj.schedulers.norm_test, ("grad_stats",)),
-    "shadow": Case(make_shadow, ("grad_stats",), takes_limits=False),
-    "simigrad": Case(lambda **k: aj.schedulers.simigrad(decide_every=2, **k), ("grad_stats",)),
-    "smith": Case(lambda **k: aj.schedulers.smith((64, 128), 10_000, factor=2, **k)),
-    "arbiter": Case(make_arbiter, ("agent_inputs", "meta_batch")),
-    "arbiter_noise_response": Case(make_arbiter_with_noise, ("agent_inputs", "value", *NOISE)),
-}
-
-# Public functions of the module that are no rules, each with what it is.
+# Public functions of the module that are not rules, each with what it is.
 NOT_RULES = {
     "adabatch_learning_rate": "a schedule",
     "smith_learning_rate": "a schedule",
     "shadow_batch_sizes": "reads a state",
 }
 
-ARBITERS = ("arbiter", "arbiter_noise_response")
 ALL_RULES = sorted(CASES)
 NUM_TRACES = collections.Counter()
 

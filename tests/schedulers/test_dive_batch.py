@@ -78,3 +78,14 @@ def test_sums_low_precision_gradients_in_float32():
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_grows_only():
+    """Gradients that all agree have a diversity of 1 / N: the decision is the applied size."""
+    rule = schedulers.dive_batch(20, delta=1.0, **LIMITS)
+    agreeing = grad_stats(variance_trace=0.0, batch_sq_norm=4.0)
+    state = rule.init(jnp.zeros(1))
+    for applied in (10, 300):
+        for _ in range(2):
+            _, state = rule.update(jnp.array([2.0]), state, grad_stats=agreeing, batch_size=applied)
+        assert int(state.batch_size) == applied
