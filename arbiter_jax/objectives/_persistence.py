@@ -7,7 +7,6 @@ step therefore underestimate what noise does, by a factor that only the optimize
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.base import PyTree
+from arbiter_jax.base import PyTree, with_extra_args
 
 _WARM_UP = 100  # steps after which running second moments have settled
 _NUM_STEPS = 1000  # steps over which the response is summed; longer than any momentum remembers
@@ -176,7 +175,7 @@ def _responses(
     tx: Any, params: PyTree, warm_up: int, num_steps: int, along_gradient: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(r_0, r_1, ..., the sum of the entries of the largest update), from one run, differentiated."""
-    update = _with_extra_args(tx).update
+    update = with_extra_args(tx).update
 
     @jax.jit
     def derivative(params):
@@ -206,13 +205,6 @@ def _responses(
 
     responses, scale = derivative(params)
     return np.asarray(responses, np.float64), np.asarray(scale)
-
-
-def _with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """As `optax.with_extra_args_support`, which drops the arguments that `optax.MultiSteps` takes."""
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-    return optax.with_extra_args_support(tx)
 
 
 def _refusal(reason: str) -> ValueError:
