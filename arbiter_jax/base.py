@@ -9,11 +9,13 @@ loop knows no rule.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 PyTree = Any
 
@@ -299,3 +301,10 @@ def require(rule: str, **signals: Any) -> None:
                 f"{rule} needs the signal `{name}`: call update(..., {name}=...). {SIGNALS[name]} "
                 "aj.fit and aj.run_window do this for you."
             )
+
+
+def with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """As `optax.with_extra_args_support`, which drops the arguments that `optax.MultiSteps` takes."""
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)

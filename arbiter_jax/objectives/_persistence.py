@@ -7,7 +7,6 @@ step therefore underestimate what noise does, by a factor that only the optimize
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.base import PyTree
+from arbiter_jax.base import PyTree, with_extra_args
 
 _WARM_UP = 100  # steps after which running second moments have settled
 _NUM_STEPS = 1000  # steps over which the response is summed; longer than any momentum remembers
@@ -76,7 +75,7 @@ def impulse_response(
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     power = _validate.one_of((1, 2), power=power)
-    return _total(_follow(tx, np.ones(64), num_steps), power)
+    return _total(_follow(tx, np.ones(64), num_steps, along_gradient=True), power)
 
 
 def measure_persistence(tx: optax.GradientTransformation, params: PyTree) -> Persistence:
@@ -149,28 +148,34 @@ def _total(responses: np.ndarray, power: int) -> float:
     return float(np.sum((responses / responses[nonzero[0]]) ** power) ** (1 / power))
 
 
-def _follow(tx: Any, params: PyTree, num_steps: int) -> np.ndarray:
-    """The response of each update to the first of `num_steps` gradients, after a warm-up."""
+def _follow(tx: Any, params: PyTree, num_steps: int, along_gradient: bool = False) -> np.ndarray:
+    """The response of each update to the first of `num_steps` gradients; zeros if all updates are."""
     try:
         with jax.ensure_compile_time_eval():
-            responses, largest_update = _responses(tx, params, _WARM_UP, num_steps)
-            if not np.any(responses):  # a schedule may have been larger than zero at the start
-                responses, largest_update = _responses(tx, params, 0, num_steps)
+            responses, scale = _responses(tx, params, _WARM_UP, num_steps, along_gradient)
+            if scale == 0:  # a schedule may have been larger than zero at the start
+                responses, scale = _responses(tx, params, 0, num_steps, along_gradient)
+            if along_gradient and _vanishes(responses, scale):  # of a clipped gradient
+                responses, scale = _responses(tx, params, _WARM_UP, num_steps, False)
     except Exception as error:  # a transformation of somebody else may raise anything
         reason = str(error).strip().splitlines() or [""]
         raise _refusal(f"{type(error).__name__}: {reason[0]}") from error
     if not np.all(np.isfinite(responses)):
         raise _refusal("its response to a gradient is not finite")
-    if largest_update > 0 and not np.any(responses):
+    if scale > 0 and _vanishes(responses, scale):
         raise _refusal("its updates have no derivative with respect to the gradient")
     return responses
 
 
+def _vanishes(responses: np.ndarray, scale: np.ndarray) -> bool:
+    return bool(np.max(np.abs(responses)) <= 1e-5 * scale)  # of which float32 may be wrong
+
+
 def _responses(
-    tx: Any, params: PyTree, warm_up: int, num_steps: int
+    tx: Any, params: PyTree, warm_up: int, num_steps: int, along_gradient: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(r_0, r_1, ..., size of the largest update), from one run and its derivative."""
-    update = _with_extra_args(tx).update
+    """(r_0, r_1, ..., the sum of the entries of the largest update), from one run, differentiated."""
+    update = with_extra_args(tx).update
 
     @jax.jit
     def derivative(params):
@@ -179,7 +184,9 @@ def _responses(
         shape = (warm_up + num_steps, ends[-1])
         noise = jax.random.rademacher(jax.random.PRNGKey(0), shape, float)
         losses = _LOSS_DECAY ** jnp.arange(len(noise), dtype=float)
-        direction = noise[warm_up]
+        # Independent of the gradient: clipping leaves nothing of a change along it.
+        direction = jax.random.rademacher(jax.random.PRNGKey(1), shape[1:], float)
+        direction = noise[warm_up] if along_gradient else direction
 
         def step(state, inputs):
             gradient, loss = inputs
@@ -191,19 +198,13 @@ def _responses(
         def run(bump):
             inputs = noise.at[warm_up].add(bump), losses
             _, updates = jax.lax.scan(step, tx.init(params), inputs)
-            return (updates @ direction)[warm_up:], jnp.max(jnp.abs(updates))
+            scale = jnp.max(jnp.sum(jnp.abs(updates[warm_up:]), axis=1))
+            return (updates @ direction)[warm_up:], scale
 
         return jax.jvp(run, (jnp.zeros_like(direction),), (direction,), has_aux=True)[1:]
 
-    responses, largest_update = derivative(params)
-    return np.asarray(responses, np.float64), np.asarray(largest_update)
-
-
-def _with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """As `optax.with_extra_args_support`, which drops the arguments that `optax.MultiSteps` takes."""
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-    return optax.with_extra_args_support(tx)
+    responses, scale = derivative(params)
+    return np.asarray(responses, np.float64), np.asarray(scale)
 
 
 def _refusal(reason: str) -> ValueError:

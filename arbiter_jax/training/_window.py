@@ -8,7 +8,6 @@ one program per bucket.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from arbiter_jax.base import (
     StepInfo,
     get_batch_size,
     requests,
+    with_extra_args,
 )
 from arbiter_jax.batching import (
     Block,
@@ -181,15 +181,6 @@ def inner_step(
     return state, gradient
 
 
-def _with_extra_args(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """As `optax.with_extra_args_support`, also for `optax.MultiSteps`, whose type does not show it."""
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-    return optax.with_extra_args_support(tx)
-
-
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -284,7 +275,7 @@ def run_window(
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:
         constants["persistence"] = measure_persistence(tx, state.params)
-    tx = _with_extra_args(tx)
+    tx = with_extra_args(tx)
     gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals)
 
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
