@@ -66,7 +66,7 @@ def all_finite(*trees: PyTree) -> jax.Array:
     return jnp.isfinite(sum(sums))
 
 
-def tree_where(condition: jax.Array, then: PyTree, otherwise: PyTree) -> PyTree:
+def tree_where(condition: jax.Array | bool, then: PyTree, otherwise: PyTree) -> PyTree:
     """Leaf-wise `where` on one scalar condition; keeps the types of `otherwise`."""
     return jax.tree.map(
         lambda a, b: jnp.where(condition, a, b).astype(jnp.result_type(b)), then, otherwise

@@ -8,6 +8,8 @@ Dong, "Hyper-Learning for Gradient-Based Batch Size Adaptation", arXiv:2205.0823
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
@@ -154,13 +156,14 @@ def arbiter(
         mixture_optimizer=mixture_optimizer or hyper_optimizer(meta_objective.mixture_rate),
     )
 
-    def init_fn(params):
+    def init_fn(params) -> Any:
         del params
         return init_state(config, raw_key(seed))
 
     def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
         if updates_only is not None or probe is not None:
             return updates, state
-        return updates, update_state(config, state, updates, params, signals)
+        new_state: Any = update_state(config, state, updates, params, signals)
+        return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

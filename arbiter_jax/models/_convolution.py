@@ -90,9 +90,10 @@ def conv_general_dilated(
       - equals ``lax.conv_general_dilated`` to 1e-5, in value, gradient and forward derivative;
       - lowers for TPU and CUDA on a machine with neither, and is a convolution there.
     """
+    pads: Any = padding if isinstance(padding, str) else tuple(map(tuple, padding))
     settings = _Settings(
         tuple(window_strides),
-        padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        pads,
         None if lhs_dilation is None else tuple(lhs_dilation),
         None if rhs_dilation is None else tuple(rhs_dilation),
         dimension_numbers,

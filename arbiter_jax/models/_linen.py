@@ -83,7 +83,7 @@ def network(
                 rngs={"params": key, "dropout": jax.random.fold_in(key, 1)},
                 mutable=[_COLLECTION, *(collections if train else ())],
             )
-        recorded = ()
+        recorded: Any = ()
         if features is None:
             found = functools.reduce(lambda n, k: n.get(k, {}), owner, changed[_COLLECTION])
             recorded = found.get("features", ())

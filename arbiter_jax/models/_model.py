@@ -125,35 +125,24 @@ def make_losses(
     # Abstract evaluation: nothing is computed to find out whether there is a state.
     _, model_state_shape = jax.eval_shape(model.init, jax.random.PRNGKey(0))
 
-    if model_state_shape is None:
+    def response_loss(params, response, meta_batch, model_state=None):
+        inputs, labels = meta_batch
+        params, model_state = lax.stop_gradient((params, model_state))
+        return per_example_loss(outputs(params, model_state, inputs, response)[0], labels)
 
-        def loss_fn(params, batch):
-            inputs, labels = batch
-            return per_example_loss(outputs(params, None, inputs, train=True)[0], labels)
+    def predict(params, inputs, model_state=None):
+        return outputs(params, model_state, inputs)[0]
 
-        def response_loss(params, response, meta_batch):
-            inputs, labels = meta_batch
-            params = lax.stop_gradient(params)
-            return per_example_loss(outputs(params, None, inputs, response)[0], labels)
+    def loss_of_params(params, batch):
+        inputs, labels = batch
+        return per_example_loss(outputs(params, None, inputs, train=True)[0], labels)
 
-        def predict(params, inputs):
-            return outputs(params, None, inputs)[0]
+    def loss_with_state(params, batch, model_state, mask, key):
+        inputs, labels = batch
+        y, model_state = outputs(params, model_state, inputs, train=True, mask=mask, key=key)
+        return per_example_loss(y, labels), model_state
 
-    else:
-
-        def loss_fn(params, batch, model_state, mask, key):
-            inputs, labels = batch
-            y, model_state = outputs(params, model_state, inputs, train=True, mask=mask, key=key)
-            return per_example_loss(y, labels), model_state
-
-        def response_loss(params, response, meta_batch, model_state):
-            inputs, labels = meta_batch
-            params, model_state = lax.stop_gradient((params, model_state))
-            return per_example_loss(outputs(params, model_state, inputs, response)[0], labels)
-
-        def predict(params, inputs, model_state):
-            return outputs(params, model_state, inputs)[0]
-
+    loss_fn = loss_of_params if model_state_shape is None else loss_with_state
     return Losses(loss_fn, response_loss, predict)
 
 

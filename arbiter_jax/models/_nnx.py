@@ -137,10 +137,10 @@ def _replace_input(self, original, features, *args, **kwargs):
 
 def _mask_batch_norms(module: nnx.Module, mask: jax.Array) -> None:
     """Passes the mask of the examples to every BatchNorm."""
-    node: Any
     for _, node in nnx.iter_modules(module):
         if isinstance(node, nnx.BatchNorm):
-            node.arbiter_mask = _Intercepted(mask)
+            batch_norm: Any = node
+            batch_norm.arbiter_mask = _Intercepted(mask)
             _override(node, "__call__", _pass_mask)
 
 
@@ -153,7 +153,8 @@ def _child(node: Any, name: str) -> Any:
     if isinstance(node, Mapping):
         return node[name]
     if isinstance(node, Sequence):
-        return node[int(name)] if name.isdecimal() else node[name]
+        index: Any = int(name) if name.isdecimal() else name
+        return node[index]
     return getattr(node, name)
 
 

@@ -82,6 +82,7 @@ def per_example(
     argnums = (0, 1) if whole else 0
     with_errors = jax.vmap(jax.value_and_grad(total, argnums, has_aux=True), (None, None, 0))
     (losses, (weights, seen)), gradients = with_errors(probes, rest_leaves, batch)
+    rest_rows: Any
     errors, rest_rows = gradients if whole else (gradients, None)
 
     def rows_of(block):

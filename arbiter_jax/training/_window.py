@@ -270,7 +270,7 @@ def run_window(
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
-    constants = {} if budget is None else {"budget": jnp.asarray(budget, jnp.int32)}
+    constants: dict[str, Any] = {} if budget is None else {"budget": jnp.asarray(budget, jnp.int32)}
     if "step_seconds" in requested.signals:
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:
