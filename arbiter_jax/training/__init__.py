@@ -6,12 +6,8 @@ The loop knows no rule and no rule knows the loop; they meet in :mod:`arbiter_ja
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._fit import Callback, FitResult, WindowRecord, fit
 from arbiter_jax.training._next_window import next_window
-from arbiter_jax.training._window import (
-    Data,
-    TrainState,
-    init_state,
-    run_window,
-)
+from arbiter_jax.training._state import Data, TrainState, init_state
+from arbiter_jax.training._window import run_window
 
 __all__ = [
     "Callback",

@@ -21,7 +21,8 @@ from arbiter_jax.batching import BlockSource, num_rows
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._next_window import next_window
-from arbiter_jax.training._window import Data, TrainState, copy_state, init_state, run_window
+from arbiter_jax.training._state import Data, TrainState, copy_state, init_state
+from arbiter_jax.training._window import run_window
 
 
 class WindowRecord(NamedTuple):

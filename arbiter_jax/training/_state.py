@@ -1,0 +1,85 @@
+"""What a run trains on, and everything that it carries from one step to the next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax._numerics import raw_key
+from arbiter_jax.base import PyTree
+from arbiter_jax.batching import SamplerState, init_sampler
+
+
+class Data(NamedTuple):
+    """The arrays that a run trains on, on the device."""
+
+    # Leaves [num_examples, ...], usually (inputs, labels); or one window's Block from the host, and
+    # for `fit` what it comes from.
+    train: PyTree
+    validation: PyTree = None  # the same, for rules that measure on validation examples
+
+
+class TrainState(NamedTuple):
+    """Everything that a run carries from one step to the next, all of it arrays."""
+
+    params: PyTree  # what the optimizer updates
+    model_state: PyTree  # BatchNorm statistics and the like; None for a model without any
+    opt_state: PyTree  # of the whole chain, the batch-size rule included
+    train_sampler: SamplerState  # where the run stands in the training data
+    validation_sampler: SamplerState  # and in the validation data
+    key: jax.Array  # shape=(2,), dtype=uint32, for dropout and augmentation
+    num_steps: jax.Array  # shape=(), dtype=int32
+    num_examples: jax.Array  # shape=(), dtype=int32, training examples seen
+    progress: jax.Array  # shape=(), dtype=float32, scale-invariant steps; see adascale
+    num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
+
+
+def init_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    model_state: PyTree = None,
+) -> TrainState:
+    """The state at the start of a run: a pure function of the parameters and a key.
+
+    The arrays are copied, because :func:`run_window` donates the state that it is given and the
+    caller may want to use `params` again.
+
+    Args:
+      params: Parameters, any pytree of arrays.
+      tx: An optax transformation, with or without a batch-size rule in it.
+      key: PRNG key, raw or typed.
+      model_state: State of the model that is not trained by gradients, or None.
+
+    Returns:
+      A :class:`TrainState` in buffers of its own.
+
+    >>> import arbiter_jax as aj
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
+    >>> state = init_state(jnp.zeros(3), tx, jax.random.PRNGKey(0))
+    >>> int(state.num_steps), int(aj.get_batch_size(state.opt_state))
+    (0, 8)
+    """
+    train_key, validation_key, model_key = jax.random.split(raw_key(key), 3)
+    zero = lambda dtype: jnp.zeros((), dtype)
+    state = TrainState(
+        params=params,
+        model_state=model_state,
+        opt_state=tx.init(params),
+        train_sampler=init_sampler(train_key),
+        validation_sampler=init_sampler(validation_key),
+        key=model_key,
+        num_steps=zero(jnp.int32),
+        num_examples=zero(jnp.int32),
+        progress=zero(jnp.float32),
+        num_nonfinite=zero(jnp.int32),
+    )
+    return copy_state(state)
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """A state in buffers of its own: donating one copy leaves the other as it is."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
