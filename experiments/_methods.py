@@ -40,7 +40,7 @@ def optimizer(
         return sgd
     if decay == "cosine":
         share = optax.cosine_decay_schedule(1.0, num_examples)
-        return optax.chain(sgd, aj.scale_by_schedule(share))
+        return optax.chain(sgd, aj.learning_rate.scale_by_schedule(share))
     raise UsageError(f"--decays must be among 'constant', 'cosine', got {decay!r}.")
 
 
