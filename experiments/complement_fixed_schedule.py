@@ -82,7 +82,9 @@ def _optimizer(config: Config, num_train: int, schedule: str) -> optax.GradientT
         max_batch_size=config.max_batch_size,
         initial_batch_size=config.initial_batch_size,
     )
-    return optax.chain(optax.sgd(1.0, momentum=config.momentum), aj.learning_rate.scale_by_schedule(rate))
+    return optax.chain(
+        optax.sgd(1.0, momentum=config.momentum), aj.learning_rate.scale_by_schedule(rate)
+    )
 
 
 def _anchored(task: _training.Task, config: Config) -> dict[str, Callable[[int], Any]]:
