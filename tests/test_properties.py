@@ -207,7 +207,7 @@ def test_arbiter_stays_in_range_on_any_input(inputs, labels, alpha):
         chex.assert_trees_all_equal(updates, zeros)
         assert 1 <= int(state.batch_size) <= NUM_ROWS
         assert 1 <= int(state.meta_batch_size) <= NUM_ROWS
-        # A window of one: alpha is drawn anew, so nothing bad stays.
+        # A window of one: alpha is drawn again, so nothing bad stays.
         chex.assert_tree_all_finite(state)
 
 

@@ -43,7 +43,7 @@ def scale_by_schedule(
       A transformation with a :class:`ScaleByScheduleState`.
 
     Raises:
-      ValueError: If `count` is none of the three, or `schedule` is not a function.
+      ValueError: If `count` is not one of the three, or `schedule` is not a function.
       TypeError: If ``update`` is called without the count.
 
     *Guarantees*:

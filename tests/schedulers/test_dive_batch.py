@@ -32,8 +32,8 @@ def test_dive_batch_equation():
     assert int(after.batch_size) == 14
     assert [float(jnp.sum(getattr(after, name))) for name in SUMS] == [0.0, 0.0, 0.0]  # a new epoch
     # Behind an optimizer the updates are no gradients: `grad` says what they were.
-    _, told = rule.update(jnp.full(2, -0.1), state, grad_stats=second, grad=jnp.array([0.0, 2.0]))
-    assert int(told.batch_size) == 14
+    _, after = rule.update(jnp.full(2, -0.1), state, grad_stats=second, grad=jnp.array([0.0, 2.0]))
+    assert int(after.batch_size) == 14
 
 
 def test_is_exact_for_per_example_statistics():

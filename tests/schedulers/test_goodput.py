@@ -28,7 +28,7 @@ def compiled(**settings):
 
 
 def simulate(seconds_of, num_windows, stats=STATS, **settings):
-    """A run whose steps take `seconds_of(size)`: the sizes in force, window by window."""
+    """A run whose steps take `seconds_of(size)`: the applied sizes, window by window."""
     rule, window = compiled(**settings)
     state, seconds, sizes = rule.init(None), jnp.float32(jnp.nan), []
     for _ in range(num_windows):
@@ -98,7 +98,7 @@ def test_a_time_counts_for_the_size_it_was_measured_at():
 
 
 def test_equal_times_of_consecutive_windows_count_each():
-    """Windows of 3 steps with one size and one time: told apart by their length alone."""
+    """Windows of 3 steps with one size and one time: only their length separates them."""
     rule = schedulers.goodput(min_improvement=1e6, initial_batch_size=32)
     state, weights = rule.init(None), []
     for seconds in [np.nan] * 3 + [0.1] * 9:

@@ -14,7 +14,7 @@ from tests.problems import proposing
 
 
 def follow(rule, num_steps, window=1):
-    """The size in force at each step, where decisions are applied every `window` steps."""
+    """The applied size at each step, if decisions are applied every `window` steps."""
     update = jax.jit(lambda state, size: rule.update(None, state, batch_size=size)[1])
     state, sizes = rule.init(None), []
     for t in range(num_steps):

@@ -33,7 +33,7 @@ def data():
 
 
 def run(rule, num_windows, window=100):
-    """The batch sizes in force and the last state; the learning rate is 0."""
+    """The applied batch sizes and the last state; the learning rate is 0."""
     tx = optax.chain(optax.sgd(0.0), rule)
     state = aj.init_state(jnp.full(DIMENSION, LEVEL), tx, jax.random.PRNGKey(1))
     source, sizes = data(), []

@@ -307,7 +307,7 @@ def test_measures_on_validation_examples_in_training():
 
 
 def test_adam_and_gradients_that_are_always_zero():
-    """No derivative of a square root at zero: the response to no noise is none."""
+    """A square root has no derivative at zero: the response to zero noise counts as zero."""
     rule = schedulers.noise_floor(num_examples=2000, max_batch_size=16)
     tx = optax.chain(optax.adam(1e-2), rule)
     inputs = jax.random.normal(jax.random.PRNGKey(0), (200, 3)) * jnp.array([[1.0, 1.0, 0.0]])

@@ -25,7 +25,7 @@ READS = {name: case.reads for name, case in RULES.items() if case.reads}
 COLUMNS = (*aj.GradStats._fields, "value", "grad", "step_seconds")
 COLUMNS += ("gradient_noise", "update_noise", "meta")
 
-# Ordinary numbers, the edges of float32, and what is none.
+# Ordinary numbers, the edges of float32, and what is not a number.
 AWKWARD = [0.0, 1.0, -1.0, 1e-38, 3e38, -3e38, 1e-45, np.inf, -np.inf, np.nan]
 number = st.one_of(
     st.sampled_from(AWKWARD), st.floats(-100.0, 1000.0, width=32), st.floats(width=32)
@@ -122,7 +122,7 @@ def test_one_example_batches_are_skipped(name):
 
 
 @pytest.mark.parametrize("name", sorted(READS))
-def test_zero_gradients_say_nothing(name):
+def test_zero_gradients_carry_no_information(name):
     """Everything 0 (the cosine 0 / 0): the size stays, and averages do not remember it."""
     rows = good_rows()
     rows[3:] = 0.0
@@ -160,7 +160,7 @@ def test_zero_variance_asks_for_no_more(name):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def follow(sizes, factor, tolerance):
-    """The size in force, the proposal and the decision at each step, in one's own loop."""
+    """The applied size, the proposal and the decision at each step, in a loop of one's own."""
     inner = schedulers.from_schedule(lambda t: sizes[t])
     rule = schedulers.hysteresis(inner, dwell=1, max_factor=factor, tolerance=tolerance)
 

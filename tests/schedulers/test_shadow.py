@@ -46,10 +46,13 @@ def test_a_shadow_sees_the_applied_size_not_its_own():
     """Its decisions are never applied: a rule that multiplies must not compound them."""
     given = aj.GradStats(*jnp.array([0.5, 40.0, 32.0, 1.75, 0.2, 3.0]))
     rule = schedulers.shadow(schedulers.simigrad(decide_every=1, initial_batch_size=8))
-    for told in ({"batch_size": 32}, {}):  # without it, the 32 examples of the statistics count
+    for given_size in (
+        {"batch_size": 32},
+        {},
+    ):  # without it, the 32 examples of the statistics count
         state = rule.init(None)
         for _ in range(5):
-            _, state = rule.update(None, state, grad_stats=given, **told)
+            _, state = rule.update(None, state, grad_stats=given, **given_size)
         assert int(schedulers.shadow_batch_sizes(state)["simigrad"]) == 48
 
 
