@@ -179,7 +179,7 @@ def test_stays_in_range(name):
 @pytest.mark.parametrize("name", ALL_RULES)
 def test_state_types_are_stable(name, x64):
     with jax.enable_x64(x64):
-        # Clear the caches: what was made under x64 must not be reused.
+        # Not the cached rule of `make`, which may have been made without x64.
         tx, grads, signals = CASES[name].make(**LIMITS), grads_at(0), signals_at(0)
         before = jax.eval_shape(tx.init, params_like())
         update = lambda state: tx.update(grads, state, params_like(), **signals)[1]
