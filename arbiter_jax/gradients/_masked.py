@@ -59,6 +59,7 @@ def masked_value_and_grad(loss_fn: LossFn, *, sampled: bool = False) -> Gradient
 
     *Guarantees*: a masked row changes no bit of the result, whatever it holds.
 
+    >>> import jax.numpy as jnp
     >>> gradient_fn = masked_value_and_grad(lambda w, x: (w - x) ** 2)
     >>> out = gradient_fn(0.0, jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False]))
     >>> float(out.value), float(out.grads)
