@@ -1,6 +1,6 @@
 """Every batch-size rule against everything that the protocol promises.
 
-The list of rules comes from `schedulers.__all__`: a member without a case fails.
+The list of rules comes from `schedulers.__all__`: a member without a case in `rules` fails.
 """
 
 import collections

@@ -24,6 +24,8 @@ from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._state import Data, TrainState, copy_state, init_state
 from arbiter_jax.training._window import run_window
 
+_LARGEST_BUDGET = 2**31 - 1  # that an int32 holds; a rule takes a larger one for this
+
 
 class WindowRecord(NamedTuple):
     """What happened in one window, on the host."""
@@ -183,7 +185,7 @@ def fit(
                 window_data,
                 num_steps,
                 step_seconds,
-                num_examples,
+                min(num_examples, _LARGEST_BUDGET),
                 loss_fn=loss_fn,
                 tx=tx,
                 bucket_size=bucket_size,

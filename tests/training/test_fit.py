@@ -93,6 +93,40 @@ def test_the_last_window_needs_no_program_of_its_own():
     assert (again.num_compilations, again.num_cache_hits) == (0, 0)
 
 
+def test_another_budget_than_the_rules_is_refused():
+    """A rule that plans for a number of examples must get them; 0 means that it was given none."""
+    message = r"^num_examples must be 200, the budget that the rule in tx was built for, got 75: "
+    for budget, fits in ((200, False), (75, True), (0, True)):
+        rule = with_budget(jnp.int32(budget))
+        if fits:
+            assert fit(rule, num_examples=75).history
+        else:
+            with pytest.raises(ValueError, match=message):
+                fit(rule, num_examples=75)
+
+
+def with_budget(number):
+    class State(NamedTuple):
+        batch_size: jax.Array  # shape=(), dtype=int32
+        budget: jax.Array  # shape=(), dtype=int32
+        seen: jax.Array  # shape=(), dtype=int32, the extra argument `budget`
+        metrics = ("seen",)
+
+    def update_fn(updates, state, params=None, *, budget, **extra_args):
+        return updates, state._replace(seen=budget)
+
+    init_fn = lambda params: State(jnp.int32(10), jnp.array(number), jnp.int32(0))
+    rule = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.chain(optax.sgd(0.05), rule)
+
+
+@pytest.mark.parametrize(("num_examples", "seen"), [(75, 75), (2**31 + 5, 2**31 - 1)])
+def test_rules_get_the_budget(num_examples, seen):
+    stop = lambda record, state: True
+    result = fit(with_budget(jnp.int32(0)), num_examples=num_examples, callbacks=[stop])
+    assert result.per_step("seen").tolist() == [seen] * 4
+
+
 # The history
 
 
