@@ -105,6 +105,7 @@ def fit(
     data: Any,
     *,
     num_examples: int,
+    stop_at: int | None = None,
     window: int = 100,
     key: jax.Array | int = 0,
     callbacks: Iterable[Callback] = (),
@@ -129,6 +130,9 @@ def fit(
         for data larger than memory; the run then also ends when the source does.
       num_examples: Budget in training examples, an integer >= 1. It includes those that `state` has
         already seen. Rules that plan ahead are given it.
+      stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,
+        num_examples]: to change something and go on with `state`. Rules still plan for
+        `num_examples`.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
         same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it.
@@ -156,6 +160,9 @@ def fit(
     ([60, 96], 16)
     """
     num_examples = _validate.integer(num_examples=num_examples, minimum=1)
+    end = num_examples
+    if stop_at is not None:
+        end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
     window = _validate.integer(window=window, minimum=1)
     data = _on_device(data, window)
     if state is None:
@@ -171,7 +178,7 @@ def fit(
     start = time.perf_counter()
     while True:
         size, bucket_size, num_steps = next_window(state.opt_state, window)
-        num_steps = min(num_steps, (num_examples - seen) // size)
+        num_steps = min(num_steps, (end - seen) // size)
         if num_steps < 1:
             break
         try:

@@ -127,6 +127,21 @@ def test_rules_get_the_budget(num_examples, seen):
     assert result.per_step("seen").tolist() == [seen] * 4
 
 
+def test_a_leg_stops_early_with_the_budget_of_the_run():
+    tx = with_budget(jnp.int32(200))
+    first = fit(tx, num_examples=200, stop_at=85)
+    assert [record.num_examples for record in first.history] == [40, 80]
+    second = fit(tx, num_examples=200, state=first.state)
+    assert int(second.state.num_examples) == 200
+    assert {*first.per_step("seen"), *second.per_step("seen")} == {200}
+
+
+@pytest.mark.parametrize("stop_at", [0, 201, 10.0])
+def test_refuses_a_leg_out_of_range(stop_at):
+    with pytest.raises(ValueError, match=r"^stop_at must be an integer >= 1 and <= 200, got "):
+        fit(constant(10), stop_at=stop_at)
+
+
 # The history
 
 
