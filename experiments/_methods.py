@@ -82,11 +82,6 @@ def _of_dataset(factory: Callable[..., Any], **options: Any):
     )
 
 
-def hyper_optimizer(learning_rate: float) -> optax.GradientTransformation:
-    """The published optimizer of the agent, at another rate: coupled weight decay, then Adam."""
-    return optax.chain(optax.add_decayed_weights(5e-4), optax.adam(learning_rate))
-
-
 def _smith(task: Task, config: Any, limits: dict[str, int]):
     boundaries = [int(share * config.epochs * task.num_train) for share in (0.5, 0.75)]
     return lambda seed, learning_rate: schedulers.smith(

@@ -92,7 +92,7 @@ def _anchored(task: _training.Task, config: Config) -> dict[str, Callable[[int],
     limits = _methods.limits(config)
     rules = {}
     for rate in config.agent_learning_rates:
-        learner = _methods.hyper_optimizer(rate)
+        learner = aj.hyper_learning.hyper_optimizer(rate)
         made = _methods.arbiter(task, config, limits, agent_optimizer=learner)
         rules[f"arbiter {rate:g}"] = lambda seed, made=made: made(seed, None)
     if config.noise_rules:

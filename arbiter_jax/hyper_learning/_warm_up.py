@@ -16,7 +16,19 @@ from arbiter_jax.hyper_learning._reparameterization import to_batch_size
 
 
 def hyper_optimizer(learning_rate: float) -> optax.GradientTransformation:
-    """The published optimizer: Adam, with weight decay 5e-4 added to the gradient (coupled)."""
+    """The published optimizer of the agent: Adam, with weight decay 5e-4 added to the gradient.
+
+    Args:
+      learning_rate: Of Adam, >= 0.
+
+    Returns:
+      An optax transformation, for `agent_optimizer` or `mixture_optimizer` of :func:`arbiter`.
+
+    >>> import arbiter_jax as aj
+    >>> optimizer = aj.hyper_learning.hyper_optimizer(1e-3)
+    >>> tx = aj.arbiter(
+    ...     aj.mlp_agent((3,)), lambda *args: None, num_features=3, agent_optimizer=optimizer)
+    """
     return optax.chain(optax.add_decayed_weights(5e-4), optax.adam(learning_rate))
 
 

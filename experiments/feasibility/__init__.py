@@ -102,7 +102,7 @@ def _agent(task: _training.Task, case: dict) -> aj.Agent:
 def _method(task: _training.Task, config: Config, case: dict, optimizer) -> _methods.Method:
     agent = _agent(task, case)
     frozen = case["control"] == "random_pick"
-    learner = _methods.hyper_optimizer(config.agent_learning_rate)
+    learner = aj.hyper_learning.hyper_optimizer(config.agent_learning_rate)
     rate = config.learning_rate if case["rate"] is None else case["rate"]
     momentum = config.momentum if case["momentum"] is None else case["momentum"]
 
