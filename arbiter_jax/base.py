@@ -183,6 +183,8 @@ def requests(opt_state: PyTree) -> Requests:
     progress: list[jax.Array] = []
 
     def visit(node: PyTree, decides: bool, in_rule: bool, flagged: bool, reported: bool) -> None:
+        if isinstance(node, jax.Array):  # nearly all nodes, and a loop reads the state every window
+            return
         decides = decides and getattr(node, "decides", True)
         if decides and not in_rule and "batch_size" in getattr(node, "_fields", ()):
             rules.append(node)
