@@ -1,6 +1,7 @@
 """Batch sizes that adapt while a network trains, as optax transformations."""
 
 from arbiter_jax import (
+    critical_batch_size,
     datasets,
     learning_rate,
     metrics,
@@ -15,6 +16,7 @@ from arbiter_jax import (
 from arbiter_jax._version import __version__
 from arbiter_jax.base import GradStats, StepInfo, WeightedLoss, get_batch_size
 from arbiter_jax.batching import all_buckets, init_sampler, next_bucket, sample_batch
+from arbiter_jax.critical_batch_size import measure_critical_batch_size
 from arbiter_jax.gradients import gradient_stats
 from arbiter_jax.hyper_learning import (
     Agent,
@@ -30,6 +32,7 @@ from arbiter_jax.hyper_learning import (
 from arbiter_jax.learning_rate import (
     adam_hd,
     adamp,
+    adamw_in_examples,
     adascale,
     autowu,
     scale_by_batch_size,
@@ -37,6 +40,7 @@ from arbiter_jax.learning_rate import (
 )
 from arbiter_jax.models import attach
 from arbiter_jax.objectives import impulse_response, noise_response
+from arbiter_jax.schedulers._seesaw_chain import seesaw
 from arbiter_jax.subset_selection import (
     dynamic_batch_adaptation,
     select_subset,
@@ -56,13 +60,13 @@ from arbiter_jax.training import (
 # fmt: off
 __all__ = [
     "Agent", "ArbiterState", "Data", "FitResult", "GradStats", "StepInfo", "TrainState",
-    "WeightedLoss", "WindowRecord", "__version__", "adam_hd", "adamp", "adascale",
-    "all_buckets", "arbiter", "attach", "autowu", "conv_agent", "datasets",
+    "WeightedLoss", "WindowRecord", "__version__", "adam_hd", "adamp", "adamw_in_examples", "adascale",
+    "all_buckets", "arbiter", "attach", "autowu", "conv_agent", "critical_batch_size", "datasets",
     "dynamic_batch_adaptation", "fit", "get_batch_size", "gradient_stats", "impulse_response",
-    "init_sampler", "init_state", "learning_rate", "metrics", "mlp_agent", "models",
+    "init_sampler", "init_state", "learning_rate", "measure_critical_batch_size", "metrics", "mlp_agent", "models",
     "next_bucket", "next_window", "noise_response", "noisy_quadratic", "objectives", "plotting",
     "progress", "re_anchor", "run_window", "sample_batch", "scale_by_batch_size", "schedulers",
-    "select_subset", "sgd_hd", "stochastic_meta_descent", "subset_gradients", "to_batch_size",
+    "seesaw", "select_subset", "sgd_hd", "stochastic_meta_descent", "subset_gradients", "to_batch_size",
     "to_logit", "warm_up",
 ]
 # fmt: on

@@ -7,6 +7,7 @@ per-example gradient (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -59,7 +60,45 @@ def stats_from_pieces(
     k, pieces = len(pieces), [_pack(piece) for piece in pieces]
     upper = {(i, j): tree_dot(pieces[i], pieces[j]) for i in range(k) for j in range(i, k)}
     gram = jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
-    return stats_from_gram(gram, sizes.astype(gram.dtype))
+    sizes = sizes.astype(gram.dtype)
+    deviation, signal = _absolute_norms(pieces, sizes)
+    return stats_from_gram(gram, sizes)._replace(abs_deviation=deviation, abs_signal=signal)
+
+
+def _absolute_norms(
+    pieces: Sequence[list[jax.Array]], sizes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    r"""What the noise scale in the l1 norm is made of, elementwise over packed gradients.
+
+    .. math::
+      \frac{1}{c_4(k)} \sum \sqrt v, \quad v = \frac{\sum_j b_j g_j^2 - B \bar g^2}{k - 1},
+      \qquad \sum G_1 \mathrm{sign}(G_2)
+
+    c_4(k) is the mean of the standard deviation of k normal values over the true one, .80 for two.
+    G_1 and G_2 are the means of the two halves of the pieces: in |gbar| itself noise would look
+    like signal.
+    """
+    k, total = len(pieces), jnp.sum(sizes)
+    count = jnp.sum(sizes > 0)
+    c4 = [
+        math.sqrt(2 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
+        if n < 100
+        else 1 - 1 / (4 * n)
+        for n in range(2, k + 1)
+    ]
+    correction = jnp.asarray([1.0, 1.0, *c4], sizes.dtype)[count]
+    share = lambda part: part / jnp.maximum(jnp.sum(part), jnp.finfo(sizes.dtype).tiny)
+    half = jnp.arange(k) < k // 2
+    shares = share(sizes), share(jnp.where(half, sizes, 0)), share(jnp.where(half, 0, sizes))
+    deviation = signal = jnp.zeros((), sizes.dtype)
+    for leaves in zip(*pieces, strict=True):
+        mean, first, second = (sum(w * x for w, x in zip(ws, leaves, strict=True)) for ws in shares)
+        # Of differences: it is not negative, and equal pieces have exactly none.
+        spread = sum(b * jnp.square(jnp.abs(x - mean)) for b, x in zip(sizes, leaves, strict=True))
+        deviation += jnp.sum(jnp.sqrt(spread / jnp.maximum(count - 1, 1)))
+        signal += jnp.sum(jnp.real(first * jnp.conj(jnp.sign(second))))
+    known = (count > 1) & (total > 0)
+    return jnp.where(known, deviation / correction, jnp.nan), jnp.where(known, signal, jnp.nan)
 
 
 def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:

@@ -1,11 +1,14 @@
 """Learning rates: optimizers that adapt their own, and transformations that scale the updates.
 
 * Complete optimizers: :func:`sgd_hd`, :func:`adam_hd`, :func:`adamp`.
+* For a batch size that changes, with a memory in examples: :func:`adamw_in_examples`,
+  :func:`lamb_in_examples`, :func:`scale_by_adam_in_examples`, :func:`trace_in_examples`,
+  :func:`add_decayed_weights_in_examples`, :func:`ema_in_examples`.
 * To chain after an optimizer, multiplying its updates: :func:`autowu`,
   :func:`scale_by_batch_size`, :func:`adascale`, :func:`scale_by_schedule`.
 
-The state of each has `learning_rate`, float32[]. With ``update(..., probe=True)``, by which the
-impulse response of a chain is measured, the second group needs no signals and returns the updates
+The state of each that sets a rate has `learning_rate`, float32[]. With ``update(..., probe=True)``, by which the
+impulse response of a chain is measured, the last group needs no signals and returns the updates
 and its state unchanged.
 """
 
@@ -13,6 +16,17 @@ from arbiter_jax.learning_rate._adamp import AdamPState, adamp
 from arbiter_jax.learning_rate._adascale import AdaScaleState, adascale
 from arbiter_jax.learning_rate._autowu import AutoWUState, autowu
 from arbiter_jax.learning_rate._hypergradient import HypergradientState, adam_hd, sgd_hd
+from arbiter_jax.learning_rate._memory_in_examples import (
+    AdamInExamplesState,
+    EMAInExamplesState,
+    TraceInExamplesState,
+    adamw_in_examples,
+    add_decayed_weights_in_examples,
+    ema_in_examples,
+    lamb_in_examples,
+    scale_by_adam_in_examples,
+    trace_in_examples,
+)
 from arbiter_jax.learning_rate._scale_by_batch_size import (
     ScaleByBatchSizeState,
     scale_by_batch_size,
@@ -21,16 +35,25 @@ from arbiter_jax.learning_rate._scale_by_schedule import ScaleByScheduleState, s
 
 __all__ = [
     "AdaScaleState",
+    "AdamInExamplesState",
     "AdamPState",
     "AutoWUState",
+    "EMAInExamplesState",
     "HypergradientState",
     "ScaleByBatchSizeState",
     "ScaleByScheduleState",
+    "TraceInExamplesState",
     "adam_hd",
     "adamp",
+    "adamw_in_examples",
     "adascale",
+    "add_decayed_weights_in_examples",
     "autowu",
+    "ema_in_examples",
+    "lamb_in_examples",
+    "scale_by_adam_in_examples",
     "scale_by_batch_size",
     "scale_by_schedule",
     "sgd_hd",
+    "trace_in_examples",
 ]

@@ -3,6 +3,7 @@
 Rules swap in one line, and read what they need from the extra arguments of `update`:
 
 * known in advance: :func:`constant`, :func:`from_schedule`, :func:`adabatch`, :func:`smith`;
+  from the learning rate's own schedule: :func:`seesaw`;
 * from the loss: :func:`adadamp`; from loss and gradient noise: :func:`cabs`;
 * from gradient noise: :func:`gradient_noise_scale`, :func:`norm_test`, :func:`inner_product_test`,
   :func:`simigrad`, :func:`dive_batch`; with the measured speed as well: :func:`goodput`;
@@ -24,6 +25,11 @@ from arbiter_jax.schedulers._adaptive_sampling import (
     inner_product_test,
     norm_test,
 )
+from arbiter_jax.schedulers._batch_schedule import (
+    BatchSchedule,
+    parse_schedule,
+    published_ramp,
+)
 from arbiter_jax.schedulers._cabs import CABSState, cabs
 from arbiter_jax.schedulers._constant import ConstantState, constant
 from arbiter_jax.schedulers._dive_batch import DiveBatchState, dive_batch
@@ -37,6 +43,10 @@ from arbiter_jax.schedulers._gradient_noise_scale import (
 )
 from arbiter_jax.schedulers._hysteresis import HysteresisState, hysteresis
 from arbiter_jax.schedulers._noise_floor import NoiseFloorState, noise_floor
+from arbiter_jax.schedulers._optimal_schedule import optimal_schedule
+from arbiter_jax.schedulers._planned import PlannedState
+from arbiter_jax.schedulers._rate import RateState
+from arbiter_jax.schedulers._seesaw import seesaw, seesaw_schedule
 from arbiter_jax.schedulers._shadow import ShadowState, shadow, shadow_batch_sizes
 from arbiter_jax.schedulers._simigrad import SimigradState, simigrad
 from arbiter_jax.schedulers._smith import smith, smith_learning_rate
@@ -44,6 +54,7 @@ from arbiter_jax.schedulers._step_times import StepTimes
 
 __all__ = [
     "AdadampState",
+    "BatchSchedule",
     "CABSState",
     "ConstantState",
     "DiveBatchState",
@@ -58,6 +69,8 @@ __all__ = [
     "NoiseFloorState",
     "NormTestState",
     "ObjectiveState",
+    "PlannedState",
+    "RateState",
     "ScheduleState",
     "ShadowState",
     "SimigradState",
@@ -77,6 +90,11 @@ __all__ = [
     "inner_product_test",
     "noise_floor",
     "norm_test",
+    "optimal_schedule",
+    "parse_schedule",
+    "published_ramp",
+    "seesaw",
+    "seesaw_schedule",
     "shadow",
     "shadow_batch_sizes",
     "simigrad",

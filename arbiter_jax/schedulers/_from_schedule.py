@@ -1,8 +1,8 @@
-"""A batch size that is a function of the steps or examples so far."""
+"""A batch size that is known in advance: a function of the steps or examples so far, or a list."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,12 +11,14 @@ import optax
 
 from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.schedulers import _rule
+from arbiter_jax.schedulers._batch_schedule import BatchSchedule, parse_schedule
+from arbiter_jax.schedulers._planned import planned
 
 LARGEST_COUNT = 2**31 - 1
 
 
 class ScheduleState(NamedTuple):
-    """State of :func:`from_schedule`, `adabatch` and `smith`."""
+    """State of :func:`from_schedule` of a function, `adabatch` and `smith`."""
 
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
@@ -26,9 +28,9 @@ class ScheduleState(NamedTuple):
 
 
 def from_schedule(
-    schedule: Callable[[jax.Array], jax.Array],
+    schedule: Callable[[jax.Array], jax.Array] | str | Sequence[tuple[int, int]] | BatchSchedule,
     *,
-    count: str = "num_steps",
+    count: str | None = None,
     min_batch_size: int = 1,
     max_batch_size: int = _rule.UNLIMITED,
     initial_batch_size: int | None = None,
@@ -41,12 +43,14 @@ def from_schedule(
     `optax.exponential_decay` with a rate above 1 geometrically, `optax.join_schedules` joins them.
 
     Args:
-      schedule: Maps a count, int32[], to a batch size in examples. A value that is not a
-        number keeps the last size.
-      count: What is counted: "num_steps"; "num_examples" (the sum of the applied batch sizes, up to
+      schedule: Maps a count, int32[], to a batch size in examples; a value that is not a number
+        keeps the last size. Or what people write in place of a function: a list of pairs
+        ``[(0, 64), (100_000, 128)]`` of a number of examples and the size from there on, the same
+        as a string, ``"0:64 100K:128"``, or a :class:`BatchSchedule`.
+      count: What a function is given: "num_steps", the default; "num_examples" (the sum of the applied batch sizes, up to
         2^31 - 1), which makes a schedule in epochs independent of the sizes it passes through; or
         "progress" (scale-invariant steps, rounded down), the extra argument of that name, which
-        `aj.fit` and `aj.run_window` supply.
+        `aj.fit` and `aj.run_window` supply. Pairs always count examples.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size before the first step, in [min_batch_size, max_batch_size];
@@ -56,7 +60,7 @@ def from_schedule(
       A transformation that returns the updates unchanged.
 
     Raises:
-      ValueError: If an argument is out of its range, or the schedule is not a function.
+      ValueError: If an argument is out of its range, or the schedule is neither a function nor pairs.
       TypeError: If `update` is not given the `progress` that a schedule of it needs.
 
     *Guarantees*:
@@ -73,9 +77,23 @@ def from_schedule(
     ...     _, state = tx.update({"w": 1.0}, state)
     >>> sizes
     [8, 8, 16, 16, 32]
+    >>> rule = aj.schedulers.from_schedule("0:64 100K:128 1.5M:512")
+    >>> _, state = rule.update({"w": 1.0}, rule.init({"w": 0.0}), num_examples=2e6, batch_size=64)
+    >>> int(aj.get_batch_size(state))
+    512
     """
     if not callable(schedule):
-        raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
+        if count not in (None, "num_examples") or initial_batch_size is not None:
+            raise ValueError(
+                "count and initial_batch_size belong to a schedule that is a function; pairs count "
+                f"examples and say the first size, got count={count!r} and "
+                f"initial_batch_size={initial_batch_size!r}."
+            )
+        plan = schedule if isinstance(schedule, BatchSchedule) else parse_schedule(schedule)
+        low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size)
+        low, high = max(low, min(plan.batch_sizes)), min(high, max(plan.batch_sizes))
+        return planned(plan, min(low, high), max(low, high))
+    count = "num_steps" if count is None else count
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
     low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
 

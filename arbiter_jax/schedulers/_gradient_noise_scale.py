@@ -26,14 +26,23 @@ class GradientNoiseScaleState(NamedTuple):
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
+    num_steps: jax.Array | None  # shape=(), dtype=int32, with `measure_every` above 1
+    signals_due: jax.Array | None  # shape=(), dtype=bool; None: at every step
     requires = ("grad_stats",)
     metrics = ("variance_trace", "mean_sq_norm")
+
+    @property
+    def noise_scale(self) -> jax.Array:
+        """N, the running noise scale in examples; infinite if noise hides the signal, nan at first."""
+        return _rule.safe_ratio(self.variance_trace, self.mean_sq_norm)
 
 
 def gradient_noise_scale(
     *,
     scale: float = 1.0,
     decay: float = 0.99,
+    norm: str = "l2",
+    measure_every: int = 1,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -47,9 +56,20 @@ def gradient_noise_scale(
     unbiased and a mean of ratios is not. Where the average of |G|^2 is not positive the noise
     hides the gradient, and the size is the largest.
 
+    That is the scale of SGD. Of Adam and other optimizers that step by the sign of a gradient it is
+    the same in the l1 norm,
+
+    .. math:: B = c \frac{E[(\sum \sqrt{\widehat{diag S}})^2]}{E[\max(0, \sum G_1 sign(G_2))^2]}
+
+    with G_1 and G_2 the mean gradients of the two halves of the batch, whose noise is independent: in
+    pure noise the scale would otherwise follow the size in use.
+
     Args:
       scale: c, > 0.
       decay: Weight of the past in the averages, in [0, 1).
+      norm: "l2" for SGD and momentum, "l1" for Adam and its kin.
+      measure_every: Steps from one measurement to the next, an integer >= 1. Training loops make
+        the statistics only at those steps.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
@@ -64,7 +84,7 @@ def gradient_noise_scale(
 
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, Eq. 2.9 and
-      appendix A.1.
+      appendix A.1; Naganuma et al., arXiv:2602.03001, for the l1 norm.
 
     *Guarantees*:
       * Updates unchanged: they pass through as they are.
@@ -80,6 +100,8 @@ def gradient_noise_scale(
     """
     _validate.positive(scale=scale)
     _validate.in_range(0, 1, closed="left", decay=decay)
+    _validate.one_of(("l1", "l2"), norm=norm)
+    interval = _validate.integer(measure_every=measure_every, minimum=1)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -92,12 +114,30 @@ def gradient_noise_scale(
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
             num_skipped=_rule.int32(),
+            num_steps=None if interval == 1 else _rule.int32(),
+            signals_due=None if interval == 1 else jnp.array(True),
         )
 
-    def update_state(state, *, grad_stats: Any = None, **extra_args):
+    def update_state(state, *, grad_stats: Any = None, signals_made=None, **extra_args):
         del extra_args
         base.require("gradient_noise_scale", grad_stats=grad_stats)
-        sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
+        if interval == 1:
+            return measured(state, grad_stats)
+        now = base.measures_now(state.signals_due, signals_made)
+        new = state if now is False else measured(state, grad_stats)
+        if not isinstance(now, bool):
+            new = _numerics.tree_where(now, new, state)
+        num_steps = optax.safe_increment(state.num_steps)
+        return new._replace(num_steps=num_steps, signals_due=num_steps % interval == 0)
+
+    def sample_of(grad_stats):
+        if norm == "l2":
+            return grad_stats.variance_trace, grad_stats.mean_sq_norm
+        signal = jnp.maximum(jnp.asarray(grad_stats.abs_signal), 0)
+        return jnp.square(jnp.asarray(grad_stats.abs_deviation)), jnp.square(signal)
+
+    def measured(state, grad_stats):
+        sample = sample_of(grad_stats)
         (variance, signal), weight = _numerics.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )

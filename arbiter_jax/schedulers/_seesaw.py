@@ -1,0 +1,174 @@
+"""Seesaw: what a learning-rate schedule takes off the rate is added to the batch size instead.
+
+Smith, Kindermans, Ying and Le (2018), "Don't Decay the Learning Rate, Increase the Batch Size",
+arXiv:1711.00489, for SGD; Meterez et al. (2025), "Seesaw: Accelerating Training by Balancing Learning
+Rate and Batch Size Scheduling", arXiv:2510.14717, for Adam.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax.schedulers import _rule
+from arbiter_jax.schedulers._batch_schedule import BatchSchedule
+from arbiter_jax.schedulers._gradient_noise_scale import gradient_noise_scale
+from arbiter_jax.schedulers._planned import planned
+
+_WINDOW_SHARE = 1 / 200  # of the budget, at most, in a window: so closely (1) is followed
+_GRID = 2**20  # counts at which a schedule is looked at: each one up to that many examples
+
+
+def seesaw_schedule(
+    schedule: optax.Schedule,
+    *,
+    num_examples: int,
+    batch_size: int,
+    max_batch_size: int,
+    trade: float = 0.8,
+) -> BatchSchedule:
+    r"""What :func:`seesaw` will do, before the run: its batch sizes and its number of steps.
+
+    .. math:: B(n) = round(clip(B_0 \alpha(n)^{-g}, B_0, B_{max})), \qquad
+              \alpha(n) = s(n) / \max_{m \le n} s(m)
+
+    Args:
+      schedule: s, a function of the number of examples seen: any optax schedule, in examples.
+      num_examples: D, the budget in examples, an integer >= 1.
+      batch_size: B_0, the size that the schedule was tuned at, an integer >= 1.
+      max_batch_size: B_max, an integer >= batch_size.
+      trade: g, in [0, 1].
+
+    Returns:
+      A :class:`BatchSchedule`; ``.num_steps(num_examples, window)`` is what `aj.fit` will count. With
+      a limit it is a lower bound of it.
+
+    Raises:
+      ValueError: If an argument is out of its range, or the schedule is negative, not finite, or 0
+        throughout.
+
+    >>> import optax
+    >>> cosine = optax.cosine_decay_schedule(0.1, 64_000)
+    >>> plan = seesaw_schedule(
+    ...     cosine, num_examples=64_000, batch_size=64, max_batch_size=1024, trade=1.0)
+    >>> plan.batch_size_at(0), plan.batch_size_at(32_000), plan.num_steps(64_000)  # of 1,000
+    (64, 128, 508)
+    """
+    if not callable(schedule):
+        raise ValueError(
+            f"schedule must be a function of the number of examples seen, got {schedule!r}."
+        )
+    budget = _validate.integer(num_examples=num_examples, minimum=1)
+    low, high, trade = _checked(batch_size, max_batch_size, trade)
+    counts = np.unique(np.linspace(0, budget - 1, min(budget, _GRID)).round().astype(np.int64))
+    try:
+        rates = np.asarray(jax.vmap(schedule)(jnp.asarray(counts, float)), np.float64)
+        if rates.shape != counts.shape:
+            raise TypeError
+    except (TypeError, ValueError, jax.errors.JAXTypeError):
+        raise ValueError(
+            "schedule must be a function of one count, in examples, that jax can trace and that "
+            f"returns a scalar, as optax schedules are, got {schedule!r}."
+        ) from None
+    bad = ~np.isfinite(rates) | (rates < 0)
+    if bad.any() or not rates.any():
+        found = (
+            f"{rates[bad][0]} after {counts[bad][0]:,} examples" if bad.any() else "0 throughout"
+        )
+        raise ValueError(f"schedule must be finite, >= 0 and not always 0, got {found}.")
+    peak = np.maximum.accumulate(rates)
+    share = np.where(peak > 0, rates / np.where(peak > 0, peak, 1), 1)
+    with np.errstate(divide="ignore"):
+        wanted = low * share**-trade
+    sizes = np.rint(np.clip(wanted, low, high)).astype(np.int64)
+    begins = np.flatnonzero(np.diff(sizes, prepend=-1))
+    return BatchSchedule(
+        tuple(counts[begins].tolist()), tuple(sizes[begins].tolist()), _WINDOW_SHARE, budget
+    )
+
+
+def seesaw(
+    schedule: optax.Schedule,
+    *,
+    num_examples: int,
+    batch_size: int,
+    max_batch_size: int,
+    trade: float = 0.8,
+    limit: str | optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The batch size of Seesaw alone, to be composed by hand; :func:`arbiter_jax.seesaw` is whole.
+
+    .. math:: B(n) = round(clip(\min(B_0 \alpha(n)^{-g}, limit), B_0, B_{max}))
+
+    with alpha the rate of the schedule over its peak so far; see :func:`seesaw_schedule`.
+
+    Args:
+      schedule: s, a learning rate by the number of examples seen: any optax schedule, in examples.
+      num_examples: D, the budget in examples, an integer >= 1.
+      batch_size: B_0, the size that the schedule was tuned at, an integer >= 1.
+      max_batch_size: B_max, an integer >= batch_size.
+      trade: g, how much of the decay becomes batch size, in [0, 1].
+      limit: None; "noise_scale", the gradient noise scale of the run, beyond which a larger batch
+        brings little; or a rule whose size is the limit.
+
+    Returns:
+      A transformation that returns the updates unchanged and reads `num_examples` if given, and
+      what the limit reads.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+
+    Reference:
+      Meterez et al., arXiv:2510.14717; Smith et al., arXiv:1711.00489.
+
+    *Guarantees*:
+      * Updates unchanged: they pass through as they are.
+      * Stays in range: the size is an integer of [batch_size, max_batch_size].
+      * Counts as predicted: without a limit a run has the steps that `seesaw_schedule` says.
+      * Skips and counts: a step with a signal that is not finite changes no limit.
+
+    >>> import arbiter_jax as aj, optax
+    >>> cosine = optax.cosine_decay_schedule(0.1, 1_000)
+    >>> plan = dict(num_examples=1_000, batch_size=8, max_batch_size=64, trade=1.0)
+    >>> rule = aj.schedulers.seesaw(cosine, **plan)
+    >>> state = rule.init({"w": 0.0})
+    >>> _, half = rule.update({"w": 1.0}, state, num_examples=492, batch_size=8)
+    >>> int(aj.get_batch_size(state)), int(aj.get_batch_size(half))
+    (8, 16)
+    """
+    plan = seesaw_schedule(
+        schedule,
+        num_examples=num_examples,
+        batch_size=batch_size,
+        max_batch_size=max_batch_size,
+        trade=trade,
+    )
+    if isinstance(limit, str):
+        _validate.one_of(("noise_scale",), limit=limit)
+        limit = measured_noise_scale("l2", batch_size, max_batch_size)
+    return planned(plan, int(batch_size), int(max_batch_size), limit)
+
+
+def measured_noise_scale(
+    norm: str, batch_size: int, max_batch_size: int
+) -> optax.GradientTransformationExtraArgs:
+    """The noise scale of the run, with the constants of arXiv:2602.03001, every 10th step."""
+    return gradient_noise_scale(
+        norm=norm,
+        scale=1 / 0.36,
+        decay=0.9,
+        measure_every=10,
+        min_batch_size=batch_size,
+        max_batch_size=max_batch_size,
+    )
+
+
+def _checked(batch_size: Any, max_batch_size: Any, trade: Any) -> tuple[int, int, float]:
+    low = _validate.integer(batch_size=batch_size, minimum=1)
+    high = _validate.integer(max_batch_size=max_batch_size, minimum=low, maximum=_rule.UNLIMITED)
+    return low, high, _validate.in_range(0, 1, trade=trade)
