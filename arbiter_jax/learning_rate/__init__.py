@@ -7,9 +7,9 @@
 * To chain after an optimizer, multiplying its updates: :func:`autowu`,
   :func:`scale_by_batch_size`, :func:`adascale`, :func:`scale_by_schedule`.
 
-The state of each that sets a rate has `learning_rate`, float32[]. With ``update(..., probe=True)``, by which the
-impulse response of a chain is measured, the last group needs no signals and returns the updates
-and its state unchanged.
+The state of each that sets a rate has `learning_rate`, float32[]. With ``update(..., probe=True)``,
+by which the impulse response of a chain is measured, the last group needs no signals and returns the
+updates and its state unchanged.
 """
 
 from arbiter_jax.learning_rate._adamp import AdamPState, adamp

@@ -1,8 +1,8 @@
-"""Optimizers whose memory is measured in examples, for a batch size that changes during a run.
+r"""Optimizers whose memory is measured in examples, for a batch size that changes during a run.
 
 An average over the last 1 / (1 - beta) steps spans eight times as many examples once the batch is
 eight times as large. Here beta belongs to one batch size, and at another the average has the same
-half-life in examples, :math:`\\beta(B) = \\beta_0^{B / B_0}`.
+half-life in examples, :math:`\beta(B) = \beta_0^{B / B_0}`.
 
 Sources: Marek et al. (2025), arXiv:2507.07101 (second moment); Malladi et al. (2022),
 arXiv:2205.10287 (first moment, epsilon); arXiv:2505.13738 (weight decay).
@@ -191,7 +191,9 @@ def add_decayed_weights_in_examples(
     def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(
+                "params must be given to the update of add_decayed_weights_in_examples, got None."
+            )
         size = reference if probe is not None and batch_size is None else batch_size
         ratio = _ratio(size, reference, "add_decayed_weights_in_examples")
         factor = decay * ratio ** (1 - exponent)
@@ -266,6 +268,23 @@ def lamb_in_examples(
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB whose averages and weight decay are those of examples: as :func:`adamw_in_examples`.
+
+    Args:
+      learning_rate: A number, or an optax schedule of the steps; 1.0 inside `seesaw`.
+      batch_size: B_0, the size at which the other numbers hold, an integer >= 1.
+      b1: beta of the first moment, in [0, 1).
+      b2: beta of the second moment, in [0, 1).
+      eps: epsilon, >= 0.
+      weight_decay: lambda, >= 0.
+      exponent: p, the power of the batch size by which the rate is scaled, in [0, 2].
+      mask: Which parameters decay, as in `optax.lamb`.
+
+    Returns:
+      An optimizer that reads `batch_size`; at B_0 throughout it is `optax.lamb`.
+
+    Raises:
+      ValueError: If an argument is out of its range.
+      TypeError: If `update` is called without `batch_size`.
 
     >>> tx = lamb_in_examples(1e-3, batch_size=64)
     >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1), batch_size=64)

@@ -66,20 +66,24 @@ class BatchSchedule(NamedTuple):
         """How many examples a run has seen after so many steps.
 
         Args:
-          step: Number of steps, an integer >= 0.
-          window: T of the run.
+          step: Number of steps, an integer >= 0; in a schedule for a budget at most its number.
+          window: T of the run. Without a budget its windows are taken to be whole, as all but the
+            last few of a run are.
 
         >>> parse_schedule("0:64 128:128").num_examples_at(3, window=1)
         256
         """
         left = _validate.integer(step=step, minimum=0)
-        # Of at least one example each: the budget is not reached before.
-        end = max(self.num_examples or 0, self.starts[-1]) + (left + 1) * max(self.batch_sizes)
-        for seen, size, steps in self._pieces(end, window):
+        # Without a budget, one that so many steps cannot reach.
+        unlimited = self.starts[-1] + (left + window) * max(self.batch_sizes)
+        for seen, size, steps in self._pieces(self.num_examples or unlimited, window):
             if left <= steps:
                 return seen + left * size
             left -= steps
-        raise AssertionError("unreachable")
+        raise ValueError(
+            f"step must be <= {step - left}, the steps of the budget of {self.num_examples} "
+            f"examples that the schedule was made for, got {step}."
+        )
 
     def rate_scale(self, scaling: str) -> optax.GradientTransformationExtraArgs:
         """The transformation of the rate that goes with the sizes; a rule never touches updates.

@@ -47,9 +47,9 @@ def from_schedule(
         keeps the last size. Or what people write in place of a function: a list of pairs
         ``[(0, 64), (100_000, 128)]`` of a number of examples and the size from there on, the same
         as a string, ``"0:64 100K:128"``, or a :class:`BatchSchedule`.
-      count: What a function is given: "num_steps", the default; "num_examples" (the sum of the applied batch sizes, up to
-        2^31 - 1), which makes a schedule in epochs independent of the sizes it passes through; or
-        "progress" (scale-invariant steps, rounded down), the extra argument of that name, which
+      count: What a function is given: "num_steps", the default; "num_examples" (the sum of the
+        applied batch sizes, up to 2^31 - 1), which makes a schedule in epochs independent of the
+        sizes it passes through; or "progress" (scale-invariant steps, rounded down), the extra argument of that name, which
         `aj.fit` and `aj.run_window` supply. Pairs always count examples.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.

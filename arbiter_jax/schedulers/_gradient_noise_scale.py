@@ -127,7 +127,7 @@ def gradient_noise_scale(
         new = state if now is False else measured(state, grad_stats)
         if not isinstance(now, bool):
             new = _numerics.tree_where(now, new, state)
-        num_steps = optax.safe_increment(state.num_steps)
+        num_steps: Any = optax.safe_increment(state.num_steps)
         return new._replace(num_steps=num_steps, signals_due=num_steps % interval == 0)
 
     def sample_of(grad_stats):

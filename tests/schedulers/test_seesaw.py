@@ -1,0 +1,172 @@
+"""A decay of the rate traded for batch size."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import arbiter_jax as aj
+from arbiter_jax import schedulers
+
+S = schedulers
+D = 64_000
+COSINE = optax.cosine_decay_schedule(0.1, D)
+QUARTER = lambda n: 0.1 * jnp.cos(jnp.pi / 2 * jnp.minimum(n / D, 1))
+WSD = optax.join_schedules(
+    [optax.constant_schedule(0.1), optax.linear_schedule(0.1, 0.0, D // 5)], [D - D // 5]
+)
+PLAN = {"num_examples": D, "batch_size": 32, "max_batch_size": 512}
+loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+
+
+def fit(tx, num_examples=D, **options):
+    data = aj.Data(jnp.ones(64))
+    return aj.fit(loss_fn, jnp.zeros(()), tx, data, num_examples=num_examples, **options)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        (COSINE, 0.5),
+        (optax.cosine_decay_schedule(0.1, D, alpha=0.1), 0.55),
+        (optax.linear_schedule(0.1, 0.0, D), 0.5),
+        (QUARTER, 2 / math.pi),
+        (WSD, 0.9),
+    ],
+)
+def test_steps_left_are_the_mean_of_the_decay(schedule, share):
+    plan = S.seesaw_schedule(
+        schedule, num_examples=D, batch_size=16, max_batch_size=D, trade=1.0
+    )
+    assert plan.num_steps(D) / (D / 16) == pytest.approx(share, abs=0.01)
+
+
+def test_counts_as_predicted():
+    for schedule, window in ((COSINE, 100), (QUARTER, 20), (WSD, 7)):
+        predicted = S.seesaw_schedule(schedule, **PLAN).num_steps(D, window=window)
+        result = fit(aj.seesaw(optax.sgd(1.0), schedule, **PLAN), window=window)
+        assert int(result.state.num_steps) == predicted
+
+
+def test_sizes_and_rates_are_those_of_the_equations():
+    result = fit(aj.seesaw(optax.sgd(1.0), COSINE, exponent=0.5, trade=0.8, **PLAN))
+    sizes = result.per_step("batch_size")
+    seen = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    alpha = (1 + np.cos(np.pi * seen / D)) / 2
+    wanted = np.round(np.clip(32 * np.maximum(alpha, 1e-12) ** -0.8, 32, 512))
+    starts = np.cumsum([0] + [r.num_steps for r in result.history])[:-1]
+    np.testing.assert_array_equal(sizes[starts], wanted[starts])
+    rates = 0.1 * alpha * np.sqrt(sizes / 32)
+    np.testing.assert_allclose(result.per_step("learning_rate"), rates, rtol=1e-4, atol=1e-7)
+
+
+def test_no_trade_no_change():
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    ours = fit(aj.seesaw(optimizer, COSINE, trade=0.0, **PLAN))
+    rate = aj.learning_rate.scale_by_schedule(COSINE)
+    theirs = fit(optax.chain(optimizer, rate, S.constant(32)))
+    np.testing.assert_array_equal(ours.state.params, theirs.state.params)
+    assert int(ours.state.num_steps) == int(theirs.state.num_steps) == D // 32
+
+
+def test_warm_up_keeps_the_size():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 6_400, D)
+    plan = S.seesaw_schedule(schedule, **PLAN)
+    assert plan.starts[1] > 6_400
+    assert plan.batch_size_at(6_400) == 32
+
+
+def test_a_cap_hands_the_rest_back_to_the_rate():
+    plan = PLAN | {"max_batch_size": 64}
+    result = fit(aj.seesaw(optax.sgd(1.0), COSINE, exponent=1.0, trade=1.0, **plan))
+    sizes, rates = result.per_step("batch_size"), result.per_step("learning_rate")
+    seen = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    alpha = (1 + np.cos(np.pi * seen / D)) / 2
+    assert sizes.max() == 64
+    np.testing.assert_allclose(rates, 0.1 * alpha * sizes / 32, rtol=1e-4, atol=1e-7)
+
+
+def test_never_above_its_limit():
+    limit = S.constant(48)
+    result = fit(aj.seesaw(optax.sgd(1.0), COSINE, limit=limit, **PLAN))
+    plan = S.seesaw_schedule(COSINE, **PLAN)
+    assert result.per_step("batch_size").max() == 48
+    assert int(result.state.num_steps) > plan.num_steps(D)
+    assert int(aj.get_batch_size(result.state.opt_state)) == 48
+
+
+def noisy(signal, tx, num_examples=D):
+    """Trains on gradients of mean `signal` and variance 1."""
+    data = aj.Data(jax.random.normal(jax.random.key(0), (4096, 8)))
+    loss = lambda w, x: ((signal + x) * w[None]).sum(-1)
+    return aj.fit(loss, jnp.zeros(8), tx, data, num_examples=num_examples)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_the_noise_scale_is_a_limit(exponent):
+    make = functools.partial(
+        aj.seesaw, optax.sgd(1e-3), COSINE, exponent=exponent, limit="noise_scale", **PLAN
+    )
+    clear, hidden = noisy(10.0, make()), noisy(0.01, make())
+    assert clear.per_step("batch_size").max() == 32  # no noise to average away
+    assert hidden.per_step("batch_size").max() > 400
+
+
+def test_the_measured_exponent_is_between_both_ends():
+    make = functools.partial(aj.seesaw, optax.sgd(1e-3), COSINE, trade=1.0, **PLAN)
+    for signal, power in ((10.0, 1.0), (1e-3, 0.5)):
+        result = noisy(signal, make(exponent="measured"))
+        sizes, rates = result.per_step("batch_size"), result.per_step("learning_rate")
+        seen = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        middle = slice(len(sizes) // 2, -len(sizes) // 4)
+        shares = rates[middle] / np.asarray(COSINE(seen[middle]))
+        powers = np.log(shares) / np.log(sizes[middle] / 32)
+        np.testing.assert_allclose(np.median(powers), power, atol=0.1)
+
+
+def test_a_rate_that_is_not_finite_keeps_the_last():
+    broken = lambda n: jnp.where(n > 1_000, jnp.nan, 0.1)
+    scale = schedulers._rate.scale_by_rate(broken, 32, 1.0)
+    state = scale.init(None)
+    updates, state = scale.update(jnp.ones(()), state, batch_size=64, num_examples=0)
+    assert float(updates) == pytest.approx(0.2)
+    updates, state = scale.update(jnp.ones(()), state, batch_size=64, num_examples=2_000)
+    assert float(updates) == pytest.approx(0.2)
+
+
+def test_a_rate_that_rises_again_takes_its_batch_back():
+    restarts = lambda n: 0.1 * (1 - (n % (D // 2)) / (D // 2))
+    plan = S.seesaw_schedule(restarts, **PLAN)
+    assert plan.batch_size_at(D // 2 - 1) == 512
+    assert plan.batch_size_at(D // 2) == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedule": 0.1}, "schedule must be a function of the number of examples"),
+        ({"schedule": lambda n: "a"}, "schedule must be a function of one count"),
+        ({"schedule": lambda n: 0.1 if n < 5 else 0.0}, "schedule must be a function of one count"),
+        ({"schedule": lambda n: jnp.ones(3)}, "schedule must be a function of one count"),
+        ({"schedule": lambda n: -0.1 + 0 * n}, "schedule must be finite, >= 0 and not always 0"),
+        ({"schedule": lambda n: n * jnp.nan}, "schedule must be finite, >= 0 and not always 0"),
+        ({"schedule": lambda n: 0.0 * n}, "0 throughout"),
+        ({"num_examples": 0}, "num_examples must be an integer >= 1"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"max_batch_size": 16}, "max_batch_size must be an integer >= 32"),
+        ({"trade": 1.1}, "trade must be in"),
+        ({"exponent": 0.0}, "exponent must be in"),
+        ({"exponent": "adam"}, "exponent must be one of 'measured'"),
+        ({"limit": "critical"}, "limit must be one of 'noise_scale'"),
+        ({"limit": 512}, "rule must be an optax gradient transformation"),
+        ({"optimizer": 0.1}, "optimizer must be an optax optimizer"),
+    ],
+)
+def test_a_bad_argument_is_refused(arguments, message):
+    good = {"optimizer": optax.sgd(1.0), "schedule": COSINE, **PLAN}
+    with pytest.raises(ValueError, match=message):
+        aj.seesaw(**good | arguments)
