@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count
 from arbiter_jax._numerics import tree_dot, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.objectives._objective import (
@@ -42,7 +43,7 @@ class GainState(NamedTuple):
 
     noiseless_gain: jax.Array  # shape=(), dtype=float, average of A0, by how much a step lowers F
     noise_cost: jax.Array  # shape=(), dtype=float, average of q, in loss times examples
-    num_examples: jax.Array  # shape=(), dtype=float, in the batches that were measured
+    num_examples: Count  # in the batches that were measured
     persistence: PersistenceSignal | None  # if it is not a number that was given
 
     requires = ("update_noise", "meta_batch")
@@ -113,7 +114,7 @@ def expected_gain(
 def _init(config: GainConfig) -> GainState:
     zero = lambda: jnp.zeros((), float)  # no two fields share a buffer
     asked = PersistenceSignal() if config.persistence is None else None
-    return GainState(zero(), zero(), zero(), persistence=asked)
+    return GainState(zero(), zero(), as_count(0), persistence=asked)
 
 
 def _measure(

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from arbiter_jax._numerics import all_finite, tree_where
-from arbiter_jax.base import PyTree
+from arbiter_jax._numerics import all_finite, scale_updates, tree_where
+from arbiter_jax.base import PyTree, Update
 from arbiter_jax.batching import masked_mean, num_rows
 
 
@@ -74,8 +74,43 @@ def update_objective(
     return tree_where(usable, new, state), usable
 
 
+def of_whole_update(
+    update: Update, batch_size: jax.Array, signals: dict[str, Any]
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The batch size and the signals of the last call of an update as those of all of its calls.
+
+    The noise of the gradient of k calls is that of one over sqrt(k). The updates respond to the
+    gradient of one call with a k-th of what they are, and so to the noise of all with sqrt(k) times
+    what was measured.
+
+    Args:
+      update: Which one.
+      batch_size: int32[], examples per call.
+      signals: The extra arguments of the last call.
+
+    Returns:
+      (batch_size, signals), the same if the update is one call; otherwise with `num_calls` added.
+    """
+    k = update.num_calls
+    if isinstance(k, int):
+        return batch_size, signals
+    size = jnp.round(update.per_update(batch_size)).astype(jnp.int32)
+    signals = signals | {"num_calls": k}
+    for name, factor in (("gradient_noise", 1 / jnp.sqrt(k)), ("update_noise", jnp.sqrt(k))):
+        if signals.get(name) is not None:
+            signals[name] = scale_updates(signals[name], factor)
+    if signals.get("num_examples") is not None:
+        signals["num_examples"] = update.ledger.minus(size)
+    return size, signals
+
+
 def limited_loss(
-    objective: NoiseObjective, statistics: PyTree, size: jax.Array, low: int, high: int
+    objective: NoiseObjective,
+    statistics: PyTree,
+    size: jax.Array,
+    low: int,
+    high: int,
+    num_calls: Any = 1,
 ) -> jax.Array:
     """J at a real batch size, with a slope that an agent can descend within [low, high].
 
@@ -83,11 +118,13 @@ def limited_loss(
     (high - low) sigmoid(s). J itself is a thousand times as steep on one side as on the other, and
     the sigmoid passes on a thousandth of a slope near the ends of the range: an agent would
     overshoot from below and be slow from above. Within half an example of an end the slope outward
-    is 0, because a logit that ran away there would take long to come back.
+    is 0, because a logit that ran away there would take long to come back. The size is that of a
+    call; J is taken at that of an update, which has `num_calls` of them.
     """
     statistics, now = jax.lax.stop_gradient((statistics, size))
+    of_update = lambda b: b if isinstance(num_calls, int) else num_calls * b
     inside = jnp.clip(now, low + 0.5, high - 0.5)
-    value, slope = jax.value_and_grad(lambda b: objective.loss(statistics, b))(inside)
+    value, slope = jax.value_and_grad(lambda b: objective.loss(statistics, of_update(b)))(inside)
     outward = ((now <= low + 0.5) & (slope > 0)) | ((now >= high - 0.5) & (slope < 0))
     sigmoid_slope = (inside - low) * (high - inside) / (high - low)  # d size / ds
     slope = jnp.clip(inside * slope, -1, 1) / sigmoid_slope

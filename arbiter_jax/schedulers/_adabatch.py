@@ -6,11 +6,11 @@ Networks", arXiv:1712.02029.
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.schedulers._from_schedule import LARGEST_COUNT, from_schedule
+from arbiter_jax._count import LARGEST_COUNT, as_count
+from arbiter_jax.schedulers._from_schedule import scheduled
 
 
 def adabatch(
@@ -38,7 +38,9 @@ def adabatch(
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
-      A transformation that returns the updates unchanged.
+      A transformation that returns the updates unchanged. `update` reads `num_examples`, the
+      examples before this step, and `batch_size` if they are given; a loop of one's own under
+      `optax.MultiSteps` has to pass them, see :func:`from_schedule`.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -63,7 +65,7 @@ def adabatch(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
-    return from_schedule(
+    return scheduled(
         lambda num_examples: start * ratio ** (num_examples // interval),
         count="num_examples",
         min_batch_size=low,
@@ -99,7 +101,7 @@ def adabatch_learning_rate(
     start = _validate.non_negative(learning_rate=learning_rate)
     interval = _interval(dataset_size, epochs)
     ratio = _validate.positive(factor=factor)
-    return lambda num_examples: start * ratio ** (jnp.asarray(num_examples) // interval)
+    return lambda num_examples: start * ratio ** (as_count(num_examples) // interval)
 
 
 def _interval(dataset_size: int, epochs: float) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -28,6 +29,7 @@ class NormTestState(NamedTuple):
     numerator: jax.Array  # shape=(), dtype=float, average of tr S
     denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
@@ -41,6 +43,7 @@ class InnerProductTestState(NamedTuple):
     numerator: jax.Array  # shape=(), dtype=float, average of Var_i(g_i . gbar)
     denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^4
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
@@ -190,11 +193,11 @@ def _growing_test(
             numerator=_rule.zero(),
             denominator=_rule.zero(),
             weight=_rule.zero(),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(state, *, grad_stats: Any = None, batch_size=None, **extra_args):
-        del extra_args
+    def update_state(state, *, grad_stats: Any = None, **signals):
         base.require(name, grad_stats=grad_stats)
         sample = read(grad_stats)
         (numerator, denominator), weight = _numerics.running_mean(
@@ -204,14 +207,16 @@ def _growing_test(
         # If the test passes it needs no more than the applied size, which then stays. The
         # comparison is with that size and not with the last decision: noise would otherwise push up
         # decisions that are never applied.
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
-        new = state._replace(
-            batch_size=_rule.to_size(needed, applied, high, jnp.ceil),
+        update = base.applied_update(state, **signals)
+        counted = state._replace(ledger=update.ledger)
+        applied = jnp.clip(update.call_size, low, high)
+        new = counted._replace(
+            batch_size=_rule.to_size(update.per_call(needed), applied, high, jnp.ceil),
             numerator=numerator,
             denominator=denominator,
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
-        return _numerics.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, counted)
 
     return _rule.transformation(init_fn, update_state)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -24,7 +25,8 @@ class DiveBatchState(NamedTuple):
     max_batch_size: jax.Array  # shape=(), dtype=int32
     gradient_sum: base.PyTree  # like the parameters, sum of the g_i of this epoch
     sq_norm_sum: jax.Array  # shape=(), dtype=float, sum of the |g_i|^2 of this epoch
-    num_examples: jax.Array  # shape=(), dtype=float, examples in both sums
+    num_examples: Count  # examples in both sums
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
@@ -105,42 +107,47 @@ def dive_batch(
                 params,
             ),
             sq_norm_sum=_rule.zero(),
-            num_examples=_rule.zero(),
+            num_examples=as_count(0),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(
-        state, *, updates, grad_stats: Any = None, grad=None, batch_size=None, **extra_args
-    ):
-        del extra_args
+    def update_state(state, *, updates, grad_stats: Any = None, grad=None, **signals):
         base.require("dive_batch", grad_stats=grad_stats)
-        size = grad_stats.batch_size
+        update = base.applied_update(state, **signals)
+        counted = state._replace(ledger=update.ledger)
+        # The statistics of one call stand for those of all calls of an update.
+        size = update.per_update(grad_stats.batch_size)
         gradient_sum = jax.tree.map(
             lambda total, g: total + size.astype(total.dtype) * jnp.asarray(g).astype(total.dtype),
             state.gradient_sum,
             updates if grad is None else grad,
         )
-        sq_norm = (size - 1) * grad_stats.variance_trace + size * grad_stats.batch_sq_norm
+        sq_norm = update.per_update(
+            (grad_stats.batch_size - 1) * grad_stats.variance_trace
+            + grad_stats.batch_size * grad_stats.batch_sq_norm
+        )
         sq_norm_sum = state.sq_norm_sum + sq_norm
-        num_examples = state.num_examples + size
+        num_examples = state.num_examples + as_count(jnp.round(size))
         diversity = _rule.safe_ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        applied = jnp.clip(update.call_size, low, high)
         # An epoch of zero gradients has no diversity, and leaves the size as it is.
-        wanted = jnp.where(jnp.isnan(diversity), applied, delta * size_of_epoch * diversity)
+        wanted = update.per_call(delta * size_of_epoch * diversity)
+        wanted = jnp.where(jnp.isnan(diversity), applied, wanted)
         decision = _rule.to_size(wanted, applied, high, jnp.floor)
         ended = num_examples >= size_of_epoch
 
         def restart(tree):
             return jax.tree.map(lambda x: jnp.where(ended, jnp.zeros_like(x), x), tree)
 
-        new = state._replace(
+        new = counted._replace(
             batch_size=jnp.where(ended, decision, state.batch_size),
             gradient_sum=restart(gradient_sum),
             sq_norm_sum=restart(sq_norm_sum),
             num_examples=restart(num_examples),
         )
         # Judged before the restart, which would hide what is not finite.
-        usable = _numerics.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
-        return _numerics.update_or_skip(usable, new, state)
+        usable = _numerics.all_finite(gradient_sum, sq_norm_sum, size) & (sq_norm != 0)
+        return _numerics.update_or_skip(usable, new, counted)
 
     return _rule.transformation(init_fn, update_state)

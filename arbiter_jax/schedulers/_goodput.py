@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule, _step_times
 from arbiter_jax.schedulers._step_times import StepTimes
 
@@ -28,6 +29,7 @@ class GoodputState(NamedTuple):
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     times: StepTimes  # what the fit of the step time has seen
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats", "step_seconds")
 
@@ -110,16 +112,17 @@ def goodput(
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
             times=_step_times.init(start),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(
-        state, *, grad_stats: Any = None, step_seconds: Any = None, batch_size=None, **extra_args
-    ):
-        del extra_args
+    def update_state(state, *, grad_stats: Any = None, step_seconds: Any = None, **signals):
         base.require("goodput", grad_stats=grad_stats, step_seconds=step_seconds)
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
-        timed = state._replace(times=_step_times.measure(state.times, step_seconds, applied))
+        update = base.applied_update(state, **signals)
+        applied = jnp.clip(update.call_size, low, high)
+        timed = state._replace(
+            times=_step_times.measure(state.times, step_seconds, applied), ledger=update.ledger
+        )
 
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
         (variance, signal), weight = _numerics.running_mean(
@@ -129,8 +132,10 @@ def goodput(
 
         def goodput_of(b):
             seconds = _step_times.seconds_of(timed.times, b)
-            # (phi + B_0) / (phi + b), multiplied out so that phi may be infinite.
-            return b / seconds * (variance + start * signal_left) / (variance + b * signal_left)
+            # (phi + B_0) / (phi + b), multiplied out so that phi may be infinite. The seconds are
+            # those of a call, but what an example is worth is a matter of the whole update.
+            first, size = update.per_update(start), update.per_update(b)
+            return b / seconds * (variance + first * signal_left) / (variance + size * signal_left)
 
         sizes = jnp.asarray(options, variance.dtype)
         known = timed.times.weight > 0

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -25,6 +26,7 @@ class GradientNoiseScaleState(NamedTuple):
     variance_trace: jax.Array  # shape=(), dtype=float, average of the estimates of tr S
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
     metrics = ("variance_trace", "mean_sq_norm")
@@ -91,24 +93,26 @@ def gradient_noise_scale(
             variance_trace=_rule.zero(),
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(state, *, grad_stats: Any = None, **extra_args):
-        del extra_args
+    def update_state(state, *, grad_stats: Any = None, **signals):
         base.require("gradient_noise_scale", grad_stats=grad_stats)
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
         (variance, signal), weight = _numerics.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )
         size = scale * _rule.safe_ratio(variance, signal)
-        new = state._replace(
-            batch_size=_rule.to_size(size, low, high),
+        update = base.applied_update(state, **signals)
+        counted = state._replace(ledger=update.ledger)
+        new = counted._replace(
+            batch_size=_rule.to_size(update.per_call(size), low, high),
             variance_trace=variance,
             mean_sq_norm=signal,
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(size)
-        return _numerics.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, counted)
 
     return _rule.transformation(init_fn, update_state)

@@ -7,14 +7,16 @@ arXiv:1711.00489.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.typing
+import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.schedulers._from_schedule import LARGEST_COUNT, from_schedule
+from arbiter_jax._count import LARGEST_COUNT, as_count
+from arbiter_jax.schedulers._from_schedule import scheduled
 
 
 def smith(
@@ -46,7 +48,8 @@ def smith(
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
-      A transformation that returns the updates unchanged.
+      A transformation that returns the updates unchanged. `update` reads what the boundaries count,
+      as in :func:`from_schedule`.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -74,7 +77,8 @@ def smith(
     limits = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
     milestones, ratio, growths = _smith_plan(boundaries, dataset_size, factor, limits)
     low, high, start = limits
-    return from_schedule(
+    _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
+    return scheduled(
         lambda n: start * ratio ** jnp.minimum(_passed(milestones, n), growths),
         count=count,
         min_batch_size=low,
@@ -123,8 +127,8 @@ def smith_learning_rate(
     return lambda n: start * ratio ** -jnp.maximum(_passed(milestones, n) - growths, 0)
 
 
-def _passed(milestones: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
-    return jnp.sum(jnp.asarray(count) >= jnp.asarray(milestones, jnp.int32))
+def _passed(milestones: tuple[int, ...], count: Any) -> jax.Array:
+    return jnp.sum(as_count(count) >= np.asarray(milestones, np.int64))
 
 
 def _smith_plan(

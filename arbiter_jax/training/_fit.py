@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import LARGEST_COUNT, as_count
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests
 from arbiter_jax.batching import BlockSource, num_rows
@@ -23,8 +24,6 @@ from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._state import Data, TrainState, copy_state, init_state
 from arbiter_jax.training._window import run_window
-
-_LARGEST_BUDGET = 2**31 - 1  # that an int32 holds; a rule takes a larger one for this
 
 
 class WindowRecord(NamedTuple):
@@ -90,7 +89,7 @@ def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) 
 def _check_budget(opt_state: PyTree, num_examples: int) -> None:
     """Raises a ValueError if a rule in the chain was built for another budget than this run's."""
     for budget in jax.device_get(requests(opt_state).budgets):
-        known = int(budget.max())
+        known = int(np.max(np.asarray(budget)))
         if known not in (0, num_examples):
             raise ValueError(
                 f"num_examples must be {known}, the budget that the rule in tx was built for, got "
@@ -159,7 +158,7 @@ def fit(
     >>> [record.num_examples for record in result.history], int(result.state.num_steps)
     ([60, 96], 16)
     """
-    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
+    num_examples = _validate.integer(num_examples=num_examples, minimum=1, maximum=LARGEST_COUNT)
     end = num_examples
     if stop_at is not None:
         end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
@@ -175,6 +174,7 @@ def fit(
     num_cache_hits = 0
     step_seconds = float("nan")
     seen = int(state.num_examples)
+    budget = as_count(num_examples)
     start = time.perf_counter()
     while True:
         size, bucket_size, num_steps = next_window(state.opt_state, window)
@@ -192,7 +192,7 @@ def fit(
                 window_data,
                 num_steps,
                 step_seconds,
-                min(num_examples, _LARGEST_BUDGET),
+                budget,
                 loss_fn=loss_fn,
                 tx=tx,
                 bucket_size=bucket_size,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from arbiter_jax._count import Count, as_count
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import SamplerState, init_sampler
@@ -31,9 +32,11 @@ class TrainState(NamedTuple):
     train_sampler: SamplerState  # where the run stands in the training data
     validation_sampler: SamplerState  # and in the validation data
     key: jax.Array  # shape=(2,), dtype=uint32, for dropout and augmentation
-    num_steps: jax.Array  # shape=(), dtype=int32
-    num_examples: jax.Array  # shape=(), dtype=int32, training examples seen
-    progress: jax.Array  # shape=(), dtype=float32, scale-invariant steps; see adascale
+    num_steps: jax.Array  # shape=(), dtype=int32, stops at 2^31 - 1
+    num_examples: Count  # training examples seen; `int(state.num_examples)` reads it
+    num_accumulated: jax.Array  # shape=(), dtype=int32, of them, in the gradients of MultiSteps
+    progress: jax.Array  # shape=(), dtype=float32, scale-invariant updates; see adascale
+    progress_error: jax.Array  # shape=(), dtype=float32, what rounding has added to `progress`
     num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
 
 
@@ -73,8 +76,10 @@ def init_state(
         validation_sampler=init_sampler(validation_key),
         key=model_key,
         num_steps=zero(jnp.int32),
-        num_examples=zero(jnp.int32),
+        num_examples=as_count(0),
+        num_accumulated=zero(jnp.int32),
         progress=zero(jnp.float32),
+        progress_error=zero(jnp.float32),
         num_nonfinite=zero(jnp.int32),
     )
     return copy_state(state)

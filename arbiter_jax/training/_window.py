@@ -17,6 +17,7 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count, compensated_sum
 from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
@@ -69,7 +70,7 @@ def inner_step(
       mask: bool[M], True for a real example.
       gradient_fn: See :mod:`arbiter_jax.gradients`.
       tx: The transformation; it gets `value`, `grad`, `batch_size`, the counters before the step
-        (`num_steps`, `num_examples`, `progress`), and `signals`.
+        (`num_steps`, `num_examples`, `num_accumulated`, `progress`), and `signals`.
       signals: More extra arguments of ``tx.update``. `update_noise` is computed if a rule asks for it
         and it is not among them.
 
@@ -86,6 +87,7 @@ def inner_step(
         "batch_size": batch_size,
         "num_steps": state.num_steps,
         "num_examples": state.num_examples,
+        "num_accumulated": requested.num_accumulated(state.num_accumulated),
         "progress": state.progress,
     }
     if "update_noise" in requested.signals and "update_noise" not in signals:
@@ -97,13 +99,19 @@ def inner_step(
             **signals | {"gradient_noise": gradient.gradient_noise},
         )
     updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params, **signals)
+    after = requests(opt_state)
+    progress, progress_error = compensated_sum(
+        state.progress, state.progress_error, after.progress_since(requested)
+    )
     state = state._replace(
         params=optax.apply_updates(state.params, updates),
         model_state=gradient.model_state,
         opt_state=opt_state,
-        num_steps=state.num_steps + 1,
+        num_steps=optax.safe_increment(state.num_steps),
         num_examples=state.num_examples + batch_size,
-        progress=state.progress + requests(opt_state).progress_per_step,
+        num_accumulated=after.accumulated_after(requested, state.num_accumulated, batch_size),
+        progress=progress,
+        progress_error=progress_error,
         num_nonfinite=state.num_nonfinite + ~jnp.isfinite(gradient.value),
     )
     return state, gradient
@@ -127,7 +135,7 @@ def run_window(
     data: Data,
     num_steps: jax.typing.ArrayLike | None = None,
     step_seconds: jax.typing.ArrayLike = jnp.nan,
-    budget: jax.typing.ArrayLike | None = None,
+    budget: Count | jax.typing.ArrayLike | None = None,
     *,
     loss_fn: LossFn | None = None,
     tx: optax.GradientTransformation,
@@ -151,7 +159,8 @@ def run_window(
       num_steps: int32[], how many of the T steps to take; all if None. It is traced, so that the
         last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
-      budget: int32[], training examples of the whole run, for rules that plan ahead; None if unknown.
+      budget: Training examples of the whole run, for rules that plan ahead, as an int32 or, for more
+        than that, as ``aj.base.as_count(budget)``; None if unknown.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
@@ -198,7 +207,7 @@ def run_window(
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
-    constants: dict[str, Any] = {} if budget is None else {"budget": jnp.asarray(budget, jnp.int32)}
+    constants: dict[str, Any] = {} if budget is None else {"budget": as_count(budget)}
     if "step_seconds" in requested.signals:
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:
