@@ -159,6 +159,10 @@ class Count:
         return _compare(self, other, lambda a, b: ~_less(a, b), operator.ge)
 
     def __eq__(self, other: Any) -> Any:
+        if isinstance(other, Count) and not isinstance(
+            self.high, (jax.Array, np.ndarray, np.generic)
+        ):  # types or specifications, which mapping over a state leaves in the place of words
+            return (self.high, self.low) == (other.high, other.low)
         return _compare(self, other, _equal, operator.eq)
 
     def __ne__(self, other: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import LARGEST_COUNT, as_count
+from arbiter_jax._count import as_count
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests
 from arbiter_jax.batching import BlockSource, num_rows
@@ -158,7 +158,7 @@ def fit(
     >>> [record.num_examples for record in result.history], int(result.state.num_steps)
     ([60, 96], 16)
     """
-    num_examples = _validate.integer(num_examples=num_examples, minimum=1, maximum=LARGEST_COUNT)
+    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     end = num_examples
     if stop_at is not None:
         end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
@@ -174,7 +174,7 @@ def fit(
     num_cache_hits = 0
     step_seconds = float("nan")
     seen = int(state.num_examples)
-    budget = as_count(num_examples)
+    budget = num_examples if num_examples < 2**31 else as_count(num_examples)
     start = time.perf_counter()
     while True:
         size, bucket_size, num_steps = next_window(state.opt_state, window)

@@ -17,7 +17,7 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import Count, as_count, compensated_sum
+from arbiter_jax._count import Count, compensated_sum
 from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
@@ -159,8 +159,8 @@ def run_window(
       num_steps: int32[], how many of the T steps to take; all if None. It is traced, so that the
         last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
-      budget: Training examples of the whole run, for rules that plan ahead, as an int32 or, for more
-        than that, as ``aj.base.as_count(budget)``; None if unknown.
+      budget: int32[], training examples of the whole run, for rules that plan ahead, or an
+        ``aj.base.as_count(budget)`` if that is more than an int32 holds; None if unknown.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
@@ -207,7 +207,10 @@ def run_window(
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
-    constants: dict[str, Any] = {} if budget is None else {"budget": as_count(budget)}
+    constants: dict[str, Any] = {}
+    if budget is not None:
+        is_count = isinstance(budget, Count)
+        constants["budget"] = budget if is_count else jnp.asarray(budget, jnp.int32)
     if "step_seconds" in requested.signals:
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:

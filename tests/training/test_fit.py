@@ -120,11 +120,35 @@ def with_budget(number):
     return optax.chain(optax.sgd(0.05), rule)
 
 
-@pytest.mark.parametrize(("num_examples", "seen"), [(75, 75), (2**31 + 5, 2**31 - 1)])
-def test_rules_get_the_budget(num_examples, seen):
+def test_rules_get_the_budget():
     stop = lambda record, state: True
-    result = fit(with_budget(jnp.int32(0)), num_examples=num_examples, callbacks=[stop])
-    assert result.per_step("seen").tolist() == [seen] * 4
+    result = fit(with_budget(jnp.int32(0)), num_examples=75, callbacks=[stop])
+    assert result.per_step("seen").tolist() == [75] * 4
+
+
+def test_a_budget_may_be_more_than_an_int32_holds():
+    class State(NamedTuple):
+        batch_size: jax.Array
+        left: jax.Array  # shape=(), dtype=float32
+        metrics = ("left",)
+
+    def update_fn(updates, state, params=None, *, budget, num_examples, **extra_args):
+        return updates, state._replace(left=budget - num_examples)
+
+    init_fn = lambda params: State(jnp.int32(10), jnp.float32(0))
+    rule = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    tx = optax.chain(optax.sgd(0.05), rule)
+    state = aj.init_state(jnp.zeros(2), tx, jax.random.PRNGKey(0))
+    state = state._replace(num_examples=aj.base.as_count(2**33 + 3))
+    stop = lambda record, state: True
+    result = fit(tx, num_examples=2**33 + 75, state=state, callbacks=[stop])
+    assert result.per_step("left").tolist() == [72, 62, 52, 42]
+    assert int(result.state.num_examples) == result.history[0].num_examples == 2**33 + 43
+
+
+def test_rules_know_a_budget_beyond_an_int32():
+    with pytest.raises(ValueError, match="num_examples must be 8589934592, the budget"):
+        fit(aj.schedulers.noise_floor(num_examples=2**33, persistence=1.0), num_examples=2**33 + 1)
 
 
 def test_a_leg_stops_early_with_the_budget_of_the_run():

@@ -124,7 +124,8 @@ def test_the_first_state_is_a_function_of_the_key(key):
     assert len({*keys(state), *keys(other)}) == 6
     counters = (state.num_steps, state.num_examples, state.num_nonfinite, state.progress)
     assert [float(c) for c in counters] == [0, 0, 0, 0]
-    assert [c.dtype for c in counters] == [jnp.int32, jnp.int32, jnp.int32, jnp.float32]
+    dtypes = [c.dtype for c in jax.tree.leaves(counters)]
+    assert dtypes == [jnp.int32, jnp.uint32, jnp.uint32, jnp.int32, jnp.float32]
 
 
 # What a window computes
@@ -297,7 +298,7 @@ def test_inner_step_is_a_step_on_a_batch_of_ones_own():
 
 def test_signals_are_computed_only_where_a_rule_asks():
     always = {"value", "grad", "batch_size", "num_steps", "num_examples", "progress"}
-    always |= {"signals_made"}
+    always |= {"num_accumulated", "signals_made"}
     asked = ("grad_stats", "gradient_noise", "agent_inputs", "meta_batch", "step_seconds")
     for needed in ((), *((name,) for name in asked)):
         seen = set()
