@@ -122,9 +122,10 @@ class Count:
             missing = jnp.floor((self - _times(divisor, quotient)) / size)
             missing = jnp.clip(missing, -1024, 2.0**31 - 256).astype(jnp.int32)
             quotient = quotient + jnp.minimum(missing, _LARGEST_INT32 - quotient)
-        rest = self - _times(divisor, quotient)
-        enough = (rest >= size) & (quotient < _LARGEST_INT32)
-        return jnp.where(rest < 0, quotient - 1, jnp.where(enough, quotient + 1, quotient))
+        product = _times(divisor, quotient)
+        enough = ~_less(_minus(self, product), divisor) & (quotient < _LARGEST_INT32)
+        larger = jnp.where(enough, quotient + 1, quotient)
+        return jnp.where(_less(self, product), quotient - 1, larger)
 
     def __mod__(self, other: Any) -> jax.Array:
         divisor = _exactly(other)
@@ -184,7 +185,7 @@ def as_count(value: Any) -> Count:
     if isinstance(value, Count):
         return value
     if isinstance(value, (float, np.floating)):
-        value = int(value)
+        value = int(value) if np.isfinite(value) else 0
     if isinstance(value, (int, np.integer)):
         number = min(max(int(value), 0), _WORD**2 - 1)
         return Count(_word(number // _WORD), _word(number % _WORD))

@@ -116,16 +116,15 @@ def dive_batch(
         base.require("dive_batch", grad_stats=grad_stats)
         update = base.applied_update(state, **signals)
         counted = state._replace(ledger=update.ledger)
-        # The statistics of one call stand for those of all calls of an update.
-        size = update.per_update(grad_stats.batch_size)
+        size = grad_stats.batch_size
+        sq_norm = (size - 1) * grad_stats.variance_trace + size * grad_stats.batch_sq_norm
+        if not isinstance(update.num_calls, int):  # what one call says stands for all of them
+            sq_norm = update.size / size * sq_norm
+            size = update.size.astype(float)
         gradient_sum = jax.tree.map(
             lambda total, g: total + size.astype(total.dtype) * jnp.asarray(g).astype(total.dtype),
             state.gradient_sum,
             updates if grad is None else grad,
-        )
-        sq_norm = update.per_update(
-            (grad_stats.batch_size - 1) * grad_stats.variance_trace
-            + grad_stats.batch_size * grad_stats.batch_sq_norm
         )
         sq_norm_sum = state.sq_norm_sum + sq_norm
         num_examples = state.num_examples + as_count(jnp.round(size))

@@ -138,7 +138,7 @@ def test_a_budget_may_be_more_than_an_int32_holds():
     init_fn = lambda params: State(jnp.int32(10), jnp.float32(0))
     rule = optax.GradientTransformationExtraArgs(init_fn, update_fn)
     tx = optax.chain(optax.sgd(0.05), rule)
-    state = aj.init_state(jnp.zeros(2), tx, jax.random.PRNGKey(0))
+    state = aj.init_state(jnp.zeros(NUM_INPUTS), tx, jax.random.PRNGKey(0))
     state = state._replace(num_examples=aj.base.as_count(2**33 + 3))
     stop = lambda record, state: True
     result = fit(tx, num_examples=2**33 + 75, state=state, callbacks=[stop])
