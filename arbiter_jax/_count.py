@@ -204,7 +204,7 @@ def as_count(value: Any) -> Count:
 
 
 def compensated_sum(
-    total: jax.Array, error: jax.Array, term: jax.Array
+    total: jax.Array, error: jax.Array, term: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Kahan's sum: (total + term, what rounding has added to it so far), from such a pair.
 

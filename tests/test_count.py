@@ -27,7 +27,8 @@ def everything(a, b):
 @hypothesis.given(a=number, b=number, factor=st.integers(1, 2**31), off=st.integers(-2, 2))
 def test_counts_are_pythons_integers(x64, a, b, factor, off):
     with jax.enable_x64(x64):
-        for a, b in ((a, b + 1), (max(0, (b + 1) * factor % 2**62 + off), b + 1)):
+        near = max(0, (b + 1) * factor % 2**62 + off)  # of a multiple
+        for a, b in ((a, b + 1), (near, b + 1)):  # noqa: B020
             total, difference, quotient, rest, since, minus, clipped, compared = everything(
                 as_count(a), as_count(b)
             )

@@ -98,7 +98,7 @@ def adascale(
     if decay is not None:
         decay = _validate.in_range(0, 1, closed="left", decay=decay)
 
-    def init_fn(params):
+    def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
         del params
         return AdaScaleState(
             learning_rate=jnp.ones((), jnp.float32),
@@ -121,7 +121,7 @@ def adascale(
         batch_size=None,
         probe=None,
         **extra_args,
-    ):
+    ) -> Any:
         del params
         if probe is not None:
             return updates, state

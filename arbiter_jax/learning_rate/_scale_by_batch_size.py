@@ -61,11 +61,11 @@ def scale_by_batch_size(
     reference = _validate.integer(reference=reference, minimum=1)
     exponent = _validate.in_range(-2, 2, exponent=exponent)
 
-    def init_fn(params):
+    def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
         del params
         return ScaleByBatchSizeState(learning_rate=jnp.ones((), jnp.float32), ledger=as_count(0))
 
-    def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args):
+    def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args) -> Any:
         del params
         if probe is not None:
             return updates, state

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arbiter_jax._count import Count
 from arbiter_jax._numerics import all_finite, scale_updates, tree_where
 from arbiter_jax.base import PyTree, Update
 from arbiter_jax.batching import masked_mean, num_rows
@@ -133,7 +134,11 @@ def limited_loss(
 
 
 def power_average(
-    mean: jax.Array, sample: jax.Array, last: jax.Array, now: jax.Array, a: int
+    mean: jax.Array,
+    sample: jax.Array,
+    last: jax.Array | Count,
+    now: jax.Array | Count,
+    a: int,
 ) -> jax.Array:
     """An average up to the time `now` in which time s weighs s^a: it forgets, at any time scale.
 
