@@ -1,7 +1,7 @@
 """From a masked batch to a gradient, and to an estimate of its noise."""
 
 from arbiter_jax.gradients._estimators import stats_from_gram
-from arbiter_jax.gradients._masked import Gradient, GradientFn, masked_value_and_grad
+from arbiter_jax.gradients._masked import Gradient, GradientFn, call_loss, masked_value_and_grad
 from arbiter_jax.gradients._statistics import (
     gradient_stats,
     per_example_grads,
@@ -11,6 +11,7 @@ from arbiter_jax.gradients._statistics import (
 __all__ = [
     "Gradient",
     "GradientFn",
+    "call_loss",
     "gradient_stats",
     "masked_value_and_grad",
     "per_example_grads",
