@@ -35,6 +35,19 @@ def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tup
     return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
 
 
+def measurable_range(low: int, high: int, start: int) -> tuple[int, int, int]:
+    """The range and the first size of a rule that measures noise.
+
+    One example says nothing about noise, and a rule that is at 1 would never leave it: 1 becomes 2,
+    if the range allows.
+
+    >>> measurable_range(1, 64, 1), measurable_range(1, 1, 1)
+    ((2, 64, 2), (1, 1, 1))
+    """
+    least = min(2, high)
+    return max(low, least), high, max(start, least)
+
+
 def raw_key(seed: Any) -> jax.Array:
     """An int, a typed or a raw PRNG key, as uint32[2]: plain arrays survive checkpoint and `where`."""
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):

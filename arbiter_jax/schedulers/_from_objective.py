@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax.objectives import NoiseObjective
 from arbiter_jax.objectives._objective import update_objective
 from arbiter_jax.schedulers import _rule, _step_times
@@ -135,10 +135,7 @@ def make_rule(
         _validate.one_of(("measured",), step_cost=step_cost)
     elif step_cost is not None:
         _validate.non_negative(step_cost=step_cost)
-    low, high, start = _validate.batch_size_range(**limits)
-    # One example carries no information about noise: the size would stay 1 forever.
-    least = min(2, high)
-    low, start = max(low, least), max(start, least)
+    low, high, start = _numerics.measurable_range(*_validate.batch_size_range(**limits))
 
     def init_fn(params):
         del params

@@ -19,6 +19,7 @@ from arbiter_jax.base import (
     GradStats,
     PyTree,
     Requests,
+    requests,
 )
 from arbiter_jax.batching import SamplerState, advance, examples_ahead, num_rows
 from arbiter_jax.gradients import Gradient, GradientFn
@@ -38,7 +39,10 @@ def with_zero_statistics(gradient_fn: GradientFn) -> GradientFn:
 
 
 def moved_leaves(
-    tx: optax.GradientTransformationExtraArgs, opt_state: PyTree, params: PyTree
+    tx: optax.GradientTransformationExtraArgs,
+    opt_state: PyTree,
+    params: PyTree,
+    signals_of: Callable[[], dict[str, Any]] = dict,
 ) -> PyTree | None:
     """Which parameters a chain moves by their gradients; None if all of them.
 
@@ -46,13 +50,27 @@ def moved_leaves(
     the size of a batch. They are found in the traced ``tx.update``; where it cannot be traced by
     itself, all parameters count as moved, and so they do where none is.
 
+    Args:
+      tx: The whole chain.
+      opt_state: State of tx.
+      params: Parameters.
+      signals_of: Makes those of the extra arguments of ``tx.update`` that are not made here.
+
     Returns:
       A pytree like the parameters of bools, or None.
     """
 
     def update(grads, opt_state, params, value, count):
-        signals = dict.fromkeys(("batch_size", "num_steps", "num_examples"), count)
-        signals |= {"value": value, "progress": value, "grad": grads, "probe": True}
+        signals = signals_of() | {"value": value, "progress": value, "grad": grads, "probe": True}
+        signals |= dict.fromkeys(("batch_size", "num_steps", "num_examples"), count)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        measured = {
+            "grad_stats": GradStats(*(jnp.zeros((), float) for _ in GradStats._fields)),
+            "gradient_noise": zeros,
+            "update_noise": zeros,
+        }
+        asked = requests(opt_state).signals
+        signals |= {name: made for name, made in measured.items() if name in asked}
         return tx.update(grads, opt_state, params, **signals)
 
     structure, num_states = jax.tree.structure(params), len(jax.tree.leaves(opt_state))

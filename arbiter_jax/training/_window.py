@@ -219,7 +219,15 @@ def run_window(
     tx = with_extra_args(tx)
     moved = None  # all parameters
     if requested.signals & MEASURED_SIGNALS and gradient_fn is None:
-        moved = moved_leaves(tx, state.opt_state, state.params)
+        sampler = state.validation_sampler
+        given = lambda: (
+            constants
+            | {"model_state": state.model_state}
+            | validation_signals(
+                sampler, requested, data.validation, bucket_size, num_agent_inputs, False, inputs_of
+            )[1]
+        )
+        moved = moved_leaves(tx, state.opt_state, state.params, given)
         tx = tx if moved is None else with_moved_grad(tx, moved)
     gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
 
