@@ -254,7 +254,11 @@ def _dependence_of_results(eqn: core.JaxprEqn, operands: list[int]) -> list[int]
     if name == "scan":
         num_consts, num_carry = params["num_consts"], params["num_carry"]
         split = num_consts, num_consts + num_carry
-        consts, carry, xs = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
+        consts, carry, xs = (
+            operands[: split[0]],
+            operands[split[0] : split[1]],
+            operands[split[1] :],
+        )
         body = lambda carry: _dependence(params["jaxpr"], consts + carry + xs)
         carry = _fixed_point(lambda carry: body(carry)[:num_carry], carry)
         return carry + body(carry)[num_carry:]

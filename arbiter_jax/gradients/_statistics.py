@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate, tree_dot, tree_where
+from arbiter_jax._numerics import (
+    at_least_float32,
+    check_parameters,
+    conjugate,
+    tree_dot,
+    tree_where,
+)
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
 from arbiter_jax.gradients._estimators import scaled, stats_from_norms, stats_from_pieces
@@ -55,7 +61,7 @@ def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * factor.astype(x.dtype)
 
 
-def _counts(params: PyTree, trainable: Trainable) -> list[bool] | None:
+def counted_leaves(params: PyTree, trainable: Trainable) -> list[bool] | None:
     """Whether the statistics are about each leaf of the parameters; None if about all."""
     given = trainable(params) if callable(trainable) else trainable
     if given is None:
@@ -180,7 +186,7 @@ def value_grad_and_stats(
     weighted = _value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
-        counts = _counts(params, trainable)
+        counts = counted_leaves(params, trainable)
         factors = _counted(preconditioner, counts)
         k = min(num_pieces, mask.shape[0])
         # Here, not piece by piece: an empty piece has no real row that could stand in for padding.
@@ -271,7 +277,7 @@ def _per_example_stats(
         out = plain(params, batch, mask, None, key)
         m = min(micro_batch_size, mask.shape[0])
         groups = jax.tree.map(lambda x: x.reshape((-1, m, *x.shape[1:])), (batch, mask))
-        counts = _counts(params, trainable)
+        counts = counted_leaves(params, trainable)
         # Scaling before the products is the same as giving each product the squared scale once.
         factors = _counted(preconditioner, counts)
         scale = lambda g: scaled(_counted(g, counts), factors)
@@ -318,7 +324,7 @@ def _per_device_stats(
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         if model_state is not None:
             raise ValueError("method must be 'pieces' for a model with state, got 'per_device'.")
-        counts = _counts(params, trainable)
+        counts = counted_leaves(params, trainable)
         device, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
         key = None if key is None else jax.random.fold_in(key, device)
         # Said to differ between devices, or shard_map adds up the gradients of all of them.
@@ -346,9 +352,7 @@ def _per_device_stats(
 
 
 def _mean_of_devices(tree: PyTree, share: jax.Array, axis_name: str) -> PyTree:
-    return jax.tree.map(
-        lambda x: jax.lax.psum(_times(x, share), axis_name).astype(x.dtype), tree
-    )
+    return jax.tree.map(lambda x: jax.lax.psum(_times(x, share), axis_name).astype(x.dtype), tree)
 
 
 def _joined_aux_of_devices(

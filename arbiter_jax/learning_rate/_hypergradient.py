@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import all_finite, at_least_float32, scale_updates, tree_where, update_or_skip
+from arbiter_jax._numerics import (
+    all_finite,
+    at_least_float32,
+    scale_updates,
+    tree_where,
+    update_or_skip,
+)
 
 
 class HypergradientState(NamedTuple):

@@ -119,9 +119,7 @@ def validation_loss(
 
     @jax.jit  # its values and derivatives then share one trace
     def mean_loss(params):
-        losses, *_ = call_loss(
-            loss_fn, params, meta_batch, rows, model_state, key, has_aux=None
-        )
+        losses, *_ = call_loss(loss_fn, params, meta_batch, rows, model_state, key, has_aux=None)
         return masked_mean(losses, rows)
 
     return mean_loss

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax import lax
 
-from arbiter_jax._numerics import at_least_float32, conjugate
+from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate
 from arbiter_jax.base import LossFn, PyTree, WeightedLoss
 from arbiter_jax.batching import num_rows
 from arbiter_jax.gradients import call_loss
@@ -50,6 +50,7 @@ def per_example(
       max_bytes: Bound on the memory of the gradients of all other parameters, though those of two
         examples are always formed. Beyond it they are computed in blocks, once per pair of blocks.
     """
+    check_parameters(params)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
     treedef = jax.tree.structure(params)
 

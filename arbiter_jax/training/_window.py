@@ -310,8 +310,6 @@ def _gradient_fns(
         plain = jax.jit(plain)
     if not signals & MEASURED_SIGNALS:
         return {True: plain, False: plain}
-    full = value_grad_and_stats(
-        function, sampled=True, trainable=trainable, has_aux=has_aux
-    )
+    full = value_grad_and_stats(function, sampled=True, trainable=trainable, has_aux=has_aux)
     full = jax.jit(full) if has_aux else full
     return {True: full, False: with_zero_statistics(plain)}

@@ -209,7 +209,9 @@ def test_aux_is_a_mean_over_the_real_rows(method, num_examples):
 def test_aux_a_row_is_refused_in_pieces():
     loss = lambda w, x: ((w - x) ** 2, x)
     fn = gradients.value_grad_and_stats(loss, has_aux=True)
-    with pytest.raises(ValueError, match=r"aux, which .*\[\(8,\)\] for the whole batch and \[\(4,\)\]"):
+    with pytest.raises(
+        ValueError, match=r"aux, which .*\[\(8,\)\] for the whole batch and \[\(4,\)\]"
+    ):
         fn(0.0, jnp.ones(8), jnp.ones(8, bool))
 
 
@@ -289,6 +291,19 @@ def test_trainable_leaves_the_others_out(method, trainable):
     if method == "pieces":
         assert not np.any(got.gradient_noise["frozen"])
         assert np.all(got.gradient_noise["train"]["a"] != 0)
+
+
+def test_trainable_of_subset_gradients():
+    batch, params = (draw_rows(), jnp.ones(16)), params_like()
+    got = aj.subset_gradients(noisy_loss, trainable=TRAINED)(params, batch)
+    expected = aj.gradient_stats(noisy_loss, params, batch, num_pieces=16, trainable=TRAINED)
+    # The halves of a batch are other ones.
+    same = lambda stats: stats._replace(half_cosine=0)
+    chex.assert_trees_all_close(same(got.grad_stats), same(expected), rtol=1e-4)
+
+
+def draw_rows():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
 
 
 @pytest.mark.parametrize("trainable", [{"train": True}, {"train": 1, "frozen": 0}, False, [True]])
