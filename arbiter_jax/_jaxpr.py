@@ -209,8 +209,9 @@ _CALLS = TRANSPARENT_CALLS | {"custom_jvp_call", "custom_vjp_call"}
 
 # Zero if all their operands are.
 _KEEP_ZERO = frozenset(
-    "abs add add_any broadcast_in_dim convert_element_type copy integer_pow max min neg reduce_sum "
-    "reshape sign slice square squeeze sub transpose".split()
+    {"abs", "add", "add_any", "broadcast_in_dim", "convert_element_type", "copy", "integer_pow"}
+    | {"max", "min", "neg", "reduce_sum", "reshape", "sign", "slice", "square", "squeeze", "sub"}
+    | {"transpose"}
 )
 
 
@@ -244,8 +245,8 @@ def _dependence(program: Any, arguments: Sequence[int]) -> list[int]:
 def _dependence_of_results(eqn: core.JaxprEqn, operands: list[int]) -> list[int]:
     name, params = eqn.primitive.name, eqn.params
     if name in _CALLS:
-        (body,) = core.jaxprs_in_params(params)
-        return _dependence(body, operands)
+        (called,) = core.jaxprs_in_params(params)
+        return _dependence(called, operands)
     if name == "cond":
         branches = [_dependence(branch, operands[1:]) for branch in params["branches"]]
         return _chosen(operands[0], [max(results) for results in zip(*branches, strict=True)])
@@ -259,9 +260,9 @@ def _dependence_of_results(eqn: core.JaxprEqn, operands: list[int]) -> list[int]
             operands[split[0] : split[1]],
             operands[split[1] :],
         )
-        body = lambda carry: _dependence(params["jaxpr"], consts + carry + xs)
-        carry = _fixed_point(lambda carry: body(carry)[:num_carry], carry)
-        return carry + body(carry)[num_carry:]
+        iteration = lambda carry: _dependence(params["jaxpr"], consts + carry + xs)
+        carry = _fixed_point(lambda carry: iteration(carry)[:num_carry], carry)
+        return carry + iteration(carry)[num_carry:]
     if name == "while":
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         asked, consts = operands[: split[0]], operands[split[0] : split[1]]

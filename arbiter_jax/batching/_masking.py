@@ -97,14 +97,16 @@ def check_losses(losses: Any, num_examples: int, name: str = "loss_fn") -> None:
                 "of shape [M, 1] broadcast to [M, M]; losses of tokens go in an aj.WeightedLoss."
             )
         return
-    weights = jnp.shape(losses.weights)
-    broadcasts = len(weights) == len(shape) and all(
-        w in (1, n) for w, n in zip(weights, shape, strict=True)
+    weights = getattr(losses.weights, "shape", repr(losses.weights))
+    broadcasts = (
+        isinstance(weights, tuple)
+        and len(weights) == len(shape)
+        and all(w in (1, n) for w, n in zip(weights, shape, strict=True))
     )
     if not broadcasts:
         raise ValueError(
             f"{name} must return an aj.WeightedLoss whose weights have the shape of its losses, "
-            f"{shape}, got weights of shape {weights}."
+            f"{shape}, got {weights}."
         )
 
 

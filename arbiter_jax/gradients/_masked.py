@@ -61,7 +61,7 @@ def call_loss(
     has_state = model_state is not None
     arguments = (params, batch, model_state, mask, key) if has_state else (params, batch)
     _check_signature(loss_fn, arguments)
-    returned = loss_fn(*arguments)
+    returned: Any = loss_fn(*arguments)
     is_tuple = isinstance(returned, tuple) and not isinstance(returned, WeightedLoss)
     if has_aux is None:
         has_aux = is_tuple and len(returned) == 2 + has_state

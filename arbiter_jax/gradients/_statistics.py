@@ -49,7 +49,7 @@ def _weighted_mean(trees: Sequence[PyTree], weights: jax.Array) -> PyTree:
     shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
 
     def mean(*xs):
-        total = sum(_times(x, share) for x, share in zip(xs, shares, strict=True))
+        total: Any = sum(_times(x, share) for x, share in zip(xs, shares, strict=True))
         return total.astype(xs[0].dtype)
 
     return jax.tree.map(mean, *trees)
@@ -68,7 +68,7 @@ def counted_leaves(params: PyTree, trainable: Trainable) -> list[bool] | None:
         return None
     spread = lambda counts, part: [counts] * len(jax.tree.leaves(part))
     try:
-        counts = jax.tree.leaves(jax.tree.map(spread, given, params))
+        counts: Any = jax.tree.leaves(jax.tree.map(spread, given, params))
     except (TypeError, ValueError):  # of another structure
         counts = [None]
     if not all(isinstance(x, (bool, np.bool_)) for x in counts) or not any(counts):

@@ -95,7 +95,7 @@ def with_moved_grad(
 ) -> optax.GradientTransformationExtraArgs:
     """A chain whose signal `grad` is zero where the chain moves no parameter, as in `grad_stats`."""
 
-    def update(updates, state, params=None, *, grad, **signals):
+    def update(updates, state, params=None, *, grad=None, **signals):
         grad = jax.tree.map(lambda g, moves: g if moves else jnp.zeros_like(g), grad, moved)
         return tx.update(updates, state, params, grad=grad, **signals)
 

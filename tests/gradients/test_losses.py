@@ -48,7 +48,11 @@ WRONG = {
     "a list": (returns(lambda x: [x]), SHAPE + r"\["),
     "a weight a row": (
         returns(lambda x: aj.WeightedLoss(jnp.stack([x, x], axis=1), jnp.ones(x.shape))),
-        r"WeightedLoss whose weights have the shape of its losses, \(\d, 2\), got weights of shape",
+        r"WeightedLoss whose weights have the shape of its losses, \(\d, 2\), got",
+    ),
+    "a weight": (
+        returns(lambda x: aj.WeightedLoss(x, 1.0)),
+        r"weights have the shape of its losses, \(\d,\), got 1.0",
     ),
     "weighted integers": (
         returns(lambda x: aj.WeightedLoss(x.astype(int), x)),
