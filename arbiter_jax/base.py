@@ -110,6 +110,7 @@ class StepInfo(NamedTuple):
     loss: jax.Array  # shape=(), dtype=float, mean loss of the real examples before the step
     batch_size: jax.Array  # shape=(), dtype=int32, number of real examples, 0 for a skipped step
     metrics: dict[str, jax.Array]  # what the states of the chain and the gradient report
+    aux: PyTree = None  # auxiliary output of the loss function, if it has any
 
 
 class RuleState(Protocol):

@@ -4,6 +4,7 @@ from arbiter_jax.batching._blocks import Block, BlockSource, block_batch, block_
 from arbiter_jax.batching._buckets import all_buckets, next_bucket
 from arbiter_jax.batching._masking import (
     batch_mask,
+    check_losses,
     masked_mean,
     num_rows,
     replace_padding,
@@ -29,6 +30,7 @@ __all__ = [
     "block_batch",
     "block_rows",
     "check_block",
+    "check_losses",
     "examples_ahead",
     "init_sampler",
     "masked_mean",

@@ -14,7 +14,7 @@ import jax
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import raw_key
+from arbiter_jax._numerics import measurable_range, raw_key
 from arbiter_jax.hyper_learning._agents import Agent
 from arbiter_jax.hyper_learning._hyper_step import Config, init_state, update_state
 from arbiter_jax.hyper_learning._meta_objective import Range, from_noise
@@ -76,7 +76,8 @@ def arbiter(
       response_loss: The loss of each meta example under a response; see
         :data:`arbiter_jax.hyper_learning.ResponseLoss`. None if `objective` is given.
       num_features: Width of the head's input, an integer >= 1. None if `objective` is given.
-      min_batch_size: :math:`b_{min}`, an integer >= 1.
+      min_batch_size: :math:`b_{min}`, an integer >= 1; with an objective 1 is taken as 2, because
+        one example carries no information about noise.
       max_batch_size: :math:`b_{max}`, an integer > min_batch_size.
       initial_batch_size: Batch size of the first window, within the range.
       window: T, number of updates between two decisions, an integer >= 1.
@@ -139,6 +140,8 @@ def arbiter(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    if objective is not None:
+        low, high, start = measurable_range(low, high, start)
     if high == low:
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."

@@ -33,7 +33,7 @@ class AdamPState(NamedTuple):
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(x * y, axes, keepdims=True)
+    return jnp.sum(jnp.real(jnp.conj(x) * y), axes, keepdims=True)
 
 
 def _project(
@@ -51,7 +51,7 @@ def _project(
     all_axes = tuple(range(param.ndim))
     projected, invariant = wide, jnp.asarray(False)
     for axes in (tuple(a for a in all_axes if a != channel_axis % param.ndim), all_axes):
-        dim = math.prod(param.shape[a] for a in axes)
+        dim = math.prod(param.shape[a] for a in axes) * (2 if jnp.iscomplexobj(param) else 1)
         norm = jnp.sqrt(_dot(param, param, axes))
         norms = norm * jnp.sqrt(_dot(grad, grad, axes))
         cosine = jnp.abs(_dot(grad, param, axes)) / jnp.maximum(norms, eps)

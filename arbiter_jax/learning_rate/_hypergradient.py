@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import all_finite, scale_updates, tree_where, update_or_skip
+from arbiter_jax._numerics import (
+    all_finite,
+    at_least_float32,
+    scale_updates,
+    tree_where,
+    update_or_skip,
+)
 
 
 class HypergradientState(NamedTuple):
@@ -33,10 +39,12 @@ class HypergradientState(NamedTuple):
 
 
 def _inner_product(a: Any, b: Any) -> jax.Array:
-    """Sum over all leaves of a * b, in at least float32."""
-    products = jax.tree.map(
-        lambda x, y: jnp.sum(x * y, dtype=jnp.promote_types(jnp.result_type(x), jnp.float32)), a, b
-    )
+    """Sum over all leaves of a * b, in at least float32; complex numbers are pairs of real ones."""
+
+    def leaf(x, y):
+        return jnp.sum(jnp.real(jnp.conj(at_least_float32(x)) * at_least_float32(y)))
+
+    products = jax.tree.map(leaf, a, b)
     return jnp.asarray(sum(jax.tree.leaves(products)), jnp.float32)
 
 

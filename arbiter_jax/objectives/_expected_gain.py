@@ -16,7 +16,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import Count, as_count
-from arbiter_jax._numerics import tree_dot, tree_where
+from arbiter_jax._numerics import conjugate, tree_dot, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.objectives._objective import (
     NoiseObjective,
@@ -211,7 +211,7 @@ def gain_and_noise_cost(
         # A custom_vjp has no forward derivative: JAX raises the first error if one is asked for, the
         # second if it is nested. Backward costs twice as much; a loss that is wrong raises again.
         product = jax.jvp(jax.grad(mean_loss), (params,), (direction,))[1]
-        curvature = tree_dot(direction, product)
+        curvature = tree_dot(direction, conjugate(product))
     b = batch_size.astype(float)
     q = 0.5 * persistence**2 * b * curvature  # Eq. 3
     gain = mean_loss(params) - mean_loss(optax.apply_updates(params, updates))  # Eq. 2

@@ -16,6 +16,7 @@ from arbiter_jax._count import Count
 from arbiter_jax._numerics import all_finite, scale_updates, tree_where
 from arbiter_jax.base import PyTree, Update
 from arbiter_jax.batching import masked_mean, num_rows
+from arbiter_jax.gradients import call_loss
 
 
 class NoiseObjective(NamedTuple):
@@ -156,12 +157,12 @@ def validation_loss(
     meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
     rows = jnp.ones(num_rows(meta_batch), bool)
 
+    key = None if model_state is None else jax.random.PRNGKey(0)
+
     @jax.jit  # its values and derivatives then share one trace
     def mean_loss(params):
-        if model_state is None:
-            return masked_mean(loss_fn(params, meta_batch), rows)
-        key = jax.random.PRNGKey(0)
-        return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
+        losses, *_ = call_loss(loss_fn, params, meta_batch, rows, model_state, key, has_aux=None)
+        return masked_mean(losses, rows)
 
     return mean_loss
 

@@ -70,7 +70,8 @@ def norm_test(
         asks for the largest size almost at once.
       decay: Weight of the past in the averages of tr S and of \|gbar\|^2, in [0, 1); 0 tests every
         batch by itself, as published.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -133,7 +134,8 @@ def inner_product_test(
       theta: Error allowed along the gradient, relative to its squared norm, > 0.
       decay: Weight of the past in the averages of numerator and denominator, in [0, 1); 0 tests
         every batch by itself, as published.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -184,7 +186,7 @@ def _growing_test(
 ) -> optax.GradientTransformationExtraArgs:
     """The rule of both tests: B >= numerator / (tolerance^2 denominator), or grow until it is."""
     _validate.in_range(0, 1, closed="left", decay=decay)
-    low, high, start = limits
+    low, high, start = _numerics.measurable_range(*limits)
 
     def init_fn(params):
         del params

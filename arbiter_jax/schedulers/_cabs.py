@@ -55,7 +55,8 @@ def cabs(
     Args:
       learning_rate: lr, the rate of the SGD in the same chain, > 0, or a schedule of the step.
       decay: Weight of the past in the averages, in [0, 1).
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -91,6 +92,7 @@ def cabs(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         del params

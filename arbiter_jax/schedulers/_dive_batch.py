@@ -59,7 +59,8 @@ def dive_batch(
         examples have been seen.
       delta: Share of the diversity to use, > 0. N D is of the order of (\|G\|^2 + tr S) / \|G\|^2,
         so that the published 1e-4 moves the size only on gradients that nearly cancel.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -95,6 +96,7 @@ def dive_batch(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         return DiveBatchState(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.objectives import NoiseObjective
 from arbiter_jax.objectives._objective import of_whole_update, update_objective
@@ -137,10 +137,7 @@ def make_rule(
         _validate.one_of(("measured",), step_cost=step_cost)
     elif step_cost is not None:
         _validate.non_negative(step_cost=step_cost)
-    low, high, start = _validate.batch_size_range(**limits)
-    # One example carries no information about noise: the size would stay 1 forever.
-    least = min(2, high)
-    low, start = max(low, least), max(start, least)
+    low, high, start = _numerics.measurable_range(*_validate.batch_size_range(**limits))
 
     def init_fn(params):
         del params

@@ -61,7 +61,8 @@ def goodput(
       decay: Weight of the past in the averages of the statistics, in [0, 1).
       candidates: Sizes to choose from, increasing integers of [min_batch_size, max_batch_size]. By
         default the powers of two of that range, which fill their bucket, and its ends.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
@@ -102,7 +103,8 @@ def goodput(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
-    options = _candidates(candidates, low, high)
+    low, high, start = _numerics.measurable_range(low, high, start)
+    options = _candidates(candidates, min_batch_size, low, high)
 
     def init_fn(params):
         del params
@@ -155,11 +157,13 @@ def goodput(
     return _rule.transformation(init_fn, update_state)
 
 
-def _candidates(candidates: Sequence[int] | None, low: int, high: int) -> tuple[int, ...]:
+def _candidates(
+    candidates: Sequence[int] | None, minimum: int, low: int, high: int
+) -> tuple[int, ...]:
     if candidates is None:
         powers = (1 << e for e in range(low.bit_length(), high.bit_length()))
         return tuple(sorted({low, high, *powers}))
-    sizes = tuple(_validate.integer(candidates=c, minimum=low, maximum=high) for c in candidates)
-    if not sizes or list(sizes) != sorted(set(sizes)):
+    sizes = [_validate.integer(candidates=c, minimum=minimum, maximum=high) for c in candidates]
+    if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
-    return sizes
+    return tuple(sorted({max(size, low) for size in sizes}))

@@ -52,7 +52,8 @@ def gradient_noise_scale(
     Args:
       scale: c, > 0.
       decay: Weight of the past in the averages, in [0, 1).
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -85,6 +86,7 @@ def gradient_noise_scale(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         del params

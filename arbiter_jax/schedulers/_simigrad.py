@@ -54,7 +54,8 @@ def simigrad(
       decide_every: Steps from one decision to the next, over which the cosine is averaged, an
         integer >= 1. A decision starts from the applied size, so that decisions that are not applied
         do not compound.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -91,6 +92,7 @@ def simigrad(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         del params

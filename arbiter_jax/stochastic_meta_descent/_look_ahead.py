@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import tree_where
+from arbiter_jax._numerics import at_least_float32, tree_where
 from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.batching import advance, num_rows, sample_batch
 from arbiter_jax.gradients import Gradient, masked_value_and_grad
@@ -188,8 +188,15 @@ def look_ahead_gradient(
     gradient = evaluate(config, params, evaluation, after)
     # <grad L(theta_T), d theta_T / d coordinate>
     pairs = zip(jax.tree.leaves(gradient.grads), jax.tree.leaves(tangents), strict=True)
-    slopes = jnp.stack([jnp.sum(g[None] * t, axis=range(1, t.ndim)) for g, t in pairs]).sum(0)
+    slopes = jnp.stack([_products(g, t) for g, t in pairs]).sum(0)
     return gradient.value, treedef.unflatten(list(slopes))
+
+
+def _products(gradient: jax.Array, tangents: jax.Array) -> jax.Array:
+    """Inner products of a gradient with k tangents, float[k], in at least float32."""
+    gradient, tangents = at_least_float32(gradient), at_least_float32(tangents)
+    products = jnp.real(jnp.conj(gradient)[None] * tangents)
+    return jnp.sum(products, axis=range(1, tangents.ndim))
 
 
 class MetaState(NamedTuple):

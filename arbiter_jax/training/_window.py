@@ -46,8 +46,10 @@ from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
+    moved_leaves,
     update_noise,
     validation_signals,
+    with_moved_grad,
     with_zero_statistics,
 )
 from arbiter_jax.training._state import Data, TrainState
@@ -127,6 +129,8 @@ def inner_step(
         "num_agent_inputs",
         "gradient_fn",
         "transform_batch",
+        "inputs_of",
+        "has_aux",
     ),
     donate_argnames="state",
 )
@@ -144,6 +148,8 @@ def run_window(
     num_agent_inputs: int = 32,
     gradient_fn: GradientFn | None = None,
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
+    inputs_of: Callable[[PyTree], PyTree] | None = None,
+    has_aux: bool = False,
 ) -> tuple[TrainState, StepInfo]:
     """Runs T training steps in one compiled program.
 
@@ -169,6 +175,13 @@ def run_window(
       num_agent_inputs: Validation inputs that an agent sees at each step.
       gradient_fn: Replaces the gradient of loss_fn, e.g. by one over a chosen subset of examples.
       transform_batch: ``transform_batch(key, batch) -> batch``, e.g. augmentation.
+      inputs_of: ``inputs_of(batch) -> inputs``, the part of a validation batch that an agent sees;
+        by default the first entry of a tuple or list, or the batch if it is one array. A batch of
+        another form, a dict for example, needs it where the chain has an agent.
+      has_aux: Whether `loss_fn` returns ``(losses, aux)``, with a model state ``(losses,
+        model_state, aux)``; ``StepInfo.aux`` holds `aux`. At steps at which the gradient's noise is
+        measured it is that of pieces of the batch: the means of floating-point leaves, the other
+        leaves of the last piece.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
@@ -216,7 +229,19 @@ def run_window(
     if "persistence" in requested.signals:
         constants["persistence"] = measure_persistence(tx, state.params)
     tx = with_extra_args(tx)
-    gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals)
+    moved = None  # all parameters
+    if requested.signals & MEASURED_SIGNALS and gradient_fn is None:
+        sampler = state.validation_sampler
+        given = lambda: (
+            constants
+            | {"model_state": state.model_state}
+            | validation_signals(
+                sampler, requested, data.validation, bucket_size, num_agent_inputs, False, inputs_of
+            )[1]
+        )
+        moved = moved_leaves(tx, state.opt_state, state.params, given)
+        tx = tx if moved is None else with_moved_grad(tx, moved)
+    gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
 
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
         if isinstance(data.train, Block):
@@ -238,6 +263,7 @@ def run_window(
             bucket_size,
             num_agent_inputs,
             due,
+            inputs_of,
         )
         state = state._replace(validation_sampler=sampler)
         signals |= {**constants, "signals_made": made}
@@ -249,10 +275,11 @@ def run_window(
         metrics = {name: getattr(gradient, name) for name in getattr(gradient, "metrics", ())}
         metrics |= requests(state.opt_state).metrics
         size = jnp.sum(mask, dtype=jnp.int32)
-        return state, StepInfo(gradient.value.astype(float), size, metrics)
+        aux = getattr(gradient, "aux", None)
+        return state, StepInfo(gradient.value.astype(float), size, metrics, aux)
 
     def no_step(state: TrainState, drawn: Any) -> StepInfo:
-        if gradient_fn is not None:  # what it reports is not known before it is traced
+        if gradient_fn is not None or has_aux:  # what it reports is not known before it is traced
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, drawn)[1])
         metrics = jax.tree.map(jnp.zeros_like, requests(state.opt_state).metrics)
         return StepInfo(jnp.zeros((), float), jnp.zeros((), jnp.int32), metrics)
@@ -278,7 +305,11 @@ def run_window(
 
 
 def _gradient_fns(
-    loss_fn: LossFn | None, given: GradientFn | None, signals: frozenset[str]
+    loss_fn: LossFn | None,
+    given: GradientFn | None,
+    signals: frozenset[str],
+    trainable: PyTree | None,
+    has_aux: bool,
 ) -> dict[bool, GradientFn]:
     """Whether a rule is due -> the gradient function of such a step."""
     if given is not None:
@@ -286,8 +317,11 @@ def _gradient_fns(
         traced_once = jax.jit(given)
         return {True: traced_once, False: traced_once}
     function: Any = loss_fn
-    plain = masked_value_and_grad(function, sampled=True)
+    plain = masked_value_and_grad(function, sampled=True, has_aux=has_aux)
+    if has_aux:  # traced once, as above
+        plain = jax.jit(plain)
     if not signals & MEASURED_SIGNALS:
         return {True: plain, False: plain}
-    full = value_grad_and_stats(function, sampled=True)
+    full = value_grad_and_stats(function, sampled=True, trainable=trainable, has_aux=has_aux)
+    full = jax.jit(full) if has_aux else full
     return {True: full, False: with_zero_statistics(plain)}

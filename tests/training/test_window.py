@@ -306,6 +306,8 @@ def test_signals_are_computed_only_where_a_rule_asks():
         run = functools.partial(aj.run_window.__wrapped__, loss_fn=loss_fn, tx=tx, window=1)
         jax.eval_shape(functools.partial(run, bucket_size=8), start(tx), data())
         extra = {"grad_stats"} if needed == ("gradient_noise",) else set()
+        if extra or needed == ("grad_stats",):  # how the chain responds to a gradient is probed
+            extra |= {"probe"}
         assert seen - extra == always | set(needed)
 
 
