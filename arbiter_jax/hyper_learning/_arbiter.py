@@ -139,25 +139,25 @@ def arbiter(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
-    if high == low:
+    if not (_validate.is_traced(low) or _validate.is_traced(high)) and high == low:
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."
         )
-    window = _validate.integer(window=window, minimum=1)
+    window = _validate.int32(window=window, minimum=1)
     config = Config(
         agent=agent,
         objective=meta_objective,
         limits=Range(low, high),
         initial_batch_size=start,
         window=window,
-        hyper_every=_validate.integer(hyper_every=hyper_every, minimum=1, maximum=window),
+        hyper_every=_validate.int32(hyper_every=hyper_every, minimum=1, maximum=window),
         anchors=_validate.one_of(("offset", "none"), anchor=anchor) == "offset",
         agent_optimizer=agent_optimizer or hyper_optimizer(meta_objective.agent_rate),
         mixture_optimizer=mixture_optimizer or hyper_optimizer(meta_objective.mixture_rate),
     )
 
     def init_fn(params) -> Any:
-        del params
+        _validate.all_parameters("arbiter", params)
         return init_state(config, raw_key(seed))
 
     def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):

@@ -55,7 +55,7 @@ class _Config:
     total_steps: int  # of the whole training
     max_warmup: int
     min_learning_rate: float
-    growth: float  # d log(learning rate) / d step in the warm-up
+    growth: Any  # d log(learning rate) / d step in the warm-up
     phase_after_warmup: int
     latest_cooldown: int  # a constant phase ends here
     patience: int
@@ -225,11 +225,19 @@ def autowu(
     >>> print(f"{state[1].learning_rate:.2e}")  # 1e-5 (1 / 1e-5)^(1 / 20)
     1.78e-05
     """
+    _validate.static(
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=num_epochs,
+        max_warmup_fraction=max_warmup_fraction,
+        cooldown_fraction=cooldown_fraction,
+        num_tests=num_tests,
+    )
     steps_per_epoch = _validate.integer(steps_per_epoch=steps_per_epoch, minimum=1)
     num_epochs = _validate.integer(num_epochs=num_epochs, minimum=1)
     low = _validate.positive(min_learning_rate=min_learning_rate)
     high = _validate.positive(max_learning_rate=max_learning_rate)
-    if high < low:
+    traced = _validate.is_traced(low) or _validate.is_traced(high)
+    if not traced and high < low:
         raise ValueError(
             "max_learning_rate must be >= min_learning_rate, got "
             f"max_learning_rate={high} and min_learning_rate={low}."
@@ -238,7 +246,8 @@ def autowu(
         0, 1, closed="right", max_warmup_fraction=max_warmup_fraction
     )
     cooldown_fraction = _validate.in_range(0, 1, cooldown_fraction=cooldown_fraction)
-    seed = _validate.integer(seed=seed)
+    if not _validate.is_traced(seed):
+        seed = _validate.integer(seed=seed)
 
     total_steps = steps_per_epoch * num_epochs
     longest = max(1, int(max_warmup_fraction * total_steps))
@@ -252,10 +261,10 @@ def autowu(
         total_steps=total_steps,
         max_warmup=max_warmup,
         min_learning_rate=low,
-        growth=math.log(high / low) / longest,
+        growth=(jnp.log(high / low) if traced else math.log(high / low)) / longest,
         phase_after_warmup=phase_after_warmup,
         latest_cooldown=latest_cooldown,
-        patience=_validate.integer(patience=patience, minimum=1),
+        patience=_validate.int32(patience=patience, minimum=1),
         num_tests=_validate.integer(num_tests=num_tests, minimum=1),
         confidence=_validate.in_range(0, 1, closed="neither", confidence=confidence),
     )

@@ -54,7 +54,7 @@ def scale_by_batch_size(
     >>> print(f"{updates['w']:.1f}")
     -0.2
     """
-    reference = _validate.integer(reference=reference, minimum=1)
+    reference = _validate.int32(reference=reference, minimum=1)
     exponent = _validate.in_range(-2, 2, exponent=exponent)
 
     def init_fn(params):
@@ -67,6 +67,7 @@ def scale_by_batch_size(
             return updates, state
         require("scale_by_batch_size", batch_size=batch_size)
         factor = relative_size(batch_size, reference) ** exponent
+        factor = factor.astype(jnp.float32)
         return scale_updates(updates, factor), ScaleByBatchSizeState(factor)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

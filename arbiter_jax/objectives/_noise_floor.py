@@ -158,7 +158,7 @@ def noise_floor(
         number = isinstance(loss_fn, (int, float))
         check_loss_fn(loss_fn, "; a budget is given as num_examples" if number else "")
     if num_examples is not None:
-        num_examples = _validate.integer(num_examples=num_examples, minimum=1, maximum=2**31 - 1)
+        num_examples = _validate.int32(num_examples=num_examples, minimum=1, maximum=2**31 - 1)
     infinity = float("inf")
     config = FloorConfig(
         loss_fn=loss_fn,
@@ -194,12 +194,16 @@ def _init(config: FloorConfig) -> FloorState:
         training=slope(),
         validation=None if config.loss_fn is None else ValidationSlope(slope()),
         num_examples=zero(jnp.int32),
-        budget=jnp.asarray(config.num_examples or 0, jnp.int32),
+        budget=_given_budget(config),
         run_budget=zero(jnp.int32),
         held_batch_size=zero(float),
         size_when_held=zero(float),
         persistence=PersistenceSignal() if config.persistence is None else None,
     )
+
+
+def _given_budget(config: FloorConfig) -> jax.Array:
+    return jnp.asarray(0 if config.num_examples is None else config.num_examples, jnp.int32)
 
 
 def _persistence(config: FloorConfig, signals: dict[str, Any]) -> Any:
@@ -272,6 +276,8 @@ def _update(
         new = new._replace(validation=tree_where(measured, validation, state.validation))
     if config.num_examples is None and signals.get("budget") is not None:
         new = new._replace(run_budget=jnp.asarray(signals["budget"], jnp.int32))
+    if isinstance(config.num_examples, jax.Array):  # which may differ from that of the last step
+        new = new._replace(budget=_given_budget(config))
     # What grows later is the last size before growth began.
     size = jnp.clip(_floor_size(config, new), 1 / INFINITE_SIZE, INFINITE_SIZE)
     settled = _grows(config, state) & (state.held_batch_size > 0)

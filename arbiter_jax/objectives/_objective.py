@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arbiter_jax import _validate
 from arbiter_jax._numerics import all_finite, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import masked_mean, num_rows
@@ -126,7 +127,4 @@ def validation_loss(
 
 def check_loss_fn(loss_fn: Any, hint: str = "") -> None:
     """Raises a ValueError for anything that cannot be called where a loss function belongs."""
-    if not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn must be a function (params, batch) -> float[M], got {loss_fn!r}{hint}."
-        )
+    _validate.function("(params, batch) -> float[M]", hint, loss_fn=loss_fn)

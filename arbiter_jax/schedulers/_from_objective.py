@@ -128,20 +128,21 @@ def make_rule(
     **limits: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`from_objective`, with the type of the state and the name for messages."""
-    interval = _validate.integer(measure_every=measure_every, minimum=1)
-    _validate.greater(1, max_change=max_change)
+    interval = _validate.int32(measure_every=measure_every, minimum=1)
+    max_change = _validate.greater(1, max_change=max_change)
     measures_cost = isinstance(step_cost, str)
     if measures_cost:
         _validate.one_of(("measured",), step_cost=step_cost)
     elif step_cost is not None:
-        _validate.non_negative(step_cost=step_cost)
+        step_cost = _validate.non_negative(step_cost=step_cost)
     low, high, start = _validate.batch_size_range(**limits)
     # One example carries no information about noise: the size would stay 1 forever.
-    least = min(2, high)
-    low, start = max(low, least), max(start, least)
+    least = _least(2, high)
+    low, start = _most(low, least), _most(start, least)
+    always = not isinstance(interval, jax.Array) and interval == 1
 
     def init_fn(params):
-        del params
+        _validate.all_parameters(name, params)
         if objective.num_examples is None:  # one step, until the budget of the loop is known
             window_steps = _rule.int32(1)
         else:
@@ -155,7 +156,7 @@ def make_rule(
             step_cost=MeasuredCost(_step_times.init(start)) if measures_cost else None,
             num_steps=_rule.int32(),
             num_skipped=_rule.int32(),
-            signals_due=None if interval == 1 else jnp.array(True),
+            signals_due=None if always else jnp.array(True),
         )
 
     def update_state(state, *, updates, params, batch_size=None, signals_made=None, **signals):
@@ -196,20 +197,30 @@ def make_rule(
             step_cost=timed,
             num_steps=num_steps,
         )
-        if interval > 1:
+        if not always:
             due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
             new = new._replace(signals_due=due)
         return new
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _initial_size(budget: Any, high: int) -> jax.Array:
+def _least(a: Any, b: Any) -> Any:
+    """The lesser of two numbers; an int32[] only if one of them is."""
+    return jnp.minimum(a, b) if isinstance(a, jax.Array) or isinstance(b, jax.Array) else min(a, b)
+
+
+def _most(a: Any, b: Any) -> Any:
+    """The greater of two numbers; an int32[] only if one of them is."""
+    return jnp.maximum(a, b) if isinstance(a, jax.Array) or isinstance(b, jax.Array) else max(a, b)
+
+
+def _initial_size(budget: Any, high: Any) -> jax.Array:
     """The size that the first batches have at least; 0 without a budget."""
     return jnp.minimum(high, budget // _INITIAL_BATCHES_PER_BUDGET)
 
 
-def _window_steps(num_steps: jax.Array, size: jax.Array, budget: Any, high: int) -> jax.Array:
+def _window_steps(num_steps: jax.Array, size: jax.Array, budget: Any, high: Any) -> jax.Array:
     """Few steps at the start, when little is known; few examples at all times."""
     early = num_steps < _NUM_EARLY_STEPS
     unlimited = jnp.iinfo(jnp.int32).max
@@ -221,7 +232,7 @@ def _window_steps(num_steps: jax.Array, size: jax.Array, budget: Any, high: int)
 
 
 def _limited_change(
-    size: jax.Array, applied: jax.Array, max_change: float, low: int, high: int
+    size: jax.Array, applied: jax.Array, max_change: Any, low: Any, high: Any
 ) -> jax.Array:
     """The size as an integer of the range, at most a factor from the applied one."""
     now = applied.astype(size.dtype)

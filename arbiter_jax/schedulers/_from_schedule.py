@@ -74,10 +74,9 @@ def from_schedule(
     >>> sizes
     [8, 8, 16, 16, 32]
     """
-    if not callable(schedule):
-        raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
+    _validate.function("of a count", schedule=schedule)
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
-    low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
+    low, high, start = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
 
     def size_at(position, fallback):
         value = jnp.asarray(schedule(position), float)
@@ -89,7 +88,7 @@ def from_schedule(
         if initial_batch_size is None:
             size, _ = size_at(_rule.int32(), _rule.int32(low))
         else:
-            size = _rule.int32(initial_batch_size)
+            size = _rule.int32(start)
         return ScheduleState(
             **_rule.sizes(low, high, size), count=_rule.int32(), num_skipped=_rule.int32()
         )
@@ -109,4 +108,4 @@ def from_schedule(
         size, usable = size_at(counted.count, state.batch_size)
         return _numerics.update_or_skip(usable, counted._replace(batch_size=size), counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
