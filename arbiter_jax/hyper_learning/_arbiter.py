@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
@@ -164,6 +165,14 @@ def arbiter(
         if updates_only is not None or probe is not None:
             return updates, state
         new_state: Any = update_state(config, state, updates, params, signals)
+        if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+            # They may differ from those of the last step, in `optax.inject_hyperparams`.
+            size = jnp.clip(new_state.batch_size, low, high)
+            new_state = new_state._replace(
+                batch_size=size,
+                min_batch_size=jnp.asarray(low, jnp.int32),
+                max_batch_size=jnp.asarray(high, jnp.int32),
+            )
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
