@@ -64,9 +64,10 @@ def shown(value: Any) -> str:
 
 def _not_static(names: str, found: str) -> ValueError:
     listed = ", ".join(f'"{name}"' for name in names.split(", "))
+    comma = "" if ", " in names else ","
     return ValueError(
-        f"{names} must be known while tracing, got {found}: give Python values, and list them in "
-        f"static_args=({listed},) of optax.inject_hyperparams."
+        f"{names} must be known while tracing, got {found}: give Python numbers, and inside "
+        f"optax.inject_hyperparams pass static_args=({listed}{comma})."
     )
 
 
@@ -93,8 +94,8 @@ def integer(*, minimum: int | None = None, maximum: int | None = None, **argumen
     high = "" if maximum is None else f"{' and' if low else ''} <= {maximum}"
     if (
         not _is_integer(value)
-        or (minimum is not None and value < minimum)
-        or (maximum is not None and value > maximum)
+        or (minimum is not None and int(value) < minimum)
+        or (maximum is not None and int(value) > maximum)
     ):
         raise ValueError(f"{name} must be an integer{low}{high}, got {shown(value)}.")
     return int(value)
@@ -127,6 +128,30 @@ def int32(*, minimum: int | None = None, maximum: Any = None, **argument: Any) -
     return jnp.asarray(checked, jnp.int32) if isinstance(value, jax.Array) else checked
 
 
+def seed(value: Any) -> Any:
+    """Returns an int or a PRNG key, or raises if it is neither.
+
+    Args:
+      value: The argument `seed`.
+    """
+    if _is_integer(value):
+        if not is_traced(value):
+            integer(seed=value, minimum=-(2**63), maximum=2**63 - 1)
+        return value
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, value)
+    else:
+        data = value
+    of_default = jax.eval_shape(jax.random.PRNGKey, 0)
+    found = getattr(data, "shape", None), getattr(data, "dtype", None)
+    if found != (of_default.shape, of_default.dtype):
+        raise ValueError(
+            "seed must be an integer or one PRNG key of the default implementation, got "
+            f"{shown(value)}."
+        )
+    return value
+
+
 def _real(value: Any, name: str, holds: Callable[[float], bool], expected: str) -> Any:
     if not _is_real(value):
         raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
@@ -154,8 +179,8 @@ def function(expected: str, hint: str = "", **argument: Any) -> Any:
         return value
     if isinstance(value, jax.Array):
         hint = (
-            "; optax.inject_hyperparams calls every function as a schedule that is not listed in "
-            f'static_args=("{name}",)'
+            "; optax.inject_hyperparams calls every function as a schedule unless it is named: "
+            f'pass static_args=("{name}",)'
         )
     raise ValueError(f"{name} must be a function {expected}, got {shown(value)}{hint}.")
 
@@ -239,7 +264,7 @@ def power_of_two(**argument: Any) -> int:
     name, value = _single(argument)
     if is_traced(value):
         raise _not_static(name, shown(value))
-    if not _is_integer(value) or value < 1 or int(value) & (int(value) - 1):
+    if not _is_integer(value) or int(value) < 1 or int(value) & (int(value) - 1):
         raise ValueError(f"{name} must be a power of two >= 1, got {shown(value)}.")
     return int(value)
 

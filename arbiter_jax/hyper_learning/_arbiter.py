@@ -144,6 +144,7 @@ def arbiter(
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."
         )
+    seed = _validate.seed(seed)
     window = _validate.int32(window=window, minimum=1)
     config = Config(
         agent=agent,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import loop_if, scale_updates
+from arbiter_jax._numerics import loop_if, raw_key, scale_updates
 from arbiter_jax.base import require
 from arbiter_jax.learning_rate import _gaussian_process as gp
 from arbiter_jax.learning_rate._turning_point import draw_subsets, find_turning_point
@@ -159,7 +159,7 @@ def autowu(
     patience: int = 3,
     num_tests: int = 5,
     confidence: float = 0.95,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Finds the peak learning rate during the warm-up, then decays it.
 
@@ -197,7 +197,7 @@ def autowu(
       patience: Consecutive positive tests that end the warm-up, an integer >= 1.
       num_tests: Subsets that vote in a test, an integer >= 1.
       confidence: Probability above which a subset votes, in (0, 1).
-      seed: Seed of the random subsets.
+      seed: An int, or a PRNG key, of the random subsets.
 
     Returns:
       A transformation that multiplies the updates by the rate and reads ``value``, the loss
@@ -246,10 +246,14 @@ def autowu(
         0, 1, closed="right", max_warmup_fraction=max_warmup_fraction
     )
     cooldown_fraction = _validate.in_range(0, 1, cooldown_fraction=cooldown_fraction)
-    if not _validate.is_traced(seed):
-        seed = _validate.integer(seed=seed)
+    seed = _validate.seed(seed)
 
     total_steps = steps_per_epoch * num_epochs
+    if total_steps > _validate.LARGEST_INT32:
+        raise ValueError(
+            f"steps_per_epoch * num_epochs must be <= {_validate.LARGEST_INT32}, got "
+            f"{_validate.shown(total_steps)}."
+        )
     longest = max(1, int(max_warmup_fraction * total_steps))
     phase_after_warmup, latest_cooldown, max_warmup = COOL_DOWN, total_steps, longest
     if not immediate_cooldown:
@@ -280,7 +284,7 @@ def autowu(
             num_positives=jnp.asarray(0, jnp.int32),
             losses=jnp.full((max_warmup,), jnp.nan, float),
             process=gp.init(),
-            key=jax.random.PRNGKey(seed),
+            key=raw_key(seed),
             num_skipped=jnp.asarray(0, jnp.int32),
         )
 

@@ -64,7 +64,17 @@ def update_objective(
 
     Returns:
       (state, usable): the old state if a number is not finite or carries no information.
+
+    Raises:
+      ValueError: If signals that are like the parameters do not have the structure of the updates.
     """
+    for name in ("gradient_noise", "update_noise"):
+        found, expected = jax.tree.structure(signals.get(name)), jax.tree.structure(updates)
+        if signals.get(name) is not None and found != expected:
+            raise ValueError(
+                f"{name} must have the structure of the updates that the rule sees, {expected}, got "
+                f"{found}: chain the rule outside of what changes that structure, as optax.flatten."
+            )
     measure = lambda: objective.measure(updates, params, batch_size, signals)
     if isinstance(measures, bool):
         sample = measure() if measures else objective.empty_sample()
