@@ -162,7 +162,13 @@ def _real(value: Any, name: str, holds: Callable[[float], bool], expected: str) 
     except OverflowError:  # an int that no float can hold
         number = math.inf
     if not holds(number):
-        raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
+        hint = ""
+        if getattr(getattr(value, "dtype", None), "itemsize", 8) < 4:
+            hint = (
+                "; optax.inject_hyperparams keeps it in the type of the parameters unless it is given "
+                "hyperparam_dtype=jnp.float32"
+            )
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}{hint}.")
     return number
 
 
@@ -255,7 +261,9 @@ def one_of(options: Collection[Any], **argument: Any) -> Any:
     if is_traced(value):
         raise _not_static(name, shown(value))
     if getattr(value, "ndim", 0) or value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {shown(value)}.")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, options))}, got {shown(value)}."
+        )
     return value
 
 

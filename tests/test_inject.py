@@ -148,7 +148,6 @@ def signals(step):
 
 
 def params():
-    """With a matrix, for what adamp does to one; weights almost orthogonal to their gradients."""
     return params_like()
 
 
@@ -219,16 +218,12 @@ def test_traced_numbers_give_what_python_numbers_give(name):
     case = CASES[name]
     _, states = injected(name)
     state = case.factory(**case.arguments).init(params())
-    chex.assert_trees_all_close(
-        without_flag(states[0].inner_state), without_flag(state), rtol=1e-5
-    )
+    chex.assert_trees_all_close(without_flag(states[0].inner_state), without_flag(state), rtol=1e-5)
     for step in range(3):
         _, state = plain_update(case, state, step)
         found = states[step + 1].inner_state
         chex.assert_trees_all_equal_shapes_and_dtypes(found, states[0].inner_state)
-        chex.assert_trees_all_close(
-            without_flag(found), without_flag(state), rtol=1e-4, atol=1e-6
-        )
+        chex.assert_trees_all_close(without_flag(found), without_flag(state), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -249,3 +244,146 @@ def test_a_changed_number_takes_effect(name, argument):
     chex.assert_trees_all_close(
         without_flag(after.inner_state), without_flag(expected), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, arg) for name in sorted(CASES) for arg in CASES[name].static]
+)
+def test_static_argument_that_is_not_listed(name, argument):
+    case = CASES[name]
+    listed = [arg for arg in case.static if arg != argument]
+    if argument in ("loss_fn", "response_loss"):
+        pytest.skip("optax calls it with a count, before the factory is reached")
+    tx = optax.inject_hyperparams(case.factory, static_args=listed)(**case.arguments)
+    with pytest.raises(ValueError, match=rf'static_args=\(.*"{argument}"') as refusal:
+        tx.init(params())
+    assert "\n" not in str(refusal.value)
+
+
+def test_static_arguments_are_named_together():
+    tx = optax.inject_hyperparams(L.autowu)(10, 4)
+    expected = (
+        "steps_per_epoch, num_epochs, max_warmup_fraction, cooldown_fraction, num_tests must be known "
+        "while tracing"
+    )
+    with pytest.raises(ValueError, match=f"^{expected}"):
+        tx.init(params())
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "message"),
+    [
+        (
+            S.goodput,
+            {"candidates": np.array([16, 32])},
+            '^candidates .*static_args=\\("candidates",',
+        ),
+        (
+            lambda boundaries: S.smith(boundaries, 4_000),
+            {"boundaries": np.array([100, 200])},
+            '^boundaries .*static_args=\\("boundaries",',
+        ),
+        (S.shadow, {"rule": jnp.ones(())}, "^rule must be an optax gradient transformation"),
+        (aj.mlp_agent, {"input_shape": (3,)}, '^num_proposals .*static_args=\\("num_proposals",'),
+    ],
+)
+def test_traced_structure_is_named(factory, arguments, message):
+    tx = optax.inject_hyperparams(factory)(**arguments)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tx.init, params())
+
+
+def test_schedule_of_a_size():
+    """Python ints become floats in a schedule; its values are rounded inside a program."""
+    sizes = optax.linear_schedule(8, 20, 8)  # 8, 9.5, 11, 12.5
+    for tx in (
+        optax.inject_hyperparams(S.constant)(sizes),
+        optax.inject_hyperparams(S.from_schedule, static_args="schedule")(
+            lambda step: 512, max_batch_size=sizes
+        ),
+    ):
+        state, found = tx.init(params()), []
+        for _ in range(3):
+            _, state = jax.jit(tx.update)(grads_at(0), state, params())
+            found.append(int(aj.get_batch_size(state)))
+        assert found == [8, 10, 11]
+
+
+def test_a_changed_number_in_eager_updates():
+    tx = optax.inject_hyperparams(S.gradient_noise_scale)(decay=0.0)
+    state = tx.init(params())
+    stats = aj.GradStats(*map(jnp.asarray, (0.5, 40.0, 32.0, 1.75, 0.2, 3.0)))
+    _, state = tx.update(grads_at(0), state, params(), grad_stats=stats)
+    assert int(aj.get_batch_size(state)) == 80
+    state.hyperparams["max_batch_size"] = jnp.asarray(64)
+    _, state = tx.update(grads_at(0), state, params(), grad_stats=stats)
+    assert int(aj.get_batch_size(state)) == 64
+    assert int(state.inner_state.max_batch_size) == 64
+
+
+def test_momentum_that_starts_at_zero_may_grow():
+    arguments = {"learning_rate": 0.1, "hypergradient_learning_rate": 0.0}
+    tx = optax.inject_hyperparams(L.sgd_hd)(**arguments)
+    update, state = jax.jit(tx.update), tx.init(params())
+    _, state = update(grads_at(0), state, params())
+    state.hyperparams["momentum"] = jnp.asarray(0.5)
+    updates, _ = update(grads_at(1), state, params())
+    expected = jax.tree.map(lambda a, b: -0.1 * (b + 0.5 * a), grads_at(0), grads_at(1))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_half_precision_keeps_every_type(name, dtype):
+    case = CASES[name]
+    half = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    static = [arg for arg in case.static if arguments_of(case)[arg] is not None]
+    inject = functools.partial(optax.inject_hyperparams, case.factory, static_args=static)
+    tx = inject(hyperparam_dtype=jnp.float32)(**case.arguments)
+    state = tx.init(half(params()))
+    updates, after = jax.eval_shape(
+        lambda state: tx.update(half(grads_at(0)), state, half(params()), **signals(0)), state
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, half(params()))
+
+
+def test_number_that_half_precision_loses():
+    tx = optax.inject_hyperparams(L.adam_hd)(0.1, 0.01)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    with pytest.raises(ValueError, match=r"^b2 must be in .*hyperparam_dtype=jnp\.float32\.$"):
+        tx.init(half)
+
+
+def test_aggregator():
+    aggregating = pytest.importorskip("optax.experimental").aggregating
+
+    def make(factory):
+        return aggregating.process(optax.identity(), factory(min_size=2), optax.sgd(0.1))
+
+    rows = jax.tree.map(lambda *xs: jnp.stack(xs), *(grads_at(step) for step in range(4)))
+    updates = []
+    for factory in (
+        aj.dynamic_batch_adaptation,
+        optax.inject_hyperparams(aj.dynamic_batch_adaptation),
+    ):
+        tx = make(factory)
+        updates.append(jax.jit(tx.update)(rows, tx.init(params()), params())[0])
+    chex.assert_trees_all_close(*updates, rtol=1e-6)
+
+
+def test_matrices_of_adamp_under_a_traced_axis():
+    rng = np.random.default_rng(0)
+    weights = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}
+    grads = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    columns = weights["w"] / jnp.linalg.norm(weights["w"], axis=0, keepdims=True)
+    grads = {"w": grads - columns * jnp.sum(columns * grads, axis=0, keepdims=True)}
+    updates = {}
+    for axis in (-1, 0):
+        arguments = {"learning_rate": 0.1, "weight_decay": 0.1, "channel_axis": axis}
+        tx = optax.inject_hyperparams(L.adamp)(**arguments)
+        updates[axis], _ = jax.jit(tx.update)(grads, tx.init(weights), weights)
+        plain = L.adamp(**arguments)
+        expected, _ = plain.update(grads, plain.init(weights), weights)
+        chex.assert_trees_all_close(updates[axis], expected, rtol=1e-5)
+    assert not jnp.allclose(updates[0]["w"], updates[-1]["w"])

@@ -36,7 +36,9 @@ def in_a_group(tx):
 
 
 def in_an_empty_group(tx):
-    return optax.multi_transform({"moved": optax.sgd(0.1), "none": tx}, {"w": "moved", "b": "moved"})
+    return optax.multi_transform(
+        {"moved": optax.sgd(0.1), "none": tx}, {"w": "moved", "b": "moved"}
+    )
 
 
 def multi_steps(tx):

@@ -96,8 +96,8 @@ def adamp(
     `wd_ratio` if the step was projected.
 
     Args:
-      learning_rate: eta, >= 0, or a schedule of the step. A constant is kept in the state, where
-        it may be changed.
+      learning_rate: eta, >= 0, or a schedule of the step. A Python number is kept in the state,
+        where it may be changed; an array, as in `optax.inject_hyperparams`, replaces what is there.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment and to norms, > 0.

@@ -55,7 +55,7 @@ class _Config:
     total_steps: int  # of the whole training
     max_warmup: int
     min_learning_rate: float
-    growth: Any  # d log(learning rate) / d step in the warm-up
+    growth: float | jax.Array  # d log(learning rate) / d step in the warm-up
     phase_after_warmup: int
     latest_cooldown: int  # a constant phase ends here
     patience: int

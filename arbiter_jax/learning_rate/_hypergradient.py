@@ -81,7 +81,9 @@ def _hypergradient_descent(
         rate = jnp.clip(rate, low, high)
 
         direction, inner_state = inner.update(updates, state.inner_state, params)
-        direction = jax.tree.map(lambda d, u: jnp.asarray(d, jnp.result_type(u)), direction, updates)
+        direction = jax.tree.map(
+            lambda d, u: jnp.asarray(d, jnp.result_type(u)), direction, updates
+        )
         proposed = state._replace(
             learning_rate=rate,
             hypergradient=hypergradient,

@@ -78,7 +78,9 @@ def adadamp(
     >>> int(aj.get_batch_size(state))
     128
     """
-    optimal_loss = _validate.in_range(-float("inf"), float("inf"), closed="neither", optimal_loss=optimal_loss)
+    optimal_loss = _validate.in_range(
+        -float("inf"), float("inf"), closed="neither", optimal_loss=optimal_loss
+    )
     decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size

@@ -76,7 +76,9 @@ def from_schedule(
     """
     _validate.function("of a count", schedule=schedule)
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
-    low, high, start = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
+    low, high, start = _validate.batch_size_range(
+        min_batch_size, max_batch_size, initial_batch_size
+    )
 
     def size_at(position, fallback):
         value = jnp.asarray(schedule(position), float)
