@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST_COUNT = 2**63 - 1  # of what arguments may ask for; an int64 of NumPy holds it
 _WORD = 2**32
 _LARGEST_INT32 = 2**31 - 1
 

@@ -35,7 +35,7 @@ def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tup
     return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
 
 
-def measurable_range(low: int, high: int, start: int) -> tuple[int, int, int]:
+def measurable_range(low: Any, high: Any, start: Any) -> tuple[Any, Any, Any]:
     """The range and the first size of a rule that measures noise.
 
     One example says nothing about noise, and a rule that is at 1 would never leave it: 1 becomes 2,
@@ -44,6 +44,9 @@ def measurable_range(low: int, high: int, start: int) -> tuple[int, int, int]:
     >>> measurable_range(1, 64, 1), measurable_range(1, 1, 1)
     ((2, 64, 2), (1, 1, 1))
     """
+    if any(isinstance(size, jax.Array) for size in (low, high, start)):
+        least = jnp.minimum(2, high)
+        return jnp.maximum(low, least), high, jnp.maximum(start, least)
     least = min(2, high)
     return max(low, least), high, max(start, least)
 

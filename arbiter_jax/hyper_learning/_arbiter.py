@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
@@ -142,31 +143,40 @@ def arbiter(
     )
     if objective is not None:
         low, high, start = measurable_range(low, high, start)
-    if high == low:
+    if not (_validate.is_traced(low) or _validate.is_traced(high)) and high == low:
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."
         )
-    window = _validate.integer(window=window, minimum=1)
+    seed = _validate.seed(seed)
+    window = _validate.int32(window=window, minimum=1)
     config = Config(
         agent=agent,
         objective=meta_objective,
         limits=Range(low, high),
         initial_batch_size=start,
         window=window,
-        hyper_every=_validate.integer(hyper_every=hyper_every, minimum=1, maximum=window),
+        hyper_every=_validate.int32(hyper_every=hyper_every, minimum=1, maximum=window),
         anchors=_validate.one_of(("offset", "none"), anchor=anchor) == "offset",
         agent_optimizer=agent_optimizer or hyper_optimizer(meta_objective.agent_rate),
         mixture_optimizer=mixture_optimizer or hyper_optimizer(meta_objective.mixture_rate),
     )
 
     def init_fn(params) -> Any:
-        del params
+        _validate.all_parameters("arbiter", params)
         return init_state(config, raw_key(seed))
 
     def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
         if updates_only is not None or probe is not None:
             return updates, state
         new_state: Any = update_state(config, state, updates, params, signals)
+        if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+            # They may differ from those of the last step, in `optax.inject_hyperparams`.
+            size = jnp.clip(new_state.batch_size, low, high)
+            new_state = new_state._replace(
+                batch_size=size,
+                min_batch_size=jnp.asarray(low, jnp.int32),
+                max_batch_size=jnp.asarray(high, jnp.int32),
+            )
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

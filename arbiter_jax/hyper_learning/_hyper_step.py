@@ -90,7 +90,7 @@ def init_state(config: Config, key: jax.Array) -> ArbiterState:
         meta_batch_size=int32(start),
         meta_loss=jnp.zeros_like(logit),
         window_step=int32(0),
-        signals_due=None if config.hyper_every == 1 else jnp.array(True),
+        signals_due=None if _every_step(config) else jnp.array(True),
         num_clipped=int32(0),
         num_skipped=int32(0),
         key=key,
@@ -136,9 +136,14 @@ def update_state(
     state = state._replace(
         meta_batch_size=config.objective.meta_batch_size(state.meta_batch_size, state.batch_size)
     )
-    if config.hyper_every > 1:
+    if not _every_step(config):
         state = state._replace(signals_due=state.window_step % config.hyper_every == 0)
     return state
+
+
+def _every_step(config: Config) -> bool:
+    """Whether every update takes a hyper-step, as far as is known while tracing."""
+    return not isinstance(config.hyper_every, jax.Array) and config.hyper_every == 1
 
 
 def _learnables(config: Config, agent_params: PyTree, response_weights: jax.Array) -> _Learnable:

@@ -45,11 +45,8 @@ def response_objective(
     Returns:
       A :class:`MetaObjective`.
     """
-    if not callable(response_loss):
-        raise ValueError(
-            "response_loss must be a function (params, response, meta_batch) -> float[M], got "
-            f"{response_loss!r}."
-        )
+    _validate.static(num_features=num_features)
+    _validate.function("(params, response, meta_batch) -> float[M]", response_loss=response_loss)
     num_features = _validate.integer(num_features=num_features, minimum=1)
 
     def observe(statistics, updates, params, batch_size, signals, measures):

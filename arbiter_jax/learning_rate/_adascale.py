@@ -92,7 +92,7 @@ def adascale(
     >>> print(f"{state[1].gain:.3f} {updates['w']:.3f}")  # (3 + 1) / (3 / 4 + 1)
     2.286 -0.229
     """
-    reference = _validate.integer(reference=reference, minimum=1)
+    reference = _validate.int32(reference=reference, minimum=1)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
     if decay is not None:

@@ -89,6 +89,9 @@ def _hypergradient_descent(
         rate = jnp.clip(rate, low, high)
 
         direction, inner_state = inner.update(updates, state.inner_state, params)
+        direction = jax.tree.map(
+            lambda d, u: jnp.asarray(d, jnp.result_type(u)), direction, updates
+        )
         proposed = state._replace(
             learning_rate=rate,
             hypergradient=hypergradient,
@@ -163,8 +166,10 @@ def sgd_hd(
     >>> print(f"{state.learning_rate:.2f} {update:.2f}")  # .1 + .01 * 3 * 2; -.16 * 3
     0.16 -0.48
     """
-    momentum = _validate.in_range(0, 1, closed="left", momentum=momentum)
-    inner = optax.trace(momentum, nesterov) if momentum else optax.identity()
+    checked = _validate.in_range(0, 1, closed="left", momentum=momentum)
+    # An array may become larger than 0 later.
+    has_trace = isinstance(momentum, jax.Array) or checked > 0
+    inner = optax.trace(checked, nesterov) if has_trace else optax.identity()
     return _hypergradient_descent(
         inner,
         learning_rate,

@@ -58,7 +58,7 @@ def scale_by_batch_size(
     >>> print(f"{updates['w']:.1f}")
     -0.2
     """
-    reference = _validate.integer(reference=reference, minimum=1)
+    reference = _validate.int32(reference=reference, minimum=1)
     exponent = _validate.in_range(-2, 2, exponent=exponent)
 
     def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
@@ -72,6 +72,7 @@ def scale_by_batch_size(
         require("scale_by_batch_size", batch_size=batch_size)
         update = applied_update(state, batch_size=batch_size, **extra_args)
         factor = relative_size(update.size, reference) ** exponent
+        factor = factor.astype(jnp.float32)
         return scale_updates(updates, factor), ScaleByBatchSizeState(factor, update.ledger)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -57,8 +57,7 @@ def scale_by_schedule(
     >>> float(updates["w"])
     -0.25
     """
-    if not callable(schedule):
-        raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
+    _validate.function("of a count", schedule=schedule)
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
 
     def position(counted):

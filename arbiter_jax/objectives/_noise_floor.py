@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import LARGEST_COUNT, Count, as_count
+from arbiter_jax._count import Count, as_count
 from arbiter_jax._numerics import tree_dot, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.objectives._floor_sizes import (
@@ -159,9 +159,7 @@ def noise_floor(
         number = isinstance(loss_fn, (int, float))
         check_loss_fn(loss_fn, "; a budget is given as num_examples" if number else "")
     if num_examples is not None:
-        num_examples = _validate.integer(
-            num_examples=num_examples, minimum=1, maximum=LARGEST_COUNT
-        )
+        num_examples = _validate.count(num_examples=num_examples)
     infinity = float("inf")
     config = FloorConfig(
         loss_fn=loss_fn,
@@ -197,12 +195,16 @@ def _init(config: FloorConfig) -> FloorState:
         training=slope(),
         validation=None if config.loss_fn is None else ValidationSlope(slope()),
         num_examples=as_count(0),
-        budget=as_count(config.num_examples or 0),
+        budget=_given_budget(config),
         run_budget=as_count(0),
         held_batch_size=zero(float),
         size_when_held=zero(float),
         persistence=PersistenceSignal() if config.persistence is None else None,
     )
+
+
+def _given_budget(config: FloorConfig) -> Count:
+    return as_count(0 if config.num_examples is None else config.num_examples)
 
 
 def _persistence(config: FloorConfig, signals: dict[str, Any]) -> Any:
@@ -275,6 +277,8 @@ def _update(
         new = new._replace(validation=tree_where(measured, validation, state.validation))
     if config.num_examples is None and signals.get("budget") is not None:
         new = new._replace(run_budget=as_count(signals["budget"]))
+    if isinstance(config.num_examples, jax.Array):  # which may differ from that of the last step
+        new = new._replace(budget=_given_budget(config))
     # What grows later is the last size before growth began.
     size = jnp.clip(_floor_size(config, new), 1 / INFINITE_SIZE, INFINITE_SIZE)
     settled = _grows(config, state) & (state.held_batch_size > 0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arbiter_jax import _validate
 from arbiter_jax._count import Count
 from arbiter_jax._numerics import all_finite, scale_updates, tree_where
 from arbiter_jax.base import PyTree, Update
@@ -65,7 +66,17 @@ def update_objective(
 
     Returns:
       (state, usable): the old state if a number is not finite or carries no information.
+
+    Raises:
+      ValueError: If signals that are like the parameters do not have the structure of the updates.
     """
+    for name in ("gradient_noise", "update_noise"):
+        found, expected = jax.tree.structure(signals.get(name)), jax.tree.structure(updates)
+        if signals.get(name) is not None and found != expected:
+            raise ValueError(
+                f"{name} must have the structure of the updates that the rule sees, {expected}, got "
+                f"{found}: chain the rule outside of what changes that structure, as optax.flatten."
+            )
     measure = lambda: objective.measure(updates, params, batch_size, signals)
     if isinstance(measures, bool):
         sample = measure() if measures else objective.empty_sample()
@@ -169,7 +180,4 @@ def validation_loss(
 
 def check_loss_fn(loss_fn: Any, hint: str = "") -> None:
     """Raises a ValueError for anything that cannot be called where a loss function belongs."""
-    if not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn must be a function (params, batch) -> float[M], got {loss_fn!r}{hint}."
-        )
+    _validate.function("(params, batch) -> float[M]", hint, loss_fn=loss_fn)

@@ -6,10 +6,14 @@ Networks", arXiv:1712.02029.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import LARGEST_COUNT, as_count
+from arbiter_jax._count import as_count
 from arbiter_jax.schedulers._from_schedule import scheduled
 
 
@@ -104,12 +108,19 @@ def adabatch_learning_rate(
     return lambda num_examples: start * ratio ** (as_count(num_examples) // interval)
 
 
-def _interval(dataset_size: int, epochs: float) -> int:
-    size = _validate.integer(dataset_size=dataset_size, minimum=1)
-    interval = max(1, round(size * _validate.positive(epochs=epochs)))
-    if interval > LARGEST_COUNT:
+def _interval(dataset_size: int, epochs: float) -> Any:
+    size = _validate.int32(dataset_size=dataset_size, minimum=1)
+    epochs = _validate.positive(epochs=epochs)
+    if isinstance(size, jax.Array) or isinstance(epochs, jax.Array):
+        whole = jnp.floor(epochs)  # apart: float32 does not hold every product
+        rest = jnp.round(size * (epochs - whole)).astype(jnp.int32)
+        steps = jnp.maximum(size * whole.astype(jnp.int32) + rest, 1)
+        largest = _validate.LARGEST_INT32
+        return jnp.where(size * epochs < largest, steps, largest)
+    interval = max(1, round(size * epochs))
+    if interval > _validate.LARGEST_COUNT:
         raise ValueError(
-            f"epochs * dataset_size must be <= {LARGEST_COUNT}, got epochs={epochs!r} and "
+            f"epochs * dataset_size must be <= {_validate.LARGEST_COUNT}, got epochs={epochs!r} and "
             f"dataset_size={dataset_size!r}."
         )
     return interval

@@ -102,7 +102,7 @@ def norm_test(
     >>> int(aj.get_batch_size(state))  # 40 / (0.25 * 1.75) = 91.4
     92
     """
-    _validate.positive(eta=eta)
+    eta = _validate.positive(eta=eta)
     return _growing_test(
         "norm_test",
         NormTestState,
@@ -165,7 +165,7 @@ def inner_product_test(
     >>> int(aj.get_batch_size(state))  # 60 / (0.25 * 2^2)
     60
     """
-    _validate.positive(theta=theta)
+    theta = _validate.positive(theta=theta)
     return _growing_test(
         "inner_product_test",
         InnerProductTestState,
@@ -185,7 +185,7 @@ def _growing_test(
     limits: tuple[int, int, int],
 ) -> optax.GradientTransformationExtraArgs:
     """The rule of both tests: B >= numerator / (tolerance^2 denominator), or grow until it is."""
-    _validate.in_range(0, 1, closed="left", decay=decay)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _numerics.measurable_range(*limits)
 
     def init_fn(params):
@@ -221,4 +221,4 @@ def _growing_test(
         usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
         return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -87,8 +87,8 @@ def cabs(
     84
     """
     if not callable(learning_rate):
-        _validate.positive(learning_rate=learning_rate)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+        learning_rate = _validate.positive(learning_rate=learning_rate)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -128,4 +128,4 @@ def cabs(
         usable = _rule.is_informative(xi, jnp.asarray(value)) & ~jnp.isnan(size)
         return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -91,14 +91,16 @@ def dive_batch(
     >>> int(aj.get_batch_size(state))  # 0.5 * 32 * (31 * 40 + 32 * 1) / (32 * 1)^2 = 19.875
     19
     """
-    size_of_epoch = _validate.integer(dataset_size=dataset_size, minimum=1)
-    _validate.positive(delta=delta)
+    size_of_epoch = _validate.int32(dataset_size=dataset_size, minimum=1)
+    delta = _validate.positive(delta=delta)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
     low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
+        # Statistics are those of all gradients, and so must be the sum.
+        _validate.all_parameters("dive_batch", params)
         return DiveBatchState(
             **_rule.sizes(low, high, start),
             # At least float32: an epoch of bfloat16 gradients would add up to rounding errors.
@@ -151,4 +153,4 @@ def dive_batch(
         usable = _numerics.all_finite(gradient_sum, sq_norm_sum, size) & (sq_norm != 0)
         return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -130,17 +130,18 @@ def make_rule(
     **limits: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`from_objective`, with the type of the state and the name for messages."""
-    interval = _validate.integer(measure_every=measure_every, minimum=1)
-    _validate.greater(1, max_change=max_change)
+    interval = _validate.int32(measure_every=measure_every, minimum=1)
+    max_change = _validate.greater(1, max_change=max_change)
     measures_cost = isinstance(step_cost, str)
     if measures_cost:
         _validate.one_of(("measured",), step_cost=step_cost)
     elif step_cost is not None:
-        _validate.non_negative(step_cost=step_cost)
+        step_cost = _validate.non_negative(step_cost=step_cost)
     low, high, start = _numerics.measurable_range(*_validate.batch_size_range(**limits))
+    always = not isinstance(interval, jax.Array) and interval == 1
 
     def init_fn(params):
-        del params
+        _validate.all_parameters(name, params)
         if objective.num_examples is None:  # one step, until the budget of the loop is known
             window_steps = _rule.int32(1)
         else:
@@ -156,7 +157,7 @@ def make_rule(
             num_steps=_rule.int32(),
             ledger=as_count(0),
             num_skipped=_rule.int32(),
-            signals_due=None if interval == 1 else jnp.array(True),
+            signals_due=None if always else jnp.array(True),
         )
 
     def update_state(state, *, updates, params, signals_made=None, **signals):
@@ -205,15 +206,15 @@ def make_rule(
             step_cost=timed,
             num_steps=num_steps,
         )
-        if interval > 1:
+        if not always:
             due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
             new = new._replace(signals_due=due)
         return new
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _initial_size(budget: Count, high: int, update: base.Update | None = None) -> jax.Array:
+def _initial_size(budget: Count, high: Any, update: base.Update | None = None) -> jax.Array:
     """The size that the first batches have at least; 0 without a budget."""
     size = budget // _INITIAL_BATCHES_PER_BUDGET
     return jnp.minimum(high, size if update is None else update.per_call(size))
@@ -233,7 +234,7 @@ def _window_steps(
 
 
 def _limited_change(
-    size: jax.Array, applied: jax.Array, max_change: float, low: int, high: int
+    size: jax.Array, applied: jax.Array, max_change: Any, low: Any, high: Any
 ) -> jax.Array:
     """The size as an integer of the range, at most a factor from the applied one."""
     now = applied.astype(size.dtype)

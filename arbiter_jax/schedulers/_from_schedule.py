@@ -77,8 +77,7 @@ def from_schedule(
     >>> sizes
     [8, 8, 16, 16, 32]
     """
-    if not callable(schedule):
-        raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
+    _validate.function("of a count", schedule=schedule)
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
     if count == "num_examples":
         of_examples, schedule = schedule, lambda seen: of_examples(seen.astype(float))
@@ -100,7 +99,9 @@ def scheduled(
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`from_schedule`, of a schedule that takes a count of examples as a Count: exactly."""
-    low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
+    low, high, start = _validate.batch_size_range(
+        min_batch_size, max_batch_size, initial_batch_size
+    )
 
     def size_at(position, fallback):
         value = jnp.asarray(schedule(position), float)
@@ -109,12 +110,12 @@ def scheduled(
 
     def init_fn(params):
         del params
-        start = as_count(0) if count == "num_examples" else _rule.int32()
+        seen = as_count(0) if count == "num_examples" else _rule.int32()
         if initial_batch_size is None:
-            size, _ = size_at(start, _rule.int32(low))
+            size, _ = size_at(seen, _rule.int32(low))
         else:
-            size = _rule.int32(initial_batch_size)
-        return ScheduleState(**_rule.sizes(low, high, size), count=start, num_skipped=_rule.int32())
+            size = _rule.int32(start)
+        return ScheduleState(**_rule.sizes(low, high, size), count=seen, num_skipped=_rule.int32())
 
     def count_after(state, progress, signals):
         if count == "progress":
@@ -129,4 +130,4 @@ def scheduled(
         size, usable = size_at(counted.count, state.batch_size)
         return _numerics.update_or_skip(usable, counted._replace(batch_size=size), counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

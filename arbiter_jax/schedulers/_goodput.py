@@ -97,14 +97,16 @@ def goodput(
     64
     64
     """
-    _validate.greater(1, closed=True, min_improvement=min_improvement)
-    _validate.greater(1, max_growth=max_growth)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+    min_improvement = _validate.greater(1, closed=True, min_improvement=min_improvement)
+    max_growth = _validate.greater(1, max_growth=max_growth)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
     low, high, start = _numerics.measurable_range(low, high, start)
     options = _candidates(candidates, min_batch_size, low, high)
+    if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+        options = jnp.sort(jnp.clip(jnp.asarray(options, jnp.int32), low, high))
 
     def init_fn(params):
         del params
@@ -154,16 +156,23 @@ def goodput(
         usable = _rule.is_informative(*sample) & (variance + signal_left > 0)
         return _numerics.update_or_skip(usable, new, timed)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
 
 
 def _candidates(
-    candidates: Sequence[int] | None, minimum: int, low: int, high: int
+    candidates: Sequence[int] | None, minimum: Any, low: Any, high: Any
 ) -> tuple[int, ...]:
     if candidates is None:
+        if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+            return (0, *(1 << e for e in range(31)), _validate.LARGEST_INT32)  # to be clipped
         powers = (1 << e for e in range(low.bit_length(), high.bit_length()))
         return tuple(sorted({low, high, *powers}))
-    sizes = [_validate.integer(candidates=c, minimum=minimum, maximum=high) for c in candidates]
+    limits = {}
+    if not (_validate.is_traced(low) or _validate.is_traced(high)):
+        limits = {"minimum": int(minimum), "maximum": int(high)}
+    sizes = [_validate.integer(candidates=c, **limits) for c in candidates]
     if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
+    if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+        return tuple(sizes)  # to be clipped
     return tuple(sorted({max(size, low) for size in sizes}))

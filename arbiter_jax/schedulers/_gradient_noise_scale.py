@@ -81,8 +81,8 @@ def gradient_noise_scale(
     >>> int(aj.get_batch_size(state))  # 40 / 0.5
     80
     """
-    _validate.positive(scale=scale)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+    scale = _validate.positive(scale=scale)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -117,4 +117,4 @@ def gradient_noise_scale(
         usable = _rule.is_informative(*sample) & ~jnp.isnan(size)
         return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

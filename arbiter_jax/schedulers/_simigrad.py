@@ -86,9 +86,9 @@ def simigrad(
     >>> int(aj.get_batch_size(state))  # a cosine of 0.2 is below the target
     96
     """
-    _validate.in_range(-1, 1, closed="neither", target=target)
-    _validate.greater(1, factor=factor)
-    interval = _validate.integer(decide_every=decide_every, minimum=1)
+    target = _validate.in_range(-1, 1, closed="neither", target=target)
+    factor = _validate.greater(1, factor=factor)
+    interval = _validate.int32(decide_every=decide_every, minimum=1)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -122,4 +122,4 @@ def simigrad(
         )
         return _numerics.update_or_skip(jnp.isfinite(cosine), new, state)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import LARGEST_COUNT, as_count
+from arbiter_jax._count import as_count
 from arbiter_jax.schedulers._from_schedule import scheduled
 
 
@@ -132,17 +132,21 @@ def _passed(milestones: tuple[int, ...], count: Any) -> jax.Array:
 
 
 def _smith_plan(
-    boundaries: Sequence[int], dataset_size: int, factor: float, limits: tuple[int, int, int]
-) -> tuple[tuple[int, ...], float, int]:
+    boundaries: Sequence[int], dataset_size: int, factor: float, limits: tuple[Any, Any, Any]
+) -> tuple[tuple[int, ...], Any, Any]:
     """The checked boundaries and factor, and how often the size can grow."""
     milestones = tuple(
-        _validate.integer(boundaries=b, minimum=1, maximum=LARGEST_COUNT) for b in boundaries
+        _validate.integer(boundaries=b, minimum=1, maximum=_validate.LARGEST_COUNT)
+        for b in boundaries
     )
     if list(milestones) != sorted(set(milestones)):
         raise ValueError(f"boundaries must increase, got {tuple(boundaries)!r}.")
-    size = _validate.integer(dataset_size=dataset_size, minimum=1)
+    size = _validate.int32(dataset_size=dataset_size, minimum=1)
     ratio = _validate.greater(1, factor=factor)
     _, high, start = limits
+    if any(isinstance(x, jax.Array) for x in (size, ratio, high, start)):
+        powers = ratio ** jnp.arange(1.0, len(milestones) + 1)
+        return milestones, ratio, jnp.sum(start * powers <= jnp.minimum(high, size / 10))
     growths = 0
     while growths < len(milestones) and start * ratio ** (growths + 1) <= min(high, size / 10):
         growths += 1
