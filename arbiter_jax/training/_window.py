@@ -17,7 +17,7 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import cond_in_place
+from arbiter_jax._numerics import all_finite, cond_in_place, tree_where
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
     LossFn,
@@ -74,12 +74,15 @@ def inner_step(
         and it is not among them.
 
     Returns:
-      (state, gradient).
+      (state, gradient). The model state of a batch whose loss, gradient or new model state is not
+      finite is the one before it: running averages never forget a NaN.
     """
     requested = requests(state.opt_state)
     batch_size = jnp.sum(mask, dtype=jnp.int32)
     key = jax.random.fold_in(state.key, state.num_steps)
     gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
+    if state.model_state is not None:
+        gradient = _with_usable_model_state(gradient, state.model_state)
     signals = {
         **(signals or {}),
         **gradient_signals(gradient, requested.signals),
@@ -107,6 +110,16 @@ def inner_step(
         num_nonfinite=state.num_nonfinite + ~jnp.isfinite(gradient.value),
     )
     return state, gradient
+
+
+def _with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
+    """The gradient, with the model state before the step if this batch would poison it."""
+    new = gradient.model_state
+    # A model state may hold infinities from its start; then loss and gradient alone decide.
+    usable = all_finite(gradient.value, gradient.grads) & (
+        all_finite(new) | ~all_finite(model_state)
+    )
+    return gradient._replace(model_state=tree_where(usable, new, model_state))
 
 
 @functools.partial(
