@@ -42,6 +42,16 @@ from arbiter_jax.gradients import (
     value_grad_and_stats,
 )
 from arbiter_jax.objectives import measure_persistence
+from arbiter_jax.training._checks import (
+    check_data,
+    check_functions,
+    check_gradient,
+    check_same_chain,
+    check_state,
+    check_static_integers,
+    check_transformation,
+    explained,
+)
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
@@ -49,7 +59,7 @@ from arbiter_jax.training._signals import (
     validation_signals,
     with_zero_statistics,
 )
-from arbiter_jax.training._state import Data, TrainState
+from arbiter_jax.training._state import Data, TrainState, init_state
 
 
 def inner_step(
@@ -81,6 +91,7 @@ def inner_step(
     batch_size = jnp.sum(mask, dtype=jnp.int32)
     key = jax.random.fold_in(state.key, state.num_steps)
     gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
+    check_gradient(gradient, state.params, state.model_state)
     if state.model_state is not None:
         gradient = _with_usable_model_state(gradient, state.model_state)
     signals = {
@@ -122,6 +133,28 @@ def _with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
     return gradient._replace(model_state=tree_where(usable, new, model_state))
 
 
+def _explain(
+    state: Any, data: Any, *, tx: Any, bucket_size: Any, window: Any = 100, **options: Any
+) -> None:
+    """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
+    num_agent_inputs = options.get("num_agent_inputs", 32)
+    check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
+    functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch")]
+    check_state(state, TrainState)
+    _check_arguments(state, data, tx, *functions)
+    make_state = lambda params, model_state: init_state(params, tx, 0, model_state)
+    check_same_chain(state, jax.eval_shape(make_state, state.params, state.model_state))
+
+
+def _check_arguments(
+    state: TrainState, data: Any, tx: Any, loss_fn: Any, gradient_fn: Any, transform_batch: Any
+) -> None:
+    check_transformation(tx)
+    check_data(data)
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
+
+
+@explained(_explain)
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -180,7 +213,8 @@ def run_window(
 
     Raises:
       ValueError: If window < 1, the bucket is not a power of two, the data is empty, ragged or a block
-        of another window or bucket, or a rule needs validation data that was not given.
+        of another window or bucket, a rule needs validation data that was not given, a function or
+        the state is not what it should be, or the state was donated before.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.
@@ -199,14 +233,11 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch)
     if isinstance(data.train, Block):
         check_block(data.train, window, bucket_size)
         wanted = window if num_steps is None else num_steps
         num_steps = jnp.minimum(wanted, data.train.num_steps)
-    else:
-        num_rows(data.train)
-    if (loss_fn is None) == (gradient_fn is None):
-        raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
@@ -232,6 +263,11 @@ def run_window(
             # `gradients` folds the piece index 0, 1, ... into this key; 2**32 - 1 cannot collide.
             step_key = jax.random.fold_in(state.key, state.num_steps)
             batch = transform_batch(jax.random.fold_in(step_key, 2**32 - 1), batch)
+            if num_rows(batch, "the batch that transform_batch returns") != bucket_size:
+                raise ValueError(
+                    f"transform_batch must return a batch of the {bucket_size} rows that it is given, "
+                    f"got {num_rows(batch)}: the mask marks them one by one."
+                )
         sampler, signals = validation_signals(
             state.validation_sampler,
             requests(state.opt_state),
