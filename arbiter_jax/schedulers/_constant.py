@@ -61,8 +61,6 @@ def constant(
 
     def init_fn(params):
         del params
-        # A range of one size: a loop that looks for a smaller batch, or goes on with a state that
-        # another constant made, sees that there is none but B.
-        return ConstantState(**_rule.sizes(size, size, size))
+        return ConstantState(**_rule.sizes(low, high, size))
 
     return _rule.transformation(init_fn, lambda state, **signals: state)

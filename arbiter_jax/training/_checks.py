@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -34,7 +34,7 @@ def _called(value: Any) -> str:
         return f"the {name} {value.__name__}"
     if isinstance(value, np.ndarray | jax.Array):
         return f"an array {value.dtype}{list(value.shape)}"
-    if isinstance(value, tuple | list | dict):
+    if isinstance(value, tuple | list | dict) and not hasattr(value, "_fields"):
         return f"a {name} of {len(value)}"
     return f"{value!r}" if value is None or isinstance(value, str | int | float) else f"a {name}"
 
@@ -83,8 +83,13 @@ def check_data(data: Any) -> None:
     _check_leaves(getattr(data, "validation", None), "data.validation")
 
 
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    # JAX does not look into iterators, and warns of them unless it is told that they are leaves.
+    return jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Iterator))
+
+
 def _check_leaves(tree: PyTree, name: str) -> None:
-    for path, leaf in jax.tree.leaves_with_path(tree):
+    for path, leaf in _leaves(tree):
         where = name + jax.tree_util.keystr(path)
         if not _is_array(leaf):
             if hasattr(leaf, "dtype") and hasattr(leaf, "__array__"):
@@ -244,7 +249,7 @@ def check_gradient(gradient: Any, params: PyTree, model_state: PyTree) -> None:
 def check_params(params: PyTree) -> None:
     """Raises a ValueError if the parameters are not a pytree of arrays."""
     hint = "pass what the model's init returns, e.g. model.init(key, inputs)['params'] in Flax"
-    leaves = jax.tree.leaves_with_path(params)
+    leaves = _leaves(params)
     if not leaves:
         raise ValueError(f"params must be a pytree of arrays, got {_called(params)}: {hint}.")
     for path, leaf in leaves:
@@ -287,12 +292,17 @@ def check_key(key: Any) -> jax.Array:
     return raw_key(key)
 
 
+def _is_leaf(node: PyTree) -> bool:
+    structure = jax.tree.structure(node)
+    return structure.num_leaves == 1 and jax.tree_util.treedef_is_leaf(structure)
+
+
 def _parts(node: PyTree) -> dict[str, PyTree]:
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return {f".{name}": getattr(node, name) for name in type(node)._fields}
     if isinstance(node, Mapping):
         return {f"[{name!r}]": part for name, part in node.items()}
-    if node is None or jax.tree_util.treedef_is_leaf(jax.tree.structure(node)):
+    if node is None or _is_leaf(node):
         return {}
     return {f"[{index}]": part for index, part in enumerate(children(node))}
 
@@ -307,7 +317,7 @@ def difference(found: PyTree, expected: PyTree, *, types: bool = True) -> str | 
     """
     parts, wanted = _parts(found), _parts(expected)
     if jax.tree.structure(found) == jax.tree.structure(expected) and not wanted:
-        if not jax.tree_util.treedef_is_leaf(jax.tree.structure(expected)):  # an empty node
+        if not _is_leaf(expected):  # an empty node
             return None
         form = lambda x: (jnp.shape(x), jnp.result_type(x) if types else None)
         if form(found) == form(expected):
@@ -367,7 +377,7 @@ def check_state(state: Any, expected_type: type) -> None:
                 "key)._replace(opt_state=...)"
             )
         raise ValueError(f"state must be an aj.TrainState, got {_called(state)}: {hint}.")
-    for path, leaf in jax.tree.leaves_with_path(state):
+    for path, leaf in _leaves(state):
         if not _is_array(leaf):
             where = "state" + jax.tree_util.keystr(path)
             raise ValueError(f"{where} must be an array, got {_called(leaf)}.")

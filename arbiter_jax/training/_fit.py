@@ -139,18 +139,20 @@ def _as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     return callbacks
 
 
-def _smaller_batch(opt_state: PyTree, left: int, num_examples: int) -> int:
+def _smaller_batch(state: TrainState, seen: int, num_examples: int) -> int:
     """The batch for what is left of the budget where a whole one does not fit; 0 for none.
 
-    A rule that leaps could leave most of a budget unused. Less than a tenth is left unused, as in
-    runs whose batches are small compared to it.
+    A rule that leaps, to a batch above the mean of those so far, could leave most of a budget
+    unused. This leaves less than a tenth, unless the rule's range holds no smaller batch.
     """
-    if 10 * left < num_examples:
+    rule = the_rule(requests(state.opt_state))
+    least = getattr(rule, "min_batch_size", rule.batch_size)
+    size, least = (int(x.max()) for x in jax.device_get((rule.batch_size, least)))
+    left = num_examples - seen
+    if 10 * left < num_examples or size * int(state.num_steps) <= seen:
         return 0
-    rule = the_rule(requests(opt_state))
-    least = jax.device_get(getattr(rule, "min_batch_size", rule.batch_size))
-    size = 1 << (left.bit_length() - 1)
-    return size if size >= int(least.max()) else 0
+    smaller = 1 << (left.bit_length() - 1)
+    return smaller if smaller >= least else 0
 
 
 def _what_went_wrong(
@@ -201,8 +203,8 @@ def fit(
 
     The run ends when a whole batch no longer fits into what is left of `num_examples`, so two runs
     with the same budget differ by less than one batch. If that would leave a tenth of the budget or
-    more, because the batches are large compared to it, the run goes on with the largest power of two
-    that fits, as long as the rule's range holds it.
+    more, because the rule leapt to a batch above the mean of those so far, the run goes on with the
+    largest power of two that fits and is in the rule's range.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
@@ -276,7 +278,7 @@ def fit(
         num_steps = min(num_steps, (end - seen) // size)
         if num_steps < 1 and end == num_examples:
             # The step takes no more examples than its bucket has rows.
-            size = bucket_size = _smaller_batch(state.opt_state, end - seen, num_examples)
+            size = bucket_size = _smaller_batch(state, seen, num_examples)
             num_steps = min(size, 1)
         if num_steps < 1:
             break

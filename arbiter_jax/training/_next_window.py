@@ -38,7 +38,8 @@ def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
     rule = the_rule(requested)
     try:
         sizes, steps = jax.device_get((requested.bucket_sizes, requested.window_steps))
-    except jax.errors.TracerArrayConversionError:
+        sizes = [int(size.max()) for size in sizes]
+    except jax.errors.ConcretizationTypeError:
         raise ValueError(
             "opt_state must hold numbers, got traced ones: next_window picks the program to run, so "
             "call it outside jit, vmap and scan."
@@ -50,7 +51,6 @@ def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
             "opt_state must hold arrays that can be read, got deleted ones: run_window donates the "
             "state that it is given; read the one that it returned."
         ) from error
-    sizes = [int(size.max()) for size in sizes]
     if min(sizes) < 1:
         raise ValueError(
             f"the batch size must be an integer >= 1, got {min(sizes)} from {type(rule).__name__}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import optax
 
 from arbiter_jax.base import PyTree
 from arbiter_jax.training._checks import check_same_chain, check_state, check_transformation
-from arbiter_jax.training._state import TrainState, copy_state, init_state
+from arbiter_jax.training._state import TrainState, abstract_state, copy_state
 
 _LIMITS = ("min_batch_size", "max_batch_size", "budget")
 _SIZES = ("batch_size", "meta_batch_size")
@@ -35,22 +34,19 @@ def resume_state(state: TrainState, tx: optax.GradientTransformation) -> TrainSt
       ValueError: If `state` is not a TrainState of this `tx`, or its arrays were donated.
 
     >>> import arbiter_jax as aj
-    >>> tx = lambda size: optax.chain(optax.sgd(0.1), aj.schedulers.constant(size))
+    >>> rule = lambda size: aj.schedulers.constant(size, max_batch_size=size)
+    >>> tx = lambda size: optax.chain(optax.sgd(0.1), rule(size))
     >>> state = aj.init_state(jnp.zeros(3), tx(64), jax.random.PRNGKey(0))
     >>> int(aj.get_batch_size(resume_state(state, tx(8)).opt_state))
     8
     """
     check_transformation(tx)
     check_state(state, TrainState)
-    make = functools.partial(init_state, tx=tx, key=jax.random.PRNGKey(0))
-    make_state = lambda params, model_state: make(params, model_state=model_state)
-    check_same_chain(state, jax.eval_shape(make_state, state.params, state.model_state))
+    check_same_chain(state, abstract_state(state, tx))
     return copy_state(state._replace(opt_state=_with_limits_of(tx, state.opt_state, state.params)))
 
 
-def _with_limits_of(
-    tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree
-) -> PyTree:
+def _with_limits_of(tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> PyTree:
     # Compiled, so that the rest of the state, a multiple of the parameters, is never made.
     limits = jax.jit(lambda params: _limits(tx.init(params)))(params)
 

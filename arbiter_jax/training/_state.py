@@ -86,6 +86,12 @@ def init_state(
     return copy_state(state)
 
 
+def abstract_state(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a state of `tx` with the parameters and the model state of another."""
+    make = lambda params, model_state: init_state(params, tx, 0, model_state)
+    return jax.eval_shape(make, state.params, state.model_state)
+
+
 def copy_state(state: TrainState) -> TrainState:
     """A state in buffers of its own: donating one copy leaves the other as it is."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), state)

@@ -59,7 +59,7 @@ from arbiter_jax.training._signals import (
     validation_signals,
     with_zero_statistics,
 )
-from arbiter_jax.training._state import Data, TrainState, init_state
+from arbiter_jax.training._state import Data, TrainState, abstract_state
 
 
 def inner_step(
@@ -140,10 +140,7 @@ def _explain(
     num_agent_inputs = options.get("num_agent_inputs", 32)
     check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
     functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch")]
-    check_state(state, TrainState)
     _check_arguments(state, data, tx, *functions)
-    make_state = lambda params, model_state: init_state(params, tx, 0, model_state)
-    check_same_chain(state, jax.eval_shape(make_state, state.params, state.model_state))
 
 
 def _check_arguments(
@@ -151,6 +148,8 @@ def _check_arguments(
 ) -> None:
     check_transformation(tx)
     check_data(data)
+    check_state(state, TrainState)
+    check_same_chain(state, abstract_state(state, tx))
     check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
 
 

@@ -57,7 +57,9 @@ def batch(seed, bad_row=None):
 def train(kind, tx, pieces, batches):
     model, loss_fn = network(kind)
     params, model_state = model.init(jax.random.PRNGKey(0))
-    make = functools.partial(value_grad_and_stats, num_pieces=2) if pieces else masked_value_and_grad
+    make = (
+        functools.partial(value_grad_and_stats, num_pieces=2) if pieces else masked_value_and_grad
+    )
     step = jax.jit(functools.partial(inner_step, gradient_fn=make(loss_fn, sampled=True), tx=tx))
     state = aj.init_state(params, tx, jax.random.PRNGKey(1), model_state)
     for rows in batches:

@@ -544,7 +544,10 @@ def test_multi_steps_decides_once_per_whole_batch(as_transformation):
         ({"bucket_size": 0}, "bucket_size must be a power of two >= 1, got 0"),
         ({"window": 0}, "window must be an integer >= 1, got 0"),
         ({"num_agent_inputs": 0}, "num_agent_inputs must be an integer >= 1, got 0"),
-        ({"loss_fn": None}, "loss_fn must be given, or gradient_fn in its place, got None for both"),
+        (
+            {"loss_fn": None},
+            "loss_fn must be given, or gradient_fn in its place, got None for both",
+        ),
         ({"gradient_fn": passive}, "loss_fn must be None where gradient_fn is given, got both"),
     ],
 )
