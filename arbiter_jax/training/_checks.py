@@ -267,7 +267,7 @@ def check_key(key: Any) -> jax.Array:
     """The key of a run as plain numbers, or a ValueError if it is not one key of this process."""
     implementation = jax.config.jax_default_prng_impl  # pyright: ignore[reportAttributeAccessIssue]
     dtype = getattr(key, "dtype", None)
-    if isinstance(key, jax.Array) and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         given = str(jax.random.key_impl(key))
         if given != implementation:
             raise ValueError(
@@ -299,7 +299,8 @@ def _is_leaf(node: PyTree) -> bool:
 
 def _parts(node: PyTree) -> dict[str, PyTree]:
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return {f".{name}": getattr(node, name) for name in type(node)._fields}
+        names: Any = node
+        return {f".{name}": getattr(node, name) for name in names._fields}
     if isinstance(node, Mapping):
         return {f"[{name!r}]": part for name, part in node.items()}
     if node is None or _is_leaf(node):
