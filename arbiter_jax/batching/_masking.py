@@ -24,17 +24,23 @@ def num_rows(data: PyTree, name: str = "data") -> int:
     >>> num_rows((jnp.zeros((5, 3)), jnp.zeros(5)))
     5
     """
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(data)]
+    leaves = jax.tree.leaves_with_path(data)
+    shapes = [jnp.shape(leaf) for _, leaf in leaves]
     lengths = {shape[0] if shape else None for shape in shapes}
     (length, *others) = lengths or {None}
+    if length is not None and length >= 1 and not others:
+        return length
+    found = [
+        f"{name}{jax.tree_util.keystr(path)}: {shape}"
+        for (path, _), shape in zip(leaves, shapes, strict=True)
+    ]
+    found = ", ".join(found) or "no array"
     if length is None or others:
         raise ValueError(
             f"{name} must be a pytree of arrays with one leading axis of equal length, got shapes "
-            f"{shapes}."
+            f"{found}."
         )
-    if length < 1:
-        raise ValueError(f"{name} must hold at least 1 example, got shapes {shapes}.")
-    return length
+    raise ValueError(f"{name} must hold at least 1 example, got shapes {found}.")
 
 
 def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:

@@ -225,4 +225,4 @@ def check_validation(requested: Requests, validation: PyTree) -> None:
             "data.validation must be given, got None: a rule in the chain measures on validation "
             "examples. Use aj.Data(train, validation)."
         )
-    num_rows(validation)
+    num_rows(validation, "data.validation")

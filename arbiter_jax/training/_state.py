@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax._count import Count, as_count
-from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import SamplerState, init_sampler
+from arbiter_jax.training._checks import check_key, check_params, check_transformation
 
 
 class Data(NamedTuple):
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 def init_state(
     params: PyTree,
     tx: optax.GradientTransformation,
-    key: jax.Array,
+    key: jax.Array | int,
     model_state: PyTree = None,
 ) -> TrainState:
     """The state at the start of a run: a pure function of the parameters and a key.
@@ -54,11 +54,15 @@ def init_state(
     Args:
       params: Parameters, any pytree of arrays.
       tx: An optax transformation, with or without a batch-size rule in it.
-      key: PRNG key, raw or typed.
+      key: One PRNG key, raw or typed, or an int in [0, 2^32).
       model_state: State of the model that is not trained by gradients, or None.
 
     Returns:
       A :class:`TrainState` in buffers of its own.
+
+    Raises:
+      ValueError: If `params` is not a pytree of arrays, `tx` not an optax transformation or `key`
+        not a PRNG key of the default implementation.
 
     >>> import arbiter_jax as aj
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
@@ -66,7 +70,9 @@ def init_state(
     >>> int(state.num_steps), int(aj.get_batch_size(state.opt_state))
     (0, 8)
     """
-    train_key, validation_key, model_key = jax.random.split(raw_key(key), 3)
+    check_transformation(tx)
+    check_params(params)
+    train_key, validation_key, model_key = jax.random.split(check_key(key), 3)
     zero = lambda dtype: jnp.zeros((), dtype)
     state = TrainState(
         params=params,
@@ -83,6 +89,12 @@ def init_state(
         num_nonfinite=zero(jnp.int32),
     )
     return copy_state(state)
+
+
+def abstract_state(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a state of `tx` with the parameters and the model state of another."""
+    make = lambda params, model_state: init_state(params, tx, 0, model_state)
+    return jax.eval_shape(make, state.params, state.model_state)
 
 
 def copy_state(state: TrainState) -> TrainState:

@@ -18,7 +18,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import Count, compensated_sum
-from arbiter_jax._numerics import cond_in_place
+from arbiter_jax._numerics import all_finite, cond_in_place, tree_where
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
     LossFn,
@@ -43,6 +43,16 @@ from arbiter_jax.gradients import (
     value_grad_and_stats,
 )
 from arbiter_jax.objectives import measure_persistence
+from arbiter_jax.training._checks import (
+    check_data,
+    check_functions,
+    check_gradient,
+    check_same_chain,
+    check_state,
+    check_static_integers,
+    check_transformation,
+    explained,
+)
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
@@ -52,7 +62,7 @@ from arbiter_jax.training._signals import (
     with_moved_grad,
     with_zero_statistics,
 )
-from arbiter_jax.training._state import Data, TrainState
+from arbiter_jax.training._state import Data, TrainState, abstract_state
 
 
 def inner_step(
@@ -77,12 +87,16 @@ def inner_step(
         and it is not among them.
 
     Returns:
-      (state, gradient).
+      (state, gradient). The model state of a batch whose loss, gradient or new model state is not
+      finite is the one before it: running averages never forget a NaN.
     """
     requested = requests(state.opt_state)
     batch_size = jnp.sum(mask, dtype=jnp.int32)
     key = jax.random.fold_in(state.key, state.num_steps)
     gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
+    check_gradient(gradient, state.params, state.model_state)
+    if state.model_state is not None:
+        gradient = _with_usable_model_state(gradient, state.model_state)
     signals = {
         **(signals or {}),
         **gradient_signals(gradient, requested.signals),
@@ -119,6 +133,37 @@ def inner_step(
     return state, gradient
 
 
+def _with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
+    """The gradient, with the model state before the step if this batch would poison it."""
+    new = gradient.model_state
+    # A model state may hold infinities from its start; then loss and gradient alone decide.
+    usable = all_finite(gradient.value, gradient.grads) & (
+        all_finite(new) | ~all_finite(model_state)
+    )
+    return gradient._replace(model_state=tree_where(usable, new, model_state))
+
+
+def _explain(
+    state: Any, data: Any, *, tx: Any, bucket_size: Any, window: Any = 100, **options: Any
+) -> None:
+    """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
+    num_agent_inputs = options.get("num_agent_inputs", 32)
+    check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
+    functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch")]
+    _check_arguments(state, data, tx, *functions)
+
+
+def _check_arguments(
+    state: TrainState, data: Any, tx: Any, loss_fn: Any, gradient_fn: Any, transform_batch: Any
+) -> None:
+    check_transformation(tx)
+    check_data(data)
+    check_state(state, TrainState)
+    check_same_chain(state, abstract_state(state, tx))
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
+
+
+@explained(_explain)
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -189,7 +234,8 @@ def run_window(
 
     Raises:
       ValueError: If window < 1, the bucket is not a power of two, the data is empty, ragged or a block
-        of another window or bucket, or a rule needs validation data that was not given.
+        of another window or bucket, a rule needs validation data that was not given, a function or
+        the state is not what it should be, or the state was donated before.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.
@@ -208,14 +254,11 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch)
     if isinstance(data.train, Block):
         check_block(data.train, window, bucket_size)
         wanted = window if num_steps is None else num_steps
         num_steps = jnp.minimum(wanted, data.train.num_steps)
-    else:
-        num_rows(data.train)
-    if (loss_fn is None) == (gradient_fn is None):
-        raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
@@ -256,6 +299,11 @@ def run_window(
             # `gradients` folds the piece index 0, 1, ... into this key; 2**32 - 1 cannot collide.
             step_key = jax.random.fold_in(state.key, state.num_steps)
             batch = transform_batch(jax.random.fold_in(step_key, 2**32 - 1), batch)
+            if num_rows(batch, "the batch that transform_batch returns") != bucket_size:
+                raise ValueError(
+                    f"transform_batch must return a batch of the {bucket_size} rows that it is given, "
+                    f"got {num_rows(batch)}: the mask marks them one by one."
+                )
         sampler, signals = validation_signals(
             state.validation_sampler,
             requests(state.opt_state),
