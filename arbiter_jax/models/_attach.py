@@ -29,7 +29,8 @@ def attach(
 
     .. math:: \mathrm{model}(x) = \mathrm{head}(\mathrm{features}(x))
 
-    The head need not be the last layer: ``Model.head`` is everything that follows its input.
+    The head need not be the last layer: ``Model.head`` is everything that follows its input, which is
+    what a call passes, by position or by keyword, for the first parameter in its signature.
 
     Args:
       model: One of
@@ -59,7 +60,7 @@ def attach(
 
     Raises:
       ValueError: If ``model`` is none of the above; if the head does not exist, is not called
-        exactly once, is called with an array without a row for each example, is not the only way
+        exactly once, is called with anything but one array that has a row for each example, is not the only way
         from the inputs to the outputs, or is followed by dropout, BatchNorm or anything else that
         differs between training and inference.
 
