@@ -60,9 +60,9 @@ def attach(
 
     Raises:
       ValueError: If ``model`` is none of the above; if the head does not exist, is not called
-        exactly once, is called with anything but one array that has a row for each example, is not the only way
-        from the inputs to the outputs, or is followed by dropout, BatchNorm or anything else that
-        differs between training and inference.
+        exactly once, is called with anything but one array that has a row for each example, is not
+        the only way from the inputs to the outputs, or is followed by dropout, BatchNorm or
+        anything else that differs between training and inference.
 
     Reference:
       Flax, "NNX basics", https://flax.readthedocs.io/en/latest/nnx_basics.html, on splitting a

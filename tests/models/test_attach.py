@@ -601,7 +601,7 @@ class WithPairHead(nn.Module):
 
 
 def test_a_head_of_a_pytree_is_an_error():
-    with pytest.raises(ValueError, match="head='head' must be called with one array .* a tuple"):
+    with pytest.raises(ValueError, match=r"head='head' must be called with one array .* a tuple"):
         models.attach(WithPairHead(), "head", jnp.ones((2, 4)))
 
 
