@@ -178,7 +178,7 @@ def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tupl
       (mean, half_width); half_width is nan for a single value.
 
     Raises:
-      ValueError: If there is no value, or confidence is not in (0, 1).
+      ValueError: If there is no value, they are not numbers, or confidence is not in (0, 1).
 
     >>> mean, half_width = mean_and_interval([1.0, 2.0, 3.0])
     >>> mean, round(half_width, 3)
@@ -187,7 +187,12 @@ def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tupl
     from scipy import stats  # a dependency of JAX; slow to import and needed only here
 
     _validate.in_range(0, 1, closed="neither", confidence=confidence)
-    sample = np.asarray(values, float)
+    try:
+        sample = np.asarray(values, float)
+    except (TypeError, ValueError):
+        sample = np.asarray(math.nan)
+    if sample.ndim != 1:
+        raise ValueError(f"values must be numbers, one per seed, got {values!r}.")
     if not len(sample):
         raise ValueError("values must hold at least one value, got none.")
     mean = float(np.mean(sample))

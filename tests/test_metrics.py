@@ -194,6 +194,10 @@ class TestMeanAndInterval:
         ("values", "confidence", "message"),
         [
             ([], 0.95, "values must hold at least one value"),
+            (None, 0.95, "values must be numbers, one per seed, got None"),
+            (3.0, 0.95, "values must be numbers, one per seed"),
+            (["a"], 0.95, "values must be numbers, one per seed"),
+            (np.ones((2, 2)), 0.95, "values must be numbers, one per seed"),
             ([1.0, 2.0], 1.0, r"confidence must be in \(0, 1\), got 1\.0"),
         ],
     )

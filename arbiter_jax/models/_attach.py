@@ -92,6 +92,10 @@ def attach(
       - ``head`` computes no part of the body, and ``features`` under ``jit`` no part of the head;
       - the mask reaches BatchNorm: its statistics are those of the unpadded batch.
     """
+    if not isinstance(head, str):
+        raise ValueError(f"head must be a path, such as 'decoder.layers.3', got {head!r}.")
+    if init is not None and not callable(init):
+        raise ValueError(f"init must be a function of a key that returns params, got {init!r}.")
     if isinstance(model, nn.Module):
         network = _linen.network(model, head, sample_input, call_arguments)
     elif init is not None:

@@ -33,6 +33,12 @@ class Network(NamedTuple):
 
 def cut(network: Network, head: str, sample_input: PyTree) -> Model:
     """Splits a network into `features` and `head`; see :func:`arbiter_jax.models.attach`."""
+    for leaf in jax.tree.leaves(sample_input):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise ValueError(
+                "sample_input must be a pytree of arrays or jax.ShapeDtypeStructs, got a leaf of type "
+                f"{type(leaf).__name__}."
+            )
     sample = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sample_input)
     num_rows = _num_rows(sample)
     # Abstract evaluation, which finds a wrong name of the head now and computes nothing.

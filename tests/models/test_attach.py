@@ -549,6 +549,9 @@ def test_functions_after_the_head_may_be_rebuilt():
     [
         (LateDropout, "a", {}, "head='a' must be followed by nothing that differs"),
         (LinenLateNorm(), "Dense_1", {}, "head='Dense_1' must be followed by nothing that differs"),
+        (Branching, None, {}, "head must be a path, such as .*, got None"),
+        (nn.Dense(4), 3, {}, "head must be a path, such as .*, got 3"),
+        (lambda p, x: x @ p["w"], "w", {"init": 3}, "init must be a function of a key .* got 3"),
         (Branching, "c", {}, "head must be one of a, b, unused, got 'c'"),
         (Branching, "a.kernel", {}, "head must be one of"),
         (Branching, "a", {}, "head='a' must be the only way"),
@@ -576,6 +579,11 @@ def test_errors_say_what_is_wrong(model, head, kwargs, message):
 def test_a_sample_without_rows_is_an_error():
     with pytest.raises(ValueError, match="sample_input must have the same number of leading rows"):
         models.attach(Branching, "a", (jnp.ones((2, 4)), jnp.ones((3, 4))))
+
+
+def test_a_sample_of_numbers_is_an_error():
+    with pytest.raises(ValueError, match="sample_input must be a pytree of arrays .* type float"):
+        models.attach(Branching, "a", [[1.0, 2.0]])
 
 
 def test_a_head_without_a_row_per_example_is_an_error():
