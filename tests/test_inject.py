@@ -408,7 +408,7 @@ def test_matrices_of_adamp_under_a_traced_axis():
 
 def test_fit_takes_a_size_from_its_state():
     """A whole run: the limit that a schedule moves is the size that the loop applies."""
-    data = np.ones((64, 1), np.float32), np.zeros(64, np.float32)
+    data = aj.Data((jnp.ones((64, 1)), jnp.zeros(64)))
     rule = optax.inject_hyperparams(S.constant)(optax.piecewise_constant_schedule(8, {4: 2.0}))
     tx = optax.chain(optax.sgd(0.01), rule)
     result = aj.fit(
