@@ -104,7 +104,7 @@ def is_one_sentence(error):
     return "\n" not in text and text.endswith(".") and len(text) < 400
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     name=st.sampled_from(sorted(CASES)),
     chain=st.lists(st.sampled_from(sorted(WRAPPERS)), min_size=1, max_size=3),

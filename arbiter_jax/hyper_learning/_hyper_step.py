@@ -72,7 +72,7 @@ def init_state(config: Config, key: jax.Array) -> ArbiterState:
     learnable: Any = _learnables(config, agent_params, response_weights)
     start = config.initial_batch_size
     logit = to_logit(start, *config.limits)
-    int32 = lambda x: jnp.asarray(x, jnp.int32)
+    int32 = lambda x: jnp.array(x, jnp.int32)  # no two fields share a buffer
     return ArbiterState(
         agent_params=agent_params,
         mixture_logits=mixture_logits,

@@ -284,7 +284,7 @@ def autowu(
             num_positives=jnp.asarray(0, jnp.int32),
             losses=jnp.full((max_warmup,), jnp.nan, float),
             process=gp.init(),
-            key=raw_key(seed),
+            key=jnp.array(raw_key(seed)),  # a copy: the state may be donated
             num_skipped=jnp.asarray(0, jnp.int32),
         )
 

@@ -46,10 +46,11 @@ def sizes(
     low: int | jax.Array, high: int | jax.Array, start: int | jax.Array
 ) -> dict[str, jax.Array]:
     """The fields of a rule's state that say its decision and its range."""
+    # Copies: two fields that share a buffer cannot both be donated.
     return {
-        "batch_size": int32(start),
-        "min_batch_size": int32(low),
-        "max_batch_size": int32(high),
+        "batch_size": jnp.array(start, jnp.int32),
+        "min_batch_size": jnp.array(low, jnp.int32),
+        "max_batch_size": jnp.array(high, jnp.int32),
     }
 
 
