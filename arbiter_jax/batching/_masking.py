@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.typing
+import numpy as np
 
 from arbiter_jax.base import PyTree, WeightedLoss
 
@@ -25,7 +26,7 @@ def num_rows(data: PyTree, name: str = "data") -> int:
     5
     """
     leaves = jax.tree.leaves_with_path(data)
-    shapes = [jnp.shape(leaf) for _, leaf in leaves]
+    shapes = [np.shape(leaf) for _, leaf in leaves]  # arrays of other libraries have one as well
     lengths = {shape[0] if shape else None for shape in shapes}
     (length, *others) = lengths or {None}
     if length is not None and length >= 1 and not others:

@@ -43,11 +43,12 @@ def _is_array(value: Any) -> bool:
     """Whether a leaf is an array of numbers, or a number."""
     if isinstance(value, bool | int | float | complex):
         return True
-    if not hasattr(value, "__array__") or not hasattr(value, "dtype"):
+    if not hasattr(value, "__array__"):
         return False  # a jax.ShapeDtypeStruct, an iterator, text
     if isinstance(value, jax.Array):
         return True
-    kind = getattr(value.dtype, "kind", None)  # None: the dtype of another library
+    dtype = getattr(value, "dtype", None)  # another library may have dtypes of its own, or several
+    kind = getattr(dtype, "kind", None)
     return kind is None or kind in "biufc" or jnp.issubdtype(value.dtype, jnp.number)
 
 
@@ -101,6 +102,16 @@ def _check_leaves(tree: PyTree, name: str) -> None:
             raise ValueError(f"{where} must be an array of numbers, got {_called(leaf)}: {hint}.")
         if not isinstance(leaf, jax.Array):
             _check_integers(leaf, where)
+
+
+def check_on_device(data: Any) -> None:
+    """Raises a ValueError for arrays of another library, which a compiled program cannot take."""
+    for path, leaf in _leaves(data):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise ValueError(
+                f"data{jax.tree_util.keystr(path)} must be an array of JAX, got {_called(leaf)}: "
+                "convert it with jnp.asarray."
+            )
 
 
 def _check_integers(leaf: Any, where: str) -> None:
@@ -357,8 +368,8 @@ def _restored_without_target(found: PyTree, expected: PyTree) -> bool:
 
 
 _TARGET = (
-    "a checkpoint that Orbax restores without a target comes back as dicts and lists; give it "
-    "aj.init_state(params, tx, key) as the target (`item`, or the abstract state)"
+    "a checkpoint that Orbax restores without a target comes back as dicts and lists; restore it "
+    "as checkpointer.restore(path, aj.init_state(params, tx, key))"
 )
 
 
@@ -428,6 +439,9 @@ def explained(explain: Callable[..., None]) -> Callable[[Function], Function]:
             try:
                 return jitted(*args, **kwargs)
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                ran = isinstance(error, jax.errors.JaxRuntimeError)
+                if ran and "deleted" not in str(error):  # the device's own, such as out of memory
+                    raise
                 try:
                     explain(**signature.bind(*args, **kwargs).arguments)
                 except ValueError as reason:

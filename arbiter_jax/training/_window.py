@@ -47,6 +47,7 @@ from arbiter_jax.training._checks import (
     check_data,
     check_functions,
     check_gradient,
+    check_on_device,
     check_same_chain,
     check_state,
     check_static_integers,
@@ -151,6 +152,7 @@ def _explain(
     check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
     functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch")]
     _check_arguments(state, data, tx, *functions)
+    check_on_device(data)
 
 
 def _check_arguments(

@@ -12,7 +12,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.training import OutOfMemoryError, _fit, resume_state
+from arbiter_jax.training import OutOfMemoryError, _checks, _fit, resume_state
 
 START = {"w": jnp.zeros(3), "b": jnp.zeros(())}
 
@@ -179,6 +179,25 @@ def test_really_out_of_memory():
         aj.fit(huge, START, chain(), aj.Data(draw(50)), num_examples=40, window=4)
     assert caught.value.history == []
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
+
+
+def test_a_window_that_ran_out_of_memory_says_so():
+    """Its state is donated by then, which is not what went wrong."""
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.")
+
+    def jitted(state):
+        state.delete()
+        raise error
+
+    def explain(state):
+        raise ValueError("the state was donated")
+
+    for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):
+        setattr(jitted, name, None)
+    jitted.__wrapped__ = lambda state: None
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        _checks.explained(explain)(jitted)(jnp.zeros(3))
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("now"), RuntimeError("RESOURCE_EXHAUSTED")])

@@ -144,6 +144,30 @@ def test_numbers_of_any_type_are_data(dtype):
     np.testing.assert_allclose(result.state.params, expected.state.params, rtol=0.05, atol=0.05)
 
 
+class Foreign:
+    """An array of another library, or a table of one, whose dtypes are several."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+class Tensor(Foreign):
+    dtype = "torch.float32"
+
+
+@pytest.mark.parametrize("kind", [Foreign, Tensor])
+def test_arrays_of_other_libraries_are_data(kind):
+    foreign = aj.Data((kind(INPUTS), kind(LABELS)))
+    np.testing.assert_array_equal(fit(data=foreign).state.params, fit().state.params)
+    with pytest.raises(
+        ValueError, match=r"^data\.train\[0\] must be an array of JAX, got a .* jnp"
+    ):
+        run_window(data=foreign)
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
