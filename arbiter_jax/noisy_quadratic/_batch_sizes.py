@@ -177,7 +177,7 @@ def rollout_batch_sizes(
     if sizes.ndim != 1 or sizes.size == 0:
         raise ValueError(f"batch_sizes must have shape (J,) with J >= 1, got {sizes.shape}.")
     budget = _as_budget(problem, num_examples, learning_rate, momentum, sizes.size, 1e-30)
-    check_range(0, closed=False, batch_sizes=sizes)
+    check_range("batch_sizes", sizes, 0, closed=False)
     segment = num_examples / sizes.size
     if not isinstance(sizes, jax.core.Tracer) and float(np.asarray(sizes).max()) > segment * (
         1 + 1e-6

@@ -65,7 +65,7 @@ def as_array(**argument: Any) -> jax.Array:
     """Returns the argument as an array of real numbers, or raises if it is none."""
     ((name, values),) = argument.items()
     try:
-        array = jnp.asarray(values)
+        array = jnp.asarray(np.asarray(values) if isinstance(values, str) else values)
         real = not jnp.issubdtype(array.dtype, jnp.complexfloating)
     except (TypeError, ValueError):
         real = False
@@ -75,26 +75,24 @@ def as_array(**argument: Any) -> jax.Array:
 
 
 def check_range(
-    minimum: float, maximum: float = math.inf, *, closed: bool = True, **argument: jax.Array
+    name: str, array: jax.Array, minimum: float = -math.inf, *, closed: bool = True
 ) -> None:
-    """Raises if an array that is known holds a number outside [minimum, maximum), or not finite.
+    """Raises if an array that is known holds a number that is not finite, or below `minimum`.
 
     Args:
+      name: What to call the array in the message.
+      array: The array; one that is traced is not checked.
       minimum: The lower end.
-      maximum: The upper end, which is not allowed.
-      closed: Whether `minimum` is allowed.
-      **argument: The one array to check, by its name.
+      closed: Whether `minimum` itself is allowed.
     """
-    ((name, array),) = argument.items()
     if isinstance(array, jax.core.Tracer) or not array.size:
         return
     values = np.asarray(array, np.float64)
     above = values >= minimum if closed else values > minimum
-    if not (np.isfinite(values) & above & (values < maximum)).all():
-        high = "" if maximum == math.inf else f" and < {maximum:g}"
+    if not (np.isfinite(values) & above).all():
         low = "" if minimum == -math.inf else f" {'>=' if closed else '>'} {minimum:g}"
         raise ValueError(
-            f"{name} must hold finite numbers{low}{high}, got values from {values.min():g} to "
+            f"{name} must hold finite numbers{low}, got values from {values.min():g} to "
             f"{values.max():g}."
         )
 
@@ -112,7 +110,7 @@ def as_problem(problem: NoisyQuadratic) -> NoisyQuadratic:
                 f"{name} must have shape (d,) with d >= 1, the same for all three fields, "
                 f"got {field.shape}."
             )
-        check_range(0, **{name: field})
+        check_range(name, field, 0)
     return NoisyQuadratic(*fields)
 
 
@@ -199,8 +197,8 @@ def rollout(
             "learning_rates and momenta must have the same shape (T,), got "
             f"{rates.shape} and {mus.shape}."
         )
-    check_range(-math.inf, learning_rates=rates)
-    check_range(-math.inf, momenta=mus)
+    check_range("learning_rates", rates)
+    check_range("momenta", mus)
     start = initial_moments(problem)
     losses = rollout_from(problem, start, rates, mus)
     return jnp.concatenate([excess_of(problem, start)[None], losses])

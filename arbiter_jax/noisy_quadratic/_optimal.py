@@ -72,7 +72,7 @@ def _optimize(
 
 def _as_cap(problem: NoisyQuadratic, max_learning_rate: float | None) -> jax.Array:
     if max_learning_rate is None:
-        check_range(0, closed=False, curvature=jnp.max(problem.curvature))
+        check_range("curvature", jnp.max(problem.curvature), 0, closed=False)
         return 1 / jnp.max(problem.curvature)
     cap = _validate.positive(max_learning_rate=max_learning_rate)
     return jnp.asarray(cap, problem.curvature.dtype)

@@ -582,7 +582,7 @@ def test_a_sample_without_rows_is_an_error():
 
 
 def test_a_sample_of_numbers_is_an_error():
-    with pytest.raises(ValueError, match="sample_input must be a pytree of arrays .* type float"):
+    with pytest.raises(ValueError, match=r"sample_input must be a pytree of arrays .* type float"):
         models.attach(Branching, "a", [[1.0, 2.0]])
 
 
