@@ -168,12 +168,11 @@ class Requests(NamedTuple):
           The int 0, known while tracing, for a chain without optax.MultiSteps; None for one with
           several of them, of which each has accumulated something else.
         """
-        if not self.accumulators:
-            return 0
-        if len(self.accumulators) > 1:
-            return None
+        states = list(self.accumulators)
+        if len(states) != 1:
+            return None if states else 0
         # The chain may be a new one: then nothing is left of what was counted for the old one.
-        return jnp.where(self.accumulators[0].mini_step == 0, 0, counted)
+        return jnp.where(states[0].mini_step == 0, 0, counted)
 
     def accumulated_after(
         self, before: Requests, counted: jax.Array, batch_size: jax.Array
