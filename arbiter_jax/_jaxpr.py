@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.extend import core
 from jax.interpreters import partial_eval
 
@@ -199,6 +200,103 @@ def trim(closed: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]:
     """
     jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     return core.ClosedJaxpr(jaxpr, closed.consts), used
+
+
+# What is known of a value that may depend on some inputs of its program, in the order of a join.
+_ZERO, _INDEPENDENT, _DEPENDENT = range(3)
+
+_CALLS = TRANSPARENT_CALLS | {"custom_jvp_call", "custom_vjp_call"}
+
+# Zero if all their operands are.
+_KEEP_ZERO = frozenset(
+    {"abs", "add", "add_any", "broadcast_in_dim", "convert_element_type", "copy", "integer_pow"}
+    | {"max", "min", "neg", "reduce_sum", "reshape", "sign", "slice", "square", "squeeze", "sub"}
+    | {"transpose"}
+)
+
+
+def dependent_outputs(closed: core.ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs of a program depend on the marked inputs, all of which are finite.
+
+    Calls, loops and conditionals are followed inside. The result of any other operation depends on
+    all its operands, unless it multiplies by a constant zero or asks whether they are finite; what
+    a condition chooses depends on what the condition does, unless all choices are zero.
+    """
+    marks = [_DEPENDENT if marked else _INDEPENDENT for marked in inputs]
+    return [mark == _DEPENDENT for mark in _dependence(closed.jaxpr, marks)]
+
+
+def _dependence(program: Any, arguments: Sequence[int]) -> list[int]:
+    jaxpr = program.jaxpr if isinstance(program, core.ClosedJaxpr) else program
+    marks = dict(zip(jaxpr.invars, arguments, strict=True))
+    marks.update(dict.fromkeys(jaxpr.constvars, _INDEPENDENT))
+
+    def read(atom):
+        if isinstance(atom, core.Literal):
+            return _ZERO if np.all(atom.val == 0) else _INDEPENDENT
+        return marks[atom]
+
+    for eqn in jaxpr.eqns:
+        results = _dependence_of_results(eqn, [read(x) for x in eqn.invars])
+        marks.update(zip(eqn.outvars, results, strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _dependence_of_results(eqn: core.JaxprEqn, operands: list[int]) -> list[int]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in _CALLS:
+        (called,) = core.jaxprs_in_params(params)
+        return _dependence(called, operands)
+    if name == "cond":
+        branches = [_dependence(branch, operands[1:]) for branch in params["branches"]]
+        return _chosen(operands[0], [max(results) for results in zip(*branches, strict=True)])
+    if name == "select_n":
+        return _chosen(operands[0], [max(operands[1:])])
+    if name == "scan":
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        split = num_consts, num_consts + num_carry
+        consts, carry, xs = (
+            operands[: split[0]],
+            operands[split[0] : split[1]],
+            operands[split[1] :],
+        )
+        iteration = lambda carry: _dependence(params["jaxpr"], consts + carry + xs)
+        carry = _fixed_point(lambda carry: iteration(carry)[:num_carry], carry)
+        return carry + iteration(carry)[num_carry:]
+    if name == "while":
+        split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        asked, consts = operands[: split[0]], operands[split[0] : split[1]]
+
+        def body(carry):
+            (condition,) = _dependence(params["cond_jaxpr"], asked + carry)
+            return _chosen(condition, _dependence(params["body_jaxpr"], consts + carry))
+
+        return _fixed_point(body, operands[split[1] :])
+    if name == "optimization_barrier":
+        return operands
+    is_nan = name == "ne" and eqn.invars[0] is eqn.invars[1]
+    if name == "is_finite" or is_nan:
+        return [_INDEPENDENT]
+    if (name == "mul" and _ZERO in operands) or (name in _KEEP_ZERO and max(operands) == _ZERO):
+        return [_ZERO]
+    mark = _DEPENDENT if _DEPENDENT in operands else _INDEPENDENT
+    return [mark] * len(eqn.outvars)
+
+
+def _chosen(condition: int, results: list[int]) -> list[int]:
+    """What a condition has chosen, from the joined marks of its choices."""
+    if condition != _DEPENDENT:
+        return results
+    return [mark if mark == _ZERO else _DEPENDENT for mark in results]
+
+
+def _fixed_point(body: Callable[[list[int]], list[int]], carry: list[int]) -> list[int]:
+    """The marks of the carry of a loop at any iteration."""
+    while True:
+        joined = [max(pair) for pair in zip(carry, body(carry), strict=True)]
+        if joined == carry:
+            return carry
+        carry = joined
 
 
 def evaluate_closed(closed: core.ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -32,6 +33,22 @@ def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tup
     rate = (1 - decay) / weight
     # A convex combination, not `mean + rate * (sample - mean)`: it cannot overflow.
     return jax.tree.map(lambda m, x: (1 - rate) * m + rate * x, mean, sample), weight
+
+
+def measurable_range(low: Any, high: Any, start: Any) -> tuple[Any, Any, Any]:
+    """The range and the first size of a rule that measures noise.
+
+    One example says nothing about noise, and a rule that is at 1 would never leave it: 1 becomes 2,
+    if the range allows.
+
+    >>> measurable_range(1, 64, 1), measurable_range(1, 1, 1)
+    ((2, 64, 2), (1, 1, 1))
+    """
+    if any(isinstance(size, jax.Array) for size in (low, high, start)):
+        least = jnp.minimum(2, high)
+        return jnp.maximum(low, least), high, jnp.maximum(start, least)
+    least = min(2, high)
+    return max(low, least), high, max(start, least)
 
 
 def raw_key(seed: Any) -> jax.Array:
@@ -111,14 +128,39 @@ def cond_in_place(condition: jax.Array, fn: Callable[[Any], Any], carry: Any) ->
     return loop_if(condition, fn, carry)
 
 
+def at_least_float32(x: Any) -> jax.Array:
+    """An array in its own type, or in float32 if that is wider."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def conjugate(tree: PyTree) -> PyTree:
+    """The complex conjugate of all complex leaves; the others are returned as they are."""
+    return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, tree)
+
+
 def tree_dot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves, in at least float32."""
+    """Inner product over all leaves, in at least float32.
+
+    Complex numbers count as pairs of real ones: it is the real part of ``conj(a) b``.
+    """
 
     def leaf(x, y):
-        dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
-        return jnp.vdot(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
+        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+        return jnp.real(jnp.vdot(jnp.asarray(x, dtype), jnp.asarray(y, dtype)))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), start=jnp.zeros(()))
+
+
+def check_parameters(params: PyTree) -> None:
+    """Raises a ValueError that names the first leaf that has no gradient: an integer, a string."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"params must hold floating-point arrays, got {dtype} at "
+                f"params{jax.tree_util.keystr(path)}: keep what is not trained in model_state, or "
+                "convert it to float."
+            )
 
 
 def extract_patches(

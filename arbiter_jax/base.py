@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from arbiter_jax._count import Count, as_count
+
 PyTree = Any
 
 SIGNALS = {
@@ -39,8 +41,16 @@ SIGNALS = {
     ),
     "batch_size": "It is the number of examples of this step; aj.get_batch_size(opt_state) has it.",
     "num_steps": "It is the number of steps before this one.",
-    "num_examples": "It is the number of training examples before this step.",
-    "progress": "It is the sum of AdaScale's gains (1 per step without it) before this step.",
+    "num_examples": (
+        "It is the number of training examples before this step, as a number or an aj.base.Count. "
+        "A loop of one's own under optax.MultiSteps has to pass it: only then a rule inside knows "
+        "what the calls between two updates have seen."
+    ),
+    "num_accumulated": (
+        "It is the number of examples whose gradients optax.MultiSteps has accumulated before this "
+        "step: 0 without it, and just after an update."
+    ),
+    "progress": "It is the sum of AdaScale's gains (1 per update without it) before this step.",
     "params": "They are the parameters before this step, the third argument of update.",
 }
 """Every extra argument that a rule may ask for -> how a loop of one's own supplies it.
@@ -103,6 +113,7 @@ class StepInfo(NamedTuple):
     loss: jax.Array  # shape=(), dtype=float, mean loss of the real examples before the step
     batch_size: jax.Array  # shape=(), dtype=int32, number of real examples, 0 for a skipped step
     metrics: dict[str, jax.Array]  # what the states of the chain and the gradient report
+    aux: PyTree = None  # auxiliary output of the loss function, if it has any
 
 
 class RuleState(Protocol):
@@ -119,7 +130,7 @@ class RuleState(Protocol):
     max_batch_size: jax.Array  # shape=(), dtype=int32, upper end of the rule's range
     meta_batch_size: jax.Array  # shape=(), dtype=int32, validation examples that the rule uses
     window_steps: jax.Array  # shape=(), dtype=int32, steps until the next decision, at most
-    budget: jax.Array  # shape=(), dtype=int32, examples of the run it was built for; 0 if unknown
+    budget: Count  # examples of the run that it was built for; 0 if unknown
     decides: bool  # False for a rule that only watches, and for all states inside it
 
     # What it wants to see, and when.
@@ -130,7 +141,8 @@ class RuleState(Protocol):
     metrics: tuple[str, ...] | dict[str, jax.Array]  # names of fields; a dict speaks for all inside
     progress_per_step: (
         jax.Array
-    )  # shape=(), dtype=float, what the last step was worth, see adascale
+    )  # shape=(), dtype=float, what the last update was worth, see adascale
+    num_updates: jax.Array  # shape=(), dtype=int32, beside it: updates made; it may wrap
 
 
 class Requests(NamedTuple):
@@ -139,12 +151,58 @@ class Requests(NamedTuple):
     rules: tuple[Any, ...]  # states that decide a batch size; a wrapper hides the rule inside it
     bucket_sizes: tuple[jax.Array, ...]  # of those rules: batches that have to fit into one bucket
     window_steps: tuple[jax.Array, ...]  # of those rules: steps until the next decision, at most
-    budgets: tuple[jax.Array, ...]  # int32[] each, examples that a rule was built for, 0 if unknown
+    budgets: tuple[Any, ...]  # a Count each, examples that a rule was built for, 0 if unknown
     signals: frozenset[str]  # names of SIGNALS
     meta_batch_size: jax.Array | None  # int32[], validation examples that count as used
     flags: tuple[jax.Array | None, ...]  # one per state that wants costly signals; None: always
     metrics: dict[str, jax.Array]  # of two with the same name, the later one in the chain
     progress_per_step: jax.Array | float  # 1 if no state says otherwise
+    num_updates: jax.Array | None  # int32[], of the state that says so, if it counts them
+    accumulators: tuple[Any, ...]  # states of optax.MultiSteps
+    finite_flags: tuple[jax.Array, ...]  # bool[] each, `last_finite` of optax.apply_if_finite
+
+    def num_accumulated(self, counted: jax.Array) -> jax.Array | int | None:
+        """The extra argument of that name.
+
+        Args:
+          counted: int32[], what :meth:`accumulated_after` has counted so far.
+
+        Returns:
+          The int 0, known while tracing, for a chain without optax.MultiSteps; None for one with
+          several of them, of which each has accumulated something else.
+        """
+        states = list(self.accumulators)
+        if len(states) != 1:
+            return None if states else 0
+        # The chain may be a new one: then nothing is left of what was counted for the old one.
+        return jnp.where(states[0].mini_step == 0, 0, counted)
+
+    def accumulated_after(
+        self, before: Requests, counted: jax.Array, batch_size: jax.Array
+    ) -> jax.Array:
+        """Examples whose gradients optax.MultiSteps holds after a step; `before`: the same before.
+
+        A batch that it never saw, or skipped, does not count.
+        """
+        if len(self.accumulators) != 1:
+            return counted
+        (old,), (new,) = before.accumulators, self.accumulators
+        grown = jnp.where(old.mini_step == 0, 0, counted) + batch_size
+        counted = jnp.where(new.mini_step == old.mini_step, counted, grown)
+        return jnp.where(new.mini_step == 0, 0, counted)
+
+    def progress_since(self, before: Requests) -> jax.Array | float:
+        """What a step was worth, `before`: the same before it. A step without an update: 0."""
+        if self.num_updates is not None:  # whatever skips an update keeps this count as it was
+            made = self.num_updates != before.num_updates
+            return jnp.where(made, self.progress_per_step, 0)
+        made = list(self.finite_flags)
+        if self.accumulators:
+            old, new = before.accumulators[0], self.accumulators[0]
+            made.append(new.gradient_step != old.gradient_step)
+        if not made:
+            return self.progress_per_step
+        return jnp.where(functools.reduce(jnp.logical_and, made), self.progress_per_step, 0)
 
     @property
     def due(self) -> jax.Array | None:
@@ -183,13 +241,20 @@ def requests(opt_state: PyTree) -> Requests:
     meta_batch_sizes: list[jax.Array] = []
     flags: list[jax.Array | None] = []
     metrics: dict[str, jax.Array] = {}
-    progress: list[jax.Array] = []
+    progress: list[tuple[jax.Array, jax.Array | None]] = []
+    accumulators: list[Any] = []
+    finite_flags: list[jax.Array] = []
 
     def visit(node: PyTree, decides: bool, in_rule: bool, flagged: bool, reported: bool) -> None:
         if isinstance(node, jax.Array):  # nearly all nodes, and a loop reads the state every window
             return
+        fields = getattr(node, "_fields", ())
+        if "mini_step" in fields and {"gradient_step", "acc_grads"}.issubset(fields):
+            accumulators.append(node)
+        if "last_finite" in fields and "total_notfinite" in fields:
+            finite_flags.append(node.last_finite)
         decides = decides and getattr(node, "decides", True)
-        if decides and not in_rule and "batch_size" in getattr(node, "_fields", ()):
+        if decides and not in_rule and "batch_size" in fields:
             rules.append(node)
             bucket_sizes.append(node.batch_size)
             in_rule = True
@@ -201,7 +266,7 @@ def requests(opt_state: PyTree) -> Requests:
         if in_rule and hasattr(node, "budget"):
             budgets.append(node.budget)
         if hasattr(node, "progress_per_step"):
-            progress.append(node.progress_per_step)
+            progress.append((node.progress_per_step, getattr(node, "num_updates", None)))
         asked = set(getattr(node, "requires", ()))
         signals.update(asked)
         # The flag of a state speaks for everything inside it.
@@ -230,7 +295,10 @@ def requests(opt_state: PyTree) -> Requests:
         meta_batch_size=meta_batch_sizes[0] if meta_batch_sizes else None,
         flags=tuple(flags),
         metrics=metrics,
-        progress_per_step=progress[-1] if progress else 1.0,
+        progress_per_step=progress[-1][0] if progress else 1.0,
+        num_updates=progress[-1][1] if progress else None,
+        accumulators=tuple(accumulators),
+        finite_flags=tuple(finite_flags),
     )
 
 
@@ -278,6 +346,87 @@ def applied_batch_size(batch_size: Any, state: Any) -> jax.Array:
     passes `batch_size`. Without it we assume that the latest decision was applied.
     """
     return state.batch_size if batch_size is None else jnp.asarray(batch_size).astype(jnp.int32)
+
+
+class Update(NamedTuple):
+    """What one update averages; from :func:`applied_update`."""
+
+    call_size: jax.Array  # int32[], examples in this call
+    size: (
+        jax.Array
+    )  # int32[], examples whose gradients it averages, those of earlier calls included
+    num_calls: (
+        jax.Array | int
+    )  # size / call_size, float[]; the int 1 if that is known while tracing
+    ledger: Count  # training examples so far; the state keeps it for the next update
+
+    def per_call(self, size: Any) -> Any:
+        """What a call contributes to an update of this size: what a rule decides on."""
+        return size if isinstance(self.num_calls, int) else size / self.num_calls
+
+    def per_update(self, size: Any) -> Any:
+        """What an update has of this number of examples per call."""
+        return size if isinstance(self.num_calls, int) else size * self.num_calls
+
+
+def applied_update(
+    state: Any,
+    *,
+    batch_size: Any = None,
+    num_examples: Any = None,
+    num_accumulated: Any = None,
+    **extra_args: Any,
+) -> Update:
+    """How many examples the gradient of this update averages.
+
+    Inside ``optax.MultiSteps`` a transformation gets the extra arguments of the last of k calls,
+    and `batch_size` is the size of that call. The update averages what the ledger, `num_examples`,
+    has counted since the last update of the state; or, if `num_accumulated` is given, at most that
+    and this batch: the ledger also counts batches that `optax.apply_if_finite` has skipped, and
+    a state that is new in the middle of a run knows no last update. Without the ledger an update is
+    taken to be one call.
+
+    Args:
+      state: With a `ledger`, a :class:`Count`; and a `batch_size`, if it may be missing here.
+      batch_size: See :func:`applied_batch_size`.
+      num_examples: Training examples before this call, any number; None if nobody counts them.
+      num_accumulated: See `SIGNALS`. The int 0 is known while tracing and costs nothing.
+      **extra_args: Ignored, so that a rule can pass on what it was given.
+
+    Returns:
+      An :class:`Update`.
+
+    >>> state = Update(call_size=None, size=None, num_calls=1, ledger=as_count(96))
+    >>> update = applied_update(state, batch_size=8, num_examples=120)
+    >>> int(update.size), float(update.num_calls), int(update.ledger)
+    (32, 4.0, 128)
+    """
+    del extra_args
+    call_size = applied_batch_size(batch_size, state)
+    ledger = state.ledger
+    size = None
+    if num_examples is not None:
+        ledger = as_count(num_examples) + call_size
+        size = ledger.since(state.ledger)
+    if isinstance(num_accumulated, int) and num_accumulated == 0:
+        size = None
+    elif num_accumulated is not None:
+        held = jnp.asarray(num_accumulated).astype(jnp.int32) + call_size
+        size = held if size is None else jnp.minimum(size, held)
+    if size is None:
+        return Update(call_size, call_size, 1, ledger)
+    size = jnp.maximum(size, call_size)
+    num_calls = size.astype(float) / jnp.maximum(call_size, 1)
+    return Update(call_size, size, num_calls, ledger)
+
+
+def examples_after(
+    seen: Count, state: Any, *, batch_size: Any = None, num_examples: Any = None, **extra_args: Any
+) -> Count:
+    """Training examples after this call: the ledger's, or `seen` and this batch without one."""
+    del extra_args
+    before = seen if num_examples is None else as_count(num_examples)
+    return before + applied_batch_size(batch_size, state)
 
 
 def measures_now(signals_due: jax.Array | None, signals_made: Any) -> jax.Array | bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from arbiter_jax import _validate
 from arbiter_jax.hyper_learning import to_batch_size
 
 # The palette of Okabe and Ito, which color-blind readers can distinguish.
@@ -68,6 +69,39 @@ def figure(
     return fig, axes
 
 
+def _runs(fits: Any) -> dict[tuple[str, int], Any]:
+    """The runs that have a step at least, or an error that says what is expected."""
+    if not isinstance(fits, Mapping) or not all(
+        isinstance(name, tuple) and len(name) == 2 for name in fits
+    ):
+        raise ValueError(
+            f"fits must be a dict {{(method, seed): FitResult}}, got {type(fits).__name__}"
+            f"{f' with keys {list(fits)}' if isinstance(fits, Mapping) else ''}."
+        )
+    runs = {name: fit for name, fit in fits.items() if fit.history}
+    if not runs:
+        raise ValueError(
+            f"fits must hold at least one run of at least one window, got {len(fits)} without any."
+        )
+    return runs
+
+
+def _check_limits(limits: Any) -> None:
+    if not isinstance(limits, Sequence) or len(limits) != 2:
+        raise ValueError(f"limits must be (smallest, largest) batch size, got {limits!r}.")
+    _validate.batch_size_range(*limits)
+
+
+def _check_metrics(fit: Any, found: Callable[[str], bool], origin: str) -> None:
+    """Raises unless the run reports what is to be drawn."""
+    metrics = fit.history[0].info.metrics if fit.history else ()
+    if not any(map(found, metrics)):
+        raise ValueError(
+            f"fit must be a run with {origin} in its chain, got one of {len(fit.history)} windows that "
+            f"reports {', '.join(metrics) or 'nothing'}."
+        )
+
+
 def _size_axis(ax: Any, limits: tuple[int, int]) -> None:
     ax.set_yscale("log", base=2)
     ax.set_ylim(limits[0] / 1.15, limits[1] * 1.15)
@@ -104,14 +138,18 @@ def batch_sizes(
     Each method has a color, or a panel of its own if there are more methods than colors.
 
     Args:
-      fits: {(method, seed): FitResult}.
+      fits: {(method, seed): FitResult}; runs without a window are left out.
       limits: Smallest and largest batch size.
       title: Title of the figure.
 
     Returns:
       The figure.
+
+    Raises:
+      ValueError: If there is nothing to draw, or an argument is out of range.
     """
-    groups = _methods(fits)
+    _check_limits(limits)
+    groups = _methods(_runs(fits))
     if len(groups) > len(COLORS):  # constant sizes need no panels
         groups = {k: v for k, v in groups.items() if not k.startswith("constant")}
     fig, places = _places(groups)
@@ -168,13 +206,18 @@ def losses(fits: Mapping[tuple[str, int], Any], title: str = "", num_points: int
     Each method has a color, or a panel of its own if there are more methods than colors.
 
     Args:
-      fits: {(method, seed): FitResult}.
+      fits: {(method, seed): FitResult}; runs without a window are left out.
       title: Title of the figure.
       num_points: Number of points per curve; each is the mean over the nearby steps.
 
     Returns:
       The figure.
+
+    Raises:
+      ValueError: If there is nothing to draw, or an argument is out of range.
     """
+    num_points = _validate.integer(num_points=num_points, minimum=1)
+    fits = _runs(fits)
     smallest = min(float(np.sum(fit.per_step("batch_size"))) for fit in fits.values())
     edges = np.linspace(0, smallest, num_points + 1)
     center = (edges[:-1] + edges[1:]) / 2
@@ -204,6 +247,8 @@ def _binned(fit: Any, edges: np.ndarray) -> np.ndarray:
     weight = np.bincount(index[inside], sizes[inside], minlength=len(edges) - 1)
     total = np.bincount(index[inside], (sizes * loss)[inside], minlength=len(edges) - 1)
     filled = weight > 0
+    if not filled.any():
+        return np.full(len(weight), np.nan)
     center = (edges[:-1] + edges[1:]) / 2
     return np.interp(center, center[filled], total[filled] / weight[filled])
 
@@ -218,7 +263,12 @@ def proposals(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
 
     Returns:
       The figure.
+
+    Raises:
+      ValueError: If there is nothing to draw, or an argument is out of range.
     """
+    _check_limits(limits)
+    _check_metrics(fit, lambda name: name == "proposals", "arbiter_jax.arbiter")
     fig, (top, bottom) = figure(2, 1, size=(7.0, 6.0), sharex=True, height_ratios=[2, 1])
     seen = np.cumsum(fit.per_step("batch_size"))
     logits = fit.per_step("proposals")
@@ -253,7 +303,12 @@ def shadows(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
 
     Returns:
       The figure.
+
+    Raises:
+      ValueError: If there is nothing to draw, or an argument is out of range.
     """
+    _check_limits(limits)
+    _check_metrics(fit, lambda name: name.startswith("shadow/"), "arbiter_jax.schedulers.shadow")
     fig, ax = figure()
     seen = np.cumsum(fit.per_step("batch_size"))
     names = [name for name in fit.history[0].info.metrics if name.startswith("shadow/")]

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from arbiter_jax import _validate
+
 
 @contextlib.contextmanager
 def live(enabled: bool = True) -> Iterator[Callable[..., Callable[[Any, Any], None]]]:
@@ -22,12 +24,20 @@ def live(enabled: bool = True) -> Iterator[Callable[..., Callable[[Any, Any], No
 
     Raises:
       ImportError: If rich is not installed.
+      ValueError: From ``start``, if `num_examples` is not an integer >= 1: it is called before
+        :func:`arbiter_jax.fit`, which gets what it returns.
 
     >>> with live(enabled=False) as start:
     ...     callback = start("constant 64", num_examples=1000)
     """
     if not enabled:
-        yield lambda description, num_examples: lambda record, state: None
+
+        def start_nothing(description: str, num_examples: int) -> Callable[[Any, Any], None]:
+            del description
+            _validate.integer(num_examples=num_examples, minimum=1)
+            return lambda record, state: None
+
+        yield start_nothing
         return
     try:
         from rich import progress
@@ -48,6 +58,7 @@ def live(enabled: bool = True) -> Iterator[Callable[..., Callable[[Any, Any], No
     with progress.Progress(*columns, transient=True) as display:
 
         def start(description: str, num_examples: int) -> Callable[[Any, Any], None]:
+            num_examples = _validate.integer(num_examples=num_examples, minimum=1)
             for task in display.task_ids:  # show only the current run
                 display.remove_task(task)
             task = display.add_task(

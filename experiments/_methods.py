@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optax
@@ -174,21 +174,29 @@ def build(
     Raises:
       UsageError: If the name is unknown.
     """
-    if name.startswith("constant_") and name[9:].isdigit():
+    check_names([name])
+    if name.startswith("constant_"):
         size = int(name[9:])
         # All constant sizes share one update function; the size lies in the state.
         start = lambda seed=0, learning_rate=learning_rate: optax.chain(
             make_optimizer(learning_rate), schedulers.constant(size)
         )
         return Method(_shared_constant(make_optimizer, learning_rate), start)
-    if name not in RULES:
-        known = ", ".join(["all", "constant_N", *RULES])
-        raise UsageError(f"--methods must be among {known}; got {name!r}.")
     rule = RULES[name](task, config, limits(config))
     start = lambda seed=0, learning_rate=learning_rate: optax.chain(
         make_optimizer(learning_rate), rule(seed, learning_rate)
     )
     return Method(start(), start)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises a UsageError for the first name that :func:`build` does not know."""
+    for name in names:
+        if name not in RULES and not (name.startswith("constant_") and name[9:].isdecimal()):
+            raise UsageError(f"--methods must be among {NAMES}; got {name!r}.")
+
+
+NAMES = f"{', '.join(RULES)}, or constant_N for any size N"
 
 
 @functools.cache

@@ -8,14 +8,18 @@ fields of its `Config`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import math
+import os
 import platform
+import shlex
 import sys
+import tempfile
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,11 @@ import optax
 import arbiter_jax as aj
 from arbiter_jax import metrics
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed
+    fcntl = None
+
 
 @dataclasses.dataclass
 class Results:
@@ -36,35 +45,47 @@ class Results:
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # for figures; not written
 
+    def __post_init__(self):
+        _begun.append(self)
+
+
+_begun: list[Results] = []  # what an interrupted experiment had finished: its rows are kept
+
 
 class UsageError(Exception):
     """A wrong flag, data set or configuration: one line on standard error, exit status 2."""
 
 
-# Help for flags that mean the same in every experiment; a field made by `flag` has its own.
+# Help for flags that mean the same in every experiment; a field made by `flag` has its own. The
+# default and the choices are added to it.
 COMMON_HELP = {
-    "dataset": "name of a data set of arbiter_jax.datasets",
-    "model": "mlp, lenet, vgg11 or wrn_16_4",
-    "methods": "which batch-size rules to run",
-    "seeds": "one run per seed",
+    "dataset": (
+        "name of a data set: digits, synthetic, mnist10k, mnist, fashion_mnist, another one of tfds, "
+        "or the path of an .npz file"
+    ),
+    "model": "network to train",
+    "seeds": "seeds of the parameters and the order of the examples; one run per seed",
     "epochs": "training examples of a run, in epochs",
     "window": "training steps between two decisions",
-    "learning_rate": "of the optimizer",
-    "learning_rates": "of the optimizer; one run per rate",
-    "momentum": "of SGD",
+    "learning_rate": "learning rate of the optimizer",
+    "learning_rates": "learning rates of the optimizer; one run per rate",
+    "momentum": "momentum of SGD",
     "min_batch_size": "smallest batch size, in examples",
     "max_batch_size": "largest batch size, in examples",
     "initial_batch_size": "batch size to start from, in examples",
-    "batch_size": "in examples",
+    "batch_size": "batch size, in examples",
     "hidden_size": "units of a hidden layer",
     "num_steps": "training steps of a run",
     "num_examples": "training examples that are used",
 }
 
 
-def flag(default: Any, help: str) -> Any:
-    """A field of a `Config`: its default, and the help text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help})
+COMMON_CHOICES = {"model": ("mlp", "lenet", "vgg11", "wrn_16_4")}
+
+
+def flag(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """A field of a `Config`: its default, the help text of its flag, and all values that it takes."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,13 +96,50 @@ class _Parser(argparse.ArgumentParser):
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
     name = "--" + field.name.replace("_", "-")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    kind: dict[str, Any] = {"type": hint}
-    if origin is tuple:
-        kind = {"type": arguments[0], "nargs": "+"}
-    elif hint is bool:
-        kind = {"action": argparse.BooleanOptionalAction}
+    choices = field.metadata.get("choices") or COMMON_CHOICES.get(field.name)
+    if hint is bool:
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    else:
+        kind = {
+            "type": _TYPES[arguments[0] if origin is tuple else hint],
+            "nargs": "+" if origin is tuple else None,
+            "choices": choices,
+            "metavar": field.name.upper(),
+        }
     text = field.metadata.get("help") or COMMON_HELP[field.name]
+    if choices:
+        text += f". Choices: {', '.join(choices)}"
+    text = f"{text[0].upper()}{text[1:]}. Default: {_as_given(field.default)}."
     parser.add_argument(name, default=None, help=text.replace("%", "%%"), **kind)
+
+
+def _as_given(value: Any) -> str:
+    """A value as one would give it on the command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return shlex.join(map(str, value if isinstance(value, tuple) else (value,))) or "none"
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _integer(value: str) -> int:
+    if not value.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {value!r}")
+    return int(value)
+
+
+def _number(value: str) -> float:
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if math.isfinite(number) and number >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {value!r}")
+
+
+# Every number of every experiment is a size, a count, a rate or a seed.
+_TYPES = {str: _text, int: _integer, float: _number}
 
 
 def parse(name: str, configs: Mapping[str, Any], description: str, argv: Sequence[str]) -> Any:
@@ -91,14 +149,17 @@ def parse(name: str, configs: Mapping[str, Any], description: str, argv: Sequenc
         "--config",
         default="default",
         choices=sorted(configs),
-        help="the values of all flags that are not given",
+        help="The values of all flags that are not given; the defaults below are those of `default`.",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("results") / name,
         metavar="DIR",
-        help="folder for summary.json, metrics.csv and the figures",
+        help=(
+            "Folder for summary.json, metrics.csv and the figures; it may hold those of an earlier run "
+            f"of this experiment, which are replaced. Default: {Path('results') / name}."
+        ),
     )
     config_class = type(configs["default"])
     hints = typing.get_type_hints(config_class)
@@ -120,35 +181,122 @@ def main(
     description: str,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Runs an experiment from the command line: flags, run, files, figures, table."""
+    """Runs an experiment from the command line: flags, run, files, figures, table.
+
+    Exit status: 2 for wrong usage; 1 if the results could not be written, and then the table has been
+    printed all the same; 130 after an interrupt. Each is one line on standard error.
+    """
     try:
         config, output = parse(name, configs, description, sys.argv[1:] if argv is None else argv)
-        _check_writable(output)
-        results = run(config)
+        with _claimed(name, output):
+            results = _run_or_keep(name, config, run, output)
+            failure = None
+            try:
+                with _moved_into(output) as folder:
+                    write(name, config, results, folder)
+                with _moved_into(output) as folder:
+                    plot(results, folder)
+            except OSError as error:
+                failure = error
+            print_table(table(results))
+            if failure is not None:
+                raise SystemExit(
+                    _complain(name, f"{_not_written(output, failure)}; see the table.", 1)
+                )
+            names = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))
+            print(f"Written to {output}/: {', '.join(names)}")
     except (UsageError, ValueError, ImportError) as error:
         # A bad value that only the library can detect (a range, a path) is bad usage too.
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; no results were written.", file=sys.stderr)
-        raise SystemExit(130) from None
-    write(name, config, results, output)
-    plot(results, output)
-    print_table(table(results))
-    print(f"Written to {output}/: {', '.join(sorted(p.name for p in output.iterdir()))}")
+        raise SystemExit(_complain(name, str(error), 2)) from None
+    except KeyboardInterrupt as error:
+        kept = str(error) or "no further files were written"
+        raise SystemExit(_complain(name, f"interrupted; {kept}.", 130)) from None
 
 
-def _check_writable(output: Path) -> None:
+def _complain(name: str, message: str, status: int) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _not_written(output: Path, error: OSError) -> str:
+    return f"the results could not be written to {str(output)!r}: {error.strerror or error}"
+
+
+def _run_or_keep(name: str, config: Any, run: Callable[[Any], Results], output: Path) -> Results:
+    """Runs; where that ends early, the finished rows are kept in unfinished.json, for a run may take
+    hours. The files of an earlier run stay as they are.
+    """
+    _begun.clear()
+    try:
+        return run(config)
+    except BaseException as error:
+        rows = [row for results in _begun for row in results.rows]
+        kept = "no run had been finished"
+        if rows:
+            kept = f"{len(rows)} finished rows are in {output / 'unfinished.json'}"
+            try:
+                with _moved_into(output) as folder:
+                    _write_summary(name, config, rows, folder / "unfinished.json")
+            except OSError as failure:
+                kept = _not_written(output, failure)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(kept) from None
+        if rows:
+            print(f"{name}: {kept}.", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def _claimed(name: str, output: Path) -> Iterator[None]:
+    """Makes the output folder, and keeps all other runs out of it until the end."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=output) as probe:
+            probe.write(b"x")  # a full disk is noticed now and not after hours
+            probe.flush()
+        with contextlib.ExitStack() as stack:
+            if fcntl is not None:
+                # The system gives the lock back when the process ends, however it ends.
+                folder = os.open(output, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_owner(name, output)
+            claim = stack.pop_all()
+    except BlockingIOError:
+        raise UsageError(
+            f"--output must be a folder of its own, but another run is writing to {str(output)!r}."
+        ) from None
     except OSError as error:
         raise UsageError(
             f"--output must be a folder that can be written to, got {str(output)!r}: "
             f"{error.strerror}."
         ) from None
+    with claim:
+        yield
+
+
+def _check_owner(name: str, output: Path) -> None:
+    """Raises if the folder holds the results of another experiment."""
+    summary = output / "summary.json"
+    if not summary.exists():
+        return
+    try:
+        owner = json.loads(summary.read_text())["experiment"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        owner = "something else"
+    if owner != name:
+        raise UsageError(
+            f"--output must be a folder of its own, but {str(summary)!r} holds the results of {owner}."
+        )
+
+
+@contextlib.contextmanager
+def _moved_into(output: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved to `output` at the end: none is ever half there."""
+    with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).iterdir()):
+            os.replace(path, output / path.name)
 
 
 def versions() -> dict[str, str]:
@@ -179,18 +327,22 @@ def _plain(value: Any) -> Any:
 
 def write(name: str, config: Any, results: Results, output: Path) -> None:
     """Writes summary.json and metrics.csv."""
-    summary = {
-        "experiment": name,
-        "config": _plain(dataclasses.asdict(config)),
-        "versions": versions(),
-        "rows": _plain(results.rows),
-    }
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _write_summary(name, config, results.rows, output / "summary.json")
     columns = list(dict.fromkeys(key for record in results.windows for key in record))
     with (output / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns or ["method", "seed"])
         writer.writeheader()
         writer.writerows(results.windows)
+
+
+def _write_summary(name: str, config: Any, rows: Sequence[Any], path: Path) -> None:
+    summary = {
+        "experiment": name,
+        "config": _plain(dataclasses.asdict(config)),
+        "versions": versions(),
+        "rows": _plain(list(rows)),
+    }
+    path.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def interval(

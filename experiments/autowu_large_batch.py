@@ -36,15 +36,20 @@ import arbiter_jax as aj
 from arbiter_jax import metrics, models, plotting, progress
 from experiments import _learning_rates, _methods, _runner, _training
 
+OPTIMIZERS = {"lamb": optax.lamb, "adamp": aj.adamp}
+NETWORKS = ("batch_norm", "layer_norm", "plain")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     dataset: str = "digits"
-    network: str = _runner.flag("batch_norm", "batch_norm, layer_norm or plain")
-    weight_decay: float = _runner.flag(0.1, "of the optimizer")
-    optimizers: tuple[str, ...] = _runner.flag(("lamb", "adamp"), "lamb, adamp")
+    network: str = _runner.flag("batch_norm", "how the hidden layer is normalized", NETWORKS)
+    weight_decay: float = _runner.flag(0.1, "weight decay of the optimizer")
+    optimizers: tuple[str, ...] = _runner.flag(
+        ("lamb", "adamp"), "optimizers to run", tuple(OPTIMIZERS)
+    )
     batch_sizes: tuple[int, ...] = _runner.flag(
-        (), "in examples; 256 and 1024 on digits, else 256, 2048 and 8192 if not given"
+        (), "batch sizes, in examples; 256 and 1024 on digits, else 256, 2048 and 8192 if not given"
     )
     learning_rates: tuple[float, ...] = _runner.flag(
         (), "grid of rates for the baselines; .001 to .256 in factors of 4 if not given"
@@ -68,8 +73,6 @@ CONFIGS = {
         small=False,
     ),
 }
-OPTIMIZERS = {"lamb": optax.lamb, "adamp": aj.adamp}
-NETWORKS = ("batch_norm", "layer_norm", "plain")
 RATES = (0.001, 0.004, 0.016, 0.064, 0.256)
 METHODS = (*_learning_rates.KINDS, "autowu")
 
@@ -113,11 +116,6 @@ def _task(config: Config) -> _training.Task:
 
 
 def run(config: Config) -> _runner.Results:
-    if unknown := set(config.optimizers) - set(OPTIMIZERS):
-        raise _runner.UsageError(f"--optimizers must be among lamb, adamp; got {min(unknown)!r}.")
-    if config.network not in NETWORKS:
-        known = ", ".join(NETWORKS)
-        raise _runner.UsageError(f"--network must be one of {known}, got {config.network!r}.")
     small = config.dataset == "digits"
     config = dataclasses.replace(config, epochs=config.epochs or (200 if small else 100))
     results, task = _runner.Results(extra={"config": config, "rates": {}}), _task(config)

@@ -30,7 +30,9 @@ class Config:
     dataset: str = "digits"
     model: str = "mlp"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    schedules: tuple[str, ...] = _runner.flag(("step", "smith"), "fixed schedules to adapt around")
+    schedules: tuple[str, ...] = _runner.flag(
+        ("step", "smith"), "fixed schedules to adapt around", ("step", "smith")
+    )
     agent_learning_rates: tuple[float, ...] = _runner.flag(
         (1e-5, 1e-3), "learning rates of the agent: the published one, and a faster one"
     )

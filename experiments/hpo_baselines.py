@@ -27,7 +27,9 @@ class Config:
     dataset: str = "digits"
     model: str = "mlp"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    methods: tuple[str, ...] = ("arbiter", "gradient_noise_scale", "cabs")
+    methods: tuple[str, ...] = _runner.flag(
+        ("arbiter", "gradient_noise_scale", "cabs"), f"rules to run: {_methods.NAMES}"
+    )
     num_trials: tuple[int, ...] = _runner.flag((1, 10, 25), "runs that a search may use")
     learning_rate: float = 0.05
     momentum: float = 0.9
@@ -46,6 +48,7 @@ CONFIGS = {
 
 
 def run(config: Config) -> _runner.Results:
+    _methods.check_names(config.methods)
     task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config})

@@ -31,10 +31,16 @@ ADAPTIVE = ("arbiter", "random_pick", "noise_floor", "gradient_noise_scale", "ca
 class Config:
     dataset: str = "digits"
     model: str = "mlp"
-    methods: tuple[str, ...] = _runner.flag((), 'rules to run; "all" for every one')
+    methods: tuple[str, ...] = _runner.flag(
+        (),
+        f'rules to run: {_methods.NAMES}; "all" for every one; if none is given, {", ".join(ADAPTIVE)} '
+        "and three constant sizes",
+    )
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: tuple[float, ...] = (0.05,)
-    decays: tuple[str, ...] = _runner.flag(("constant",), "of the learning rate: constant, cosine")
+    decays: tuple[str, ...] = _runner.flag(
+        ("constant",), "decay of the learning rate", ("constant", "cosine")
+    )
     momentum: float = 0.9
     epochs: float = _runner.flag(
         0.0, "training examples of a run, in epochs; 0: 30 on digits, else 10"
@@ -84,6 +90,7 @@ def _augment(key, batch):
 
 def run(config: Config) -> _runner.Results:
     config = resolve(config)
+    _methods.check_names(config.methods)
     task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config, "num_examples": num_examples, "fits": {}})

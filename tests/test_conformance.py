@@ -20,7 +20,7 @@ import pytest
 import arbiter_jax as aj
 from arbiter_jax import base
 from arbiter_jax.objectives import Persistence
-from tests.rules import ARBITERS, NUM_FEATURES, RULES
+from tests.rules import ARBITERS, NUM_FEATURES, RULES, loss_fn
 
 LOW, HIGH, START = 16, 128, 32
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
@@ -299,6 +299,34 @@ def test_a_missing_signal_is_named(name):
 def test_bad_limits_are_named(name, limits, named):
     with pytest.raises(ValueError, match=named):
         CASES[name].make(**(LIMITS | limits))
+
+
+MEASURED = [name for name in ALL_RULES if set(CASES[name].signals) & base.MEASURED_SIGNALS]
+
+
+@pytest.mark.parametrize("name", sorted(set(MEASURED) - {"shadow"}))
+def test_a_batch_of_one_is_left(name):
+    """One example says nothing about noise: a rule that could be at 1 would stay there."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(64, NUM_FEATURES)), jnp.float32)
+    data = aj.Data(*[(inputs, jnp.asarray(rng.normal(size=64), jnp.float32))] * 2)
+    make = CASES[name].make if name != "cabs" else functools.partial(aj.schedulers.cabs, 2.0)
+    start = {"initial_batch_size": 1} if name in ARBITERS else {}  # 64 by default
+    tx = optax.chain(optax.sgd(0.02), make(min_batch_size=1, max_batch_size=8, **start))
+    params = jax.tree.map(jnp.zeros_like, params_like())  # noise is all that there is
+    result = aj.fit(loss_fn, params, tx, data, num_examples=400, window=5)
+    (rule,) = base.requests(result.state.opt_state).rules
+    assert int(rule.min_batch_size) == 2
+    assert int(result.per_step("batch_size")[0]) == 2
+    assert int(np.max(result.per_step("batch_size"))) > 2
+    assert int(next(s.num_skipped for s in nodes_of(rule) if hasattr(s, "num_skipped"))) == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(MEASURED) - {"shadow"} - set(ARBITERS)))
+def test_a_range_of_one_size_stays_1(name):
+    state = CASES[name].make(min_batch_size=1, max_batch_size=1).init(params_like())
+    (rule,) = base.requests(state).rules
+    assert [int(x) for x in (rule.batch_size, rule.min_batch_size, rule.max_batch_size)] == [1] * 3
 
 
 def _guarantees(docstring: str) -> list[str]:

@@ -4,13 +4,17 @@ import ast
 import copy
 import csv
 import dataclasses
+import errno
 import importlib
 import json
 import math
 import pathlib
 import re
+import resource
 import runpy
+import signal
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -80,11 +84,28 @@ def test_help_explains_every_flag(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(main if main.exists() else FOLDER / f"{name}.py"), run_name="__main__")
     assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    assert f"python -m experiments.{name}" in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    usage, options = printed.split(" options: ")
+    assert f"python -m experiments.{name}" in usage
     for field in dataclasses.fields(load(name).Config):
-        assert "--" + field.name.replace("_", "-") in printed
-        assert field.metadata.get("help") or _runner.COMMON_HELP[field.name]
+        assert f"[--{field.name.replace('_', '-')}" in usage
+        text = field.metadata.get("help") or _runner.COMMON_HELP[field.name]
+        choices = field.metadata.get("choices") or _runner.COMMON_CHOICES.get(field.name)
+        chosen = f" Choices: {', '.join(choices)}." if choices else ""
+        assert len(text.split()) >= 2, field.name
+        given = _runner._as_given(field.default)
+        sentence = f"{text[0].upper()}{text[1:]}.{chosen} Default: {given}."
+        assert sentence in options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_are_among_the_choices(name):
+    for config in load(name).CONFIGS.values():
+        for field in dataclasses.fields(config):
+            choices = field.metadata.get("choices") or _runner.COMMON_CHOICES.get(field.name)
+            value = getattr(config, field.name)
+            values = value if isinstance(value, tuple) else (value,)
+            assert not choices or set(values) <= set(choices)
 
 
 @pytest.mark.slow
@@ -188,6 +209,13 @@ def test_experiments_use_public_names_only():
         (["--config", "smoke", "--methods", "oracle"], "--methods"),
         (["--config", "smoke", "--min-batch-size", "600"], "min_batch_size"),
         (["--config", "smoke", "--output", "/proc/nothing"], "--output"),
+        (["--methods", "constant_64", "oracle"], "got 'oracle'"),
+        (["--epochs", "nan"], "must be a finite number >= 0, got 'nan'"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--window", "2.5"], "must be an integer >= 0, got '2.5'"),
+        (["--decays", "linear"], "--decays"),
+        (["--dataset", "digit"], "Did you mean 'digits'?"),
+        (["stray"], "stray"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(flags, words, tmp_path, capsys):
@@ -197,6 +225,126 @@ def test_wrong_usage_is_one_line_and_status_2(flags, words, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seeds: tuple[int, ...] = (0, 1)
+
+
+def run_small(output, run=None, plot=None, name="small"):
+    """An experiment that trains nothing, from its command line."""
+    finished = [{"method": "a", "seed": 0, "test_loss": 0.25}]
+
+    def default(config):
+        return _runner.Results(rows=finished, windows=finished)
+
+    _runner.main(
+        name,
+        {"default": Config()},
+        run or default,
+        plot or (lambda results, output: (output / "figure.png").write_bytes(b"figure")),
+        lambda results: _runner.make_table("t", ["method"], [[r["method"]] for r in results.rows]),
+        "",
+        ["--output", str(output)],
+    )
+
+
+def refused(capsys, status, output, **arguments):
+    """What a run that ends with this status prints on standard error, one line."""
+    with pytest.raises(SystemExit) as stop:
+        run_small(output, **arguments)
+    assert stop.value.code == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_are_written_and_replaced(tmp_path, capsys):
+    for _ in range(2):
+        run_small(tmp_path)
+        assert names(tmp_path) == ["figure.png", "metrics.csv", "summary.json"]
+        assert "Written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["write", "plot"])
+def test_a_full_disk_does_not_lose_the_results(place, tmp_path, capsys, monkeypatch):
+    run_small(tmp_path)
+    before = (tmp_path / "summary.json").read_text(), (tmp_path / "figure.png").read_bytes()
+
+    def full(*arguments):
+        (arguments[-1] / "figure.png").write_bytes(b"half a fi")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if place == "write":
+        monkeypatch.setattr(_runner, "write", full)
+    with pytest.raises(SystemExit) as stop:
+        run_small(tmp_path, plot=full)
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "No space left on device; see the table" in printed.err
+    assert "method" in printed.out
+    assert names(tmp_path) == ["figure.png", "metrics.csv", "summary.json"]
+    assert (
+        (tmp_path / "summary.json").read_text(),
+        (tmp_path / "figure.png").read_bytes(),
+    ) == before
+
+
+def test_a_folder_that_cannot_be_used_is_found_at_once(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    never = lambda config: pytest.fail("it trained")
+    assert "--output" in refused(capsys, 2, tmp_path / "file", run=never)
+    assert "--output" in refused(capsys, 2, tmp_path / "file" / "folder", run=never)
+
+    def read_only(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert "Read-only file system" in refused(capsys, 2, tmp_path, run=never)
+
+
+def test_two_experiments_need_two_folders(tmp_path, capsys):
+    run_small(tmp_path, name="other")
+    assert "holds the results of other" in refused(capsys, 2, tmp_path)
+    (tmp_path / "summary.json").write_text("[]")
+    assert "holds the results of something else" in refused(capsys, 2, tmp_path)
+
+
+def test_two_runs_at_once_need_two_folders(tmp_path, capsys):
+    def second(config):
+        assert "another run is writing to" in refused(capsys, 2, tmp_path)
+        return _runner.Results()
+
+    run_small(tmp_path, run=second)
+    run_small(tmp_path)  # it is free again
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt, 130), (ValueError("learning_rate must be"), 2), (RuntimeError, None)],
+)
+def test_what_had_been_finished_is_kept(error, status, tmp_path, capsys):
+    run_small(tmp_path)
+    before = (tmp_path / "summary.json").read_text()
+
+    def run(config):
+        results = _runner.Results()
+        results.rows.append({"method": "a", "seed": 0, "test_loss": np.float32(0.5)})
+        raise error
+
+    with pytest.raises(SystemExit if status else error) as stop:
+        run_small(tmp_path, run=run)
+    assert status is None or stop.value.code == status
+    assert "1 finished rows are in" in capsys.readouterr().err
+    [row] = json.loads((tmp_path / "unfinished.json").read_text())["rows"]
+    assert row["test_loss"] == 0.5
+    assert (tmp_path / "summary.json").read_text() == before
 
 
 def test_an_interrupt_ends_with_one_line(tmp_path, capsys, monkeypatch):
@@ -247,6 +395,36 @@ def test_a_broken_line_of_the_run_cache_is_named(tmp_path):
     path.write_text('[{"seed": 0}, {"test_loss": 1.0}]\n[{"seed": 1}, {"te')  # killed while writing
     with pytest.raises(_runner.UsageError, match=r"line 2 of .* must be a stored run, got '\[\{"):
         RunCache(str(path))
+    for line in (b"3", b"\xff\xfe", b"[" * 100_000, b"[1, 2, 3]"):
+        path.write_bytes(line)
+        with pytest.raises(_runner.UsageError, match=r"line 1 of .* must be a stored run"):
+            RunCache(str(path))
+
+
+def test_a_run_cache_that_is_no_file_is_found_at_once(tmp_path):
+    for path in (tmp_path, tmp_path / "missing" / "runs.jsonl", tmp_path / "huge"):
+        if path.name == "huge":
+            with path.open("wb") as file:
+                file.truncate(2**40)  # a sparse file, which takes no space
+        with pytest.raises(_runner.UsageError, match="--runs must be a file"):
+            RunCache(str(path))
+
+
+def test_a_full_disk_leaves_the_run_cache_whole(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "runs.jsonl"
+    cache = RunCache(str(path))
+    cache.get_or_make({"seed": 0}, lambda: 1)
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 4, limit[1]))
+        assert cache.get_or_make({"seed": 1}, lambda: 2) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert "misses a run" in capsys.readouterr().err
 
 
 # What a table counts

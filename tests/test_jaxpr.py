@@ -168,3 +168,64 @@ def test_text_is_without_addresses():
 
     assert _jaxpr.text(trace()) == _jaxpr.text(trace())
     assert "callback" in _jaxpr.text(trace())
+
+
+# What an output depends on
+
+
+@jax.custom_jvp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defjvp(lambda xs, ts: (2 * xs[0], 2 * ts[0]))
+
+
+def accumulate(x, y):
+    """The second output is reached by x after two iterations, the third never."""
+
+    def body(carry, row):
+        a, b, c = carry
+        return (a + x, b + a, c + y), row * y
+
+    (a, b, c), rows = lax.scan(body, (y, y, y), jnp.ones((3, 2)))
+    return a, b, c, rows
+
+
+def count_down(x, y):
+    """A loop whose number of iterations depends on x: all that it changes does, too."""
+    return lax.while_loop(
+        lambda c: c[0].sum() > 0, lambda c: (c[0] - x, c[1] + y, c[2]), (y, y, 0.0)
+    )
+
+
+FINITE = lambda x: jnp.all(jnp.isfinite(x)) & ~jnp.any(jnp.isnan(x))
+
+DEPENDENCE = {
+    "arithmetic": (lambda x, y: (x + y, y * 2, x * 0.0, jnp.zeros_like(x)), "1000"),
+    "calls": (lambda x, y: (jax.jit(doubled)(x), jax.checkpoint(doubled)(y), sine(x)), "101"),
+    "a comparison": (lambda x, y: (jnp.where(x > 0, y, 1), jnp.where(y > 0, y, 1)), "10"),
+    "both are zero": (lambda x, y: (jnp.where(x > 0, 0 * y, jnp.zeros_like(x)),), "0"),
+    "finite": (lambda x, y: (jnp.where(FINITE(x), y, 0), jnp.where(FINITE(x), x, 0)), "01"),
+    "a branch": (
+        lambda x, y: lax.cond(x.sum() > 0, lambda: (y, 0 * y), lambda: (1 + y, jnp.zeros(2))),
+        "10",
+    ),
+    "a fixed branch": (
+        lambda x, y: lax.cond(y.sum() > 0, lambda: (y, x), lambda: (1 + y, y)),
+        "01",
+    ),
+    "a scan": (accumulate, "1100"),
+    "a while": (count_down, "110"),
+    "a fixed while": (lambda x, y: count_down(y, y), "000"),
+    "what is not known": (lambda x, y: (jnp.cumsum(x), jnp.sort(y), jnp.linalg.norm(x)), "101"),
+}
+
+
+@pytest.mark.parametrize("case", DEPENDENCE)
+def test_outputs_depend_on_what_reaches_them(case):
+    fn, expected = DEPENDENCE[case]
+    closed = jax.make_jaxpr(fn)(jnp.ones(2), jnp.ones(2))
+    found = _jaxpr.dependent_outputs(closed, [True, False])
+    assert found == [digit == "1" for digit in expected]
+    assert not any(_jaxpr.dependent_outputs(closed, [False, False]))

@@ -51,6 +51,96 @@ class TestEvaluate:
         _, accuracy = metrics.evaluate(predict, squares, PARAMS, data, chunk_size=2)
         assert accuracy == pytest.approx(np.mean(inputs.argmax(-1) == labels), rel=1e-6)
 
+    @pytest.mark.parametrize("chunk_size", [2, 100])
+    def test_accuracy_leaves_out_padding_tokens(self, chunk_size):
+        """Every real token is right; tokens with the label -1 are padding, of weight 0."""
+        labels = np.arange(15, dtype=np.int32).reshape(5, 3) % 4
+        inputs = np.eye(4, dtype=np.float32)[labels]
+        labels[:, 2] = labels[4, 1] = -1
+
+        def tokens(outputs, labels):
+            return aj.WeightedLoss(labels.astype(jnp.float32), labels >= 0)
+
+        result = metrics.evaluate(predict, tokens, PARAMS, (inputs, labels), chunk_size=chunk_size)
+        assert result.accuracy == 1.0
+        assert result.loss == pytest.approx(np.mean(labels[labels >= 0]), rel=1e-6)
+
+    @pytest.mark.parametrize("labels", [LABELS, np.stack([LABELS, LABELS], axis=1)])
+    def test_accuracy_takes_the_weights_of_examples(self, labels):
+        of_class = np.float32([1, 0, 2, 3])
+        inputs = np.random.default_rng(2).normal(size=(*labels.shape, 4)).astype(np.float32)
+
+        def weighted(outputs, labels):
+            of_example = jnp.asarray(of_class)[labels.reshape(len(labels), -1)[:, 0]]
+            return aj.WeightedLoss(jnp.ones(len(labels)), of_example)
+
+        result = metrics.evaluate(predict, weighted, PARAMS, (inputs, labels), chunk_size=3)
+        hits = (inputs.argmax(-1) == labels).reshape(7, -1).mean(1)
+        assert result.accuracy == pytest.approx(
+            np.average(hits, weights=of_class[LABELS]), rel=1e-6
+        )
+
+    def test_inputs_labels_and_outputs_may_be_pytrees(self):
+        inputs = {"image": INPUTS, "scale": LABELS.astype(np.float32)}
+        labels = {"class": LABELS, "target": INPUTS[:, 0]}
+
+        def predict(params, inputs):
+            return {"logits": params * inputs["image"], "value": inputs["scale"]}
+
+        def loss(outputs, labels):
+            return (outputs["value"] - labels["target"]) ** 2 + outputs["logits"][:, 0]
+
+        result = metrics.evaluate(predict, loss, PARAMS, [inputs, labels], chunk_size=3)
+        expected = np.mean((LABELS - INPUTS[:, 0]) ** 2 + 2 * INPUTS[:, 0])
+        assert result.loss == pytest.approx(expected, rel=1e-6)
+        assert math.isnan(result.accuracy)
+
+    @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+    def test_sums_of_half_precision_do_not_saturate(self, dtype):
+        data = (np.ones((70_000, 2), dtype), np.zeros(70_000, np.int32))
+        loss = lambda outputs, labels: jnp.sum(outputs, -1)
+        result = metrics.evaluate(lambda params, x: x, loss, PARAMS, data, chunk_size=40_000)
+        assert result == (2.0, 1.0)
+
+    def test_more_examples_than_float32_counts(self):
+        """2^24 + 3 of them, of which the last one is wrong."""
+        n = 2**24 + 3
+        labels = np.zeros(n, np.int8)
+        labels[-1] = 1
+        predict = lambda params, x: jnp.stack([x == 0, x == 2], axis=-1).astype(jnp.float32)
+        loss = lambda outputs, labels: labels.astype(jnp.float32)
+        result = metrics.evaluate(predict, loss, PARAMS, (labels, labels), chunk_size=2**20)
+        assert result == (1 / n, 1 - 1 / n)
+
+    def test_what_is_not_finite_is_reported(self):
+        bad = INPUTS.copy()
+        bad[5, 2] = np.nan
+        assert math.isnan(
+            metrics.evaluate(predict, squares, PARAMS, (bad, LABELS), chunk_size=3)[0]
+        )
+        nothing = lambda outputs, labels: aj.WeightedLoss(jnp.ones(7), jnp.zeros(7))
+        result = metrics.evaluate(predict, nothing, PARAMS, (INPUTS, LABELS))
+        assert math.isnan(result.loss)
+        assert math.isnan(result.accuracy)
+
+    @pytest.mark.parametrize(
+        ("loss", "message"),
+        [
+            (lambda outputs, labels: outputs[:, :1] - labels[None], r"got shape \(7, 7\)"),
+            (lambda outputs, labels: outputs[:, :1], r"got shape \(7, 1\)"),
+            (lambda outputs, labels: jnp.mean(outputs), r"got shape \(\)"),
+            (lambda outputs, labels: None, "got NoneType"),
+            (lambda outputs, labels: (labels, {}), "got tuple"),
+            (
+                lambda outputs, labels: aj.WeightedLoss(outputs[:, :1] - labels[None], labels),
+                r"got losses \(7, 7\) and weights \(7,\)",
+            ),
+        ],
+    )
+    def test_losses_of_another_form_are_refused(self, loss, message):
+        with pytest.raises(ValueError, match=f"per_example_loss must return .*{message}"):
+            metrics.evaluate(predict, loss, PARAMS, (INPUTS, LABELS))
+
     @pytest.mark.parametrize("labels", [LABELS.astype(np.float32), np.stack([LABELS] * 4, axis=1)])
     def test_no_accuracy_without_classes(self, labels):
         """Labels that are floats, or have as many axes as the outputs."""
@@ -70,6 +160,11 @@ class TestEvaluate:
         [
             ((INPUTS[:0], LABELS[:0]), 8, "data must hold at least 1 example"),
             ((INPUTS, LABELS), 0, "chunk_size must be an integer >= 1, got 0"),
+            (INPUTS, 8, r"data must be a pair \(inputs, labels\), .* got ndarray"),
+            (None, 8, r"data must be a pair \(inputs, labels\), .* got NoneType"),
+            ((INPUTS, LABELS, LABELS), 8, r"data must be a pair .* got 3 parts"),
+            ({"x": INPUTS, "y": LABELS}, 8, r"data must be a pair .* keys \['x', 'y'\]"),
+            ((INPUTS, LABELS.astype(str)), 8, "data must be arrays of numbers, got dtype <U"),
         ],
     )
     def test_bad_arguments_are_refused(self, data, chunk_size, message):
@@ -99,6 +194,10 @@ class TestMeanAndInterval:
         ("values", "confidence", "message"),
         [
             ([], 0.95, "values must hold at least one value"),
+            (None, 0.95, "values must be numbers, one per seed, got None"),
+            (3.0, 0.95, "values must be numbers, one per seed"),
+            (["a"], 0.95, "values must be numbers, one per seed"),
+            (np.ones((2, 2)), 0.95, "values must be numbers, one per seed"),
             ([1.0, 2.0], 1.0, r"confidence must be in \(0, 1\), got 1\.0"),
         ],
     )

@@ -1,5 +1,6 @@
 """Figures: what they show, and that notebooks display them."""
 
+import io
 import sys
 import types
 
@@ -107,6 +108,47 @@ def test_shadows_are_sorted_by_their_last_size():
     fig = plotting.shadows(fit, LIMITS)
     assert legend_of(fig) == ["high: 22 at the end", "low: 9 at the end", "applied batch size"]
     np.testing.assert_allclose(fig.axes[0].lines[2].get_ydata(), fit.per_step("batch_size"))
+
+
+EMPTY = types.SimpleNamespace(history=[])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plotting.batch_sizes(None, LIMITS), "fits must be a dict .*, got NoneType"),
+        (lambda: plotting.batch_sizes(Fit(8), LIMITS), "fits must be a dict .*, got Fit"),
+        (lambda: plotting.losses({"a": Fit(8)}), r"fits must be a dict .* keys \['a'\]"),
+        (lambda: plotting.losses({}), "fits must hold at least one run"),
+        (lambda: plotting.losses({("a", 0): EMPTY}), "fits must hold at least one run"),
+        (lambda: plotting.losses({("a", 0): Fit(8)}, num_points=0), "num_points must be"),
+        (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, None), r"limits must be \(smallest"),
+        (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, (0, 8)), "min_batch_size must be"),
+        (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, (9, 8)), "max_batch_size must be >="),
+        (lambda: plotting.proposals(Fit(8), LIMITS), r"run with arbiter_jax\.arbiter in its chain"),
+        (lambda: plotting.proposals(EMPTY, LIMITS), "got one of 0 windows that reports nothing"),
+        (lambda: plotting.shadows(Fit(8, gain=np.ones(6)), LIMITS), "shadow .* that reports gain"),
+    ],
+)
+def test_nothing_to_draw_is_an_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_runs_without_a_window_are_left_out():
+    fits = {("a", 0): Fit(8), ("b", 0): EMPTY}
+    assert legend_of(plotting.batch_sizes(fits, LIMITS)) == ["a"]
+    assert legend_of(plotting.losses(fits)) == ["a"]
+
+
+def test_a_diverged_run_is_drawn_up_to_there():
+    fit = Fit(8)
+    fit.recorded["loss"] = np.array([1.0, 0.5, 0.2, np.nan, np.nan, np.nan])
+    fig = plotting.losses({("a", 0): fit}, num_points=9)
+    drawn = fig.axes[0].lines[0].get_ydata()
+    assert np.isfinite(drawn[:3]).all()
+    assert np.isnan(drawn[-1])
+    fig.savefig(io.BytesIO(), format="png")
 
 
 def test_notebooks_display_figures_as_images():

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,3 +106,101 @@ def test_batch_size_range_starts_at_the_smallest():
 def test_batch_size_range_names_what_is_wrong(sizes, message):
     with pytest.raises(ValueError, match=message):
         _validate.batch_size_range(*sizes)
+
+
+def test_traced_number_passes_where_it_cannot_be_checked():
+    def check(x):
+        numbers = (
+            _validate.positive(rate=x),
+            _validate.in_range(0, 1, share=x),
+            _validate.greater(1, factor=x),
+        )
+        assert all(number.dtype == jnp.float32 for number in numbers)
+        assert _validate.int32(window=x, minimum=1, maximum=4).dtype == jnp.int32
+        return numbers[0], _validate.int32(window=x)
+
+    assert jax.jit(check)(jnp.float32(8.5))[0] == 8.5
+    assert jax.jit(check)(jnp.int32(8)) == (8.0, 8)
+    assert jax.jit(check)(jnp.bfloat16(-8)) == (-8.0, -8)
+    assert jax.jit(check)(jnp.float32(7.6))[1] == 8
+
+
+@pytest.mark.parametrize("value", [jnp.ones(2), jnp.ones((), complex), jnp.array(True)])
+def test_traced_value_that_is_no_number(value):
+    for check, expected in (
+        (lambda x: _validate.positive(rate=x), "rate must be a finite number > 0"),
+        (lambda x: _validate.int32(rate=x), "rate must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{expected}, got a traced {value.dtype}\["):
+            jax.eval_shape(check, value)
+
+
+@pytest.mark.parametrize(
+    "check", [_validate.integer, _validate.power_of_two, lambda n: _validate.one_of((1, 2), n=n)]
+)
+def test_traced_value_that_fixes_a_structure(check):
+    message = r"^n must be known while tracing, got a traced int32\[\]: .*args=\(\"n\",\)\.(\n|$)"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda n: check(n=n), jnp.int32(2))
+
+
+def test_int32_returns_an_array_for_an_array():
+    assert type(_validate.int32(n=np.int64(3), minimum=1)) is int
+    for value in (jnp.int32(3), jnp.float32(3), jnp.uint8(3)):
+        result = _validate.int32(n=value, minimum=1, maximum=3)
+        assert isinstance(result, jax.Array)
+        assert result.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("value", [3.0, jnp.float32(3.5), jnp.float32(jnp.nan), jnp.ones(1, int)])
+def test_int32_refuses_what_is_no_integer(value):
+    with pytest.raises(ValueError, match=r"^n must be an integer >= 1, got "):
+        _validate.int32(n=value, minimum=1)
+
+
+@pytest.mark.parametrize("value", [2**31, 2**40, 10**400, np.uint64(2**63)])
+def test_int32_refuses_what_it_cannot_hold(value):
+    message = r"^n must be an integer >= 1 and <= 2147483647, got \d{10,200}(\.\.\.)?\.$"
+    with pytest.raises(ValueError, match=message):
+        _validate.int32(n=value, minimum=1)
+
+
+@pytest.mark.parametrize("value", [10**400, jnp.ones(2), 1j, np.complex64(1), np.ones((2, 2)), {}])
+def test_positive_refuses_on_one_line(value):
+    with pytest.raises(ValueError, match=r"^rate must be a finite number > 0, got .{1,210}\.$"):
+        _validate.positive(rate=value)
+
+
+@pytest.mark.parametrize("value", [jnp.bfloat16(0.5), np.float16(0.5), np.int8(1)])
+def test_small_types_are_numbers(value):
+    assert _validate.positive(rate=value) == float(value)
+
+
+def test_function_names_static_args():
+    assert _validate.function("of a count", schedule=len) is len
+    with pytest.raises(
+        ValueError, match=r'^schedule must be a function .*static_args=\("schedule",'
+    ):
+        _validate.function("of a count", schedule=jnp.ones(()))
+    with pytest.raises(
+        ValueError, match=r"^schedule must be a function of a count, got 3, or so\.$"
+    ):
+        _validate.function("of a count", ", or so", schedule=3)
+
+
+def test_seed_is_an_integer_or_one_key():
+    keys = (jax.random.key(0), jax.random.PRNGKey(0), np.zeros(2, np.uint32))
+    for value in (0, -1, np.int64(3), jnp.int32(3), *keys):
+        assert _validate.seed(value) is value
+    wrong = (0.5, "a", None, True, 2**63, jnp.ones(2), jax.random.split(jax.random.key(0)))
+    for value in (*wrong, jax.random.key(0, impl="rbg")):
+        with pytest.raises(ValueError, match=r"^seed must be an integer[^\n]*, got [^\n]*\.$"):
+            _validate.seed(value)
+
+
+def test_traced_batch_sizes_stay_in_order():
+    def sizes(low, high, start):
+        return jnp.stack(_validate.batch_size_range(low, high, start))
+
+    assert jax.jit(sizes)(8, 64, 100).tolist() == [8, 64, 64]
+    assert jax.jit(sizes)(8.0, 64.0, 1.0).tolist() == [8, 64, 8]

@@ -1,9 +1,17 @@
 """From a batch size to a masked batch: buckets, masks, samplers and blocks."""
 
-from arbiter_jax.batching._blocks import Block, BlockSource, block_batch, block_rows, check_block
+from arbiter_jax.batching._blocks import (
+    Block,
+    BlockSource,
+    block_batch,
+    block_rows,
+    check_block,
+    check_next_block,
+)
 from arbiter_jax.batching._buckets import all_buckets, next_bucket
 from arbiter_jax.batching._masking import (
     batch_mask,
+    check_losses,
     masked_mean,
     num_rows,
     replace_padding,
@@ -29,6 +37,8 @@ __all__ = [
     "block_batch",
     "block_rows",
     "check_block",
+    "check_losses",
+    "check_next_block",
     "examples_ahead",
     "init_sampler",
     "masked_mean",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,25 @@ def check_block(block: Block, window: int, bucket_size: int) -> None:
         raise ValueError(
             f"data.train must be a block of shape [window, bucket_size, ...] = [{window}, "
             f"{bucket_size}, ...], got shapes {shapes}; request it with the sizes of this window."
+        )
+
+
+def check_next_block(block: Any, batch_size: int, num_steps: int) -> None:
+    """Raises a ValueError if a source has not made the block that it was asked for."""
+    if not isinstance(block, Block):
+        raise ValueError(
+            "next_block must return an arbiter_jax.batching.Block(batches, batch_size, num_steps), "
+            f"got a {type(block).__name__}."
+        )
+    if int(block.batch_size) != batch_size:
+        raise ValueError(
+            f"next_block must return a block of batch size {batch_size}, as asked for, got "
+            f"{int(block.batch_size)}."
+        )
+    if not 1 <= int(block.num_steps) <= num_steps:
+        raise ValueError(
+            f"next_block must return a block of 1 to {num_steps} steps, got {int(block.num_steps)}; "
+            "where no whole batch is left, raise StopIteration."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.typing
+import numpy as np
 
 from arbiter_jax.base import PyTree, WeightedLoss
 
@@ -24,17 +25,23 @@ def num_rows(data: PyTree, name: str = "data") -> int:
     >>> num_rows((jnp.zeros((5, 3)), jnp.zeros(5)))
     5
     """
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(data)]
+    leaves = jax.tree.leaves_with_path(data)
+    shapes = [np.shape(leaf) for _, leaf in leaves]  # arrays of other libraries have one as well
     lengths = {shape[0] if shape else None for shape in shapes}
     (length, *others) = lengths or {None}
+    if length is not None and length >= 1 and not others:
+        return length
+    found = [
+        f"{name}{jax.tree_util.keystr(path)}: {shape}"
+        for (path, _), shape in zip(leaves, shapes, strict=True)
+    ]
+    found = ", ".join(found) or "no array"
     if length is None or others:
         raise ValueError(
             f"{name} must be a pytree of arrays with one leading axis of equal length, got shapes "
-            f"{shapes}."
+            f"{found}."
         )
-    if length < 1:
-        raise ValueError(f"{name} must hold at least 1 example, got shapes {shapes}.")
-    return length
+    raise ValueError(f"{name} must hold at least 1 example, got shapes {found}.")
 
 
 def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
@@ -65,6 +72,49 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[:1])
 
     return jax.tree.map(replace, batch)
+
+
+def check_losses(losses: Any, num_examples: int, name: str = "loss_fn") -> None:
+    """Raises a ValueError if a loss function did not return one loss per example.
+
+    Args:
+      losses: What it returned: float[M], or a :class:`WeightedLoss` of float[M, ...].
+      num_examples: M, rows of the batch that it was called with.
+      name: What to call the function in the message.
+    """
+    weighted = isinstance(losses, WeightedLoss)
+    values = losses.losses if weighted else losses
+    shape = f"({num_examples}, ...)" if weighted else f"({num_examples},)"
+    must = f"{name} must return one loss per example, shape {shape} and a float type, got "
+    if not hasattr(values, "dtype") or not hasattr(values, "shape"):
+        is_pair = isinstance(values, tuple) and not weighted
+        hint = ": pass has_aux=True if it returns (losses, aux)" if is_pair else ""
+        raise ValueError(f"{must}{values!r}{hint}.")
+    shape, dtype = tuple(values.shape), values.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+        hint = "return a real number" if is_complex else "integers and booleans have no gradient"
+        raise ValueError(f"{must}{dtype}: {hint}.")
+    if not shape or shape[0] != num_examples:
+        raise ValueError(f"{must}shape {shape}: return the losses, not their mean.")
+    if not weighted:
+        if len(shape) > 1:
+            raise ValueError(
+                f"{must}shape {shape}: squeeze the outputs, because labels of shape [M] minus outputs "
+                "of shape [M, 1] broadcast to [M, M]; losses of tokens go in an aj.WeightedLoss."
+            )
+        return
+    weights = getattr(losses.weights, "shape", repr(losses.weights))
+    broadcasts = (
+        isinstance(weights, tuple)
+        and len(weights) == len(shape)
+        and all(w in (1, n) for w, n in zip(weights, shape, strict=True))
+    )
+    if not broadcasts:
+        raise ValueError(
+            f"{name} must return an aj.WeightedLoss whose weights have the shape of its losses, "
+            f"{shape}, got {weights}."
+        )
 
 
 def masked_mean(losses: jax.Array | WeightedLoss, mask: jax.Array) -> jax.Array:

@@ -35,14 +35,23 @@ def init_sampler(key: jax.Array) -> SamplerState:
     """A sampler at the start of its first epoch.
 
     Args:
-      key: PRNG key, raw (uint32[2]) or typed.
+      key: One PRNG key, raw (uint32[2]) or typed, or an int.
+
+    Raises:
+      ValueError: If `key` is not one key.
 
     >>> sampler = init_sampler(jax.random.PRNGKey(0))
     >>> int(sampler.epoch), int(sampler.cursor)
     (0, 0)
     """
     zero = jnp.zeros((), jnp.int32)
-    return SamplerState(raw_key(key).reshape(-1)[-2:], zero, zero)
+    raw = raw_key(key)
+    if raw.ndim != 1 or raw.dtype != jnp.uint32:
+        raise ValueError(
+            "key must be one PRNG key, e.g. jax.random.key(0), or an integer, got "
+            f"{jnp.result_type(key)}{list(jnp.shape(key))}."
+        )
+    return SamplerState(raw[-2:], zero, zero)
 
 
 def _hash32(x: jax.Array) -> jax.Array:

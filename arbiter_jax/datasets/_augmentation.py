@@ -6,6 +6,8 @@ https://arxiv.org/abs/1512.03385, section 4.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -31,7 +33,8 @@ def pad_crop_flip(
       Images of the same shape and dtype.
 
     Raises:
-      ValueError: If the images do not have four axes, or padding is not an integer >= 0.
+      ValueError: If the images do not have four axes, the key is no key, or padding is not an
+        integer >= 0.
 
     Reference:
       He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2.
@@ -50,10 +53,11 @@ def pad_crop_flip(
     batch[1])`` to :func:`arbiter_jax.fit`.
     """
     padding = _validate.integer(padding=padding, minimum=0)
-    if images.ndim != 4:
-        raise ValueError(
-            f"images must have the shape [n, height, width, channels], got {images.shape}."
-        )
+    if not hasattr(images, "dtype") or images.ndim != 4:
+        got = getattr(images, "shape", type(images).__name__)
+        raise ValueError(f"images must have the shape [n, height, width, channels], got {got}.")
+    if not _is_key(key):
+        raise ValueError(f"key must be one PRNG key, such as jax.random.key(0), got {key!r}.")
     num_images, height, width, channels = images.shape
 
     def draw(index: jax.Array) -> jax.Array:
@@ -74,3 +78,10 @@ def pad_crop_flip(
         return cropped
     mirrored = bits[:, 2].astype(jnp.int32).reshape(num_images, 1, 1, 1) < 0
     return jnp.where(mirrored, cropped[:, :, ::-1], cropped)
+
+
+def _is_key(key: Any) -> bool:
+    if not hasattr(key, "dtype"):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == 0 if typed else key.ndim == 1 and key.dtype == jnp.uint32

@@ -8,11 +8,12 @@ import os
 import pathlib
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from arbiter_jax.datasets import _archive
 
 Arrays = dict[str, np.ndarray]
 
@@ -64,12 +65,8 @@ def cached(name: str, source: pathlib.Path, read: Callable[[], Arrays]) -> Array
     """
     path = _cache_file(name, source)
     if path is not None and path.is_file():
-        with (
-            contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile),
-            path.open("rb") as file,  # np.load does not close a damaged file that it opened itself
-            np.load(file, allow_pickle=False) as archive,
-        ):
-            return dict(archive)
+        with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
+            return _archive.read_arrays(file)
     arrays = read()
     if path is not None:
         with contextlib.suppress(OSError):

@@ -84,7 +84,10 @@ def _checked_split(split: Any, name: str) -> Split:
     """The pair (inputs, labels) as numeric arrays with the same number of rows, at least one."""
     if not isinstance(split, Sequence) or len(split) != 2:
         raise ValueError(f"{name} must be a pair (inputs, labels), got {type(split).__name__}.")
-    inputs, labels = (np.asarray(part) for part in split)
+    inputs, labels = (
+        _array(values, f"{name} {part}")
+        for part, values in zip(("inputs", "labels"), split, strict=True)
+    )
     for part, array in (("inputs", inputs), ("labels", labels)):
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{name} {part} must be real numbers, got dtype {array.dtype}.")
@@ -103,6 +106,20 @@ def _checked_split(split: Any, name: str) -> Split:
     _check_finite(inputs, f"{name} inputs")
     _check_finite(labels, f"{name} labels")
     return inputs, labels
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} must have no masked entries, got {np.ma.count_masked(values)}.")
+    try:
+        return np.asarray(values)
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # nested lists of different lengths, or stranger things
+        raise ValueError(
+            f"{name} must be an array, or nested lists of equal lengths, got {type(values).__name__}."
+        ) from error
 
 
 def _check_finite(array: np.ndarray, name: str) -> None:

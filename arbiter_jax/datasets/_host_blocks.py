@@ -12,7 +12,7 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -89,6 +89,9 @@ class _Buffer:
                 "source must yield chunks of the same structure, shape and dtype, got "
                 f"{self._kind[1]} and {kind[1]}."
             )
+        for leaf in jax.tree.leaves(chunk) if self._kind is None else ():
+            if leaf.dtype.kind in "OSUMm":
+                raise ValueError(f"source must yield chunks of numbers, got dtype {leaf.dtype}.")
         self._kind = kind
         self._chunks.append(chunk)
         self._num_rows += count
@@ -194,6 +197,13 @@ class HostBlocks:
     """Blocks of batches from an iterator over examples; see :func:`host_blocks`."""
 
     def __init__(self, source: Iterable[PyTree], window: int, sharding: Any = None):
+        # Iterating over one of these would take their rows, parts or keys for chunks.
+        is_data = isinstance(source, tuple | Mapping | str | bytes) or hasattr(source, "dtype")
+        if is_data or not isinstance(source, Iterable):
+            raise ValueError(
+                "source must be an iterator over chunks of examples, got "
+                f"{type(source).__name__}; datasets.epochs(data) makes one from arrays."
+            )
         self.num_examples = 0  # examples in all blocks so far, without padding
         self.window = _validate.integer(window=window, minimum=1)
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
@@ -281,7 +291,8 @@ def host_blocks(
       ``next_block(batch_size, bucket_size, num_steps=None)``.
 
     Raises:
-      ValueError: If window is not an integer >= 1.
+      ValueError: If source is data itself or cannot be iterated over, or window is not an
+        integer >= 1.
 
     *Guarantees*:
       * Each example is used exactly once, in the order of the source, however the sizes change;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Callable
@@ -30,7 +31,7 @@ _LOADERS: dict[str, Callable[..., Dataset]] = {
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     data_dir: str | os.PathLike[str] | None = None,
     *,
     seed: int = 0,
@@ -59,12 +60,16 @@ def load(
     Raises:
       DatasetNotFoundError: If there is no such data set or its files are missing. The message is
         one line: what is missing, where we looked, and how to get it.
-      ValueError: If the data is damaged or an option is out of range.
+      ValueError: If the name is no string, the data is damaged, or an option is out of range.
 
     >>> from arbiter_jax import datasets
     >>> datasets.load("digits", seed=1).input_shape
     (8, 8, 1)
     """
+    if isinstance(name, os.PathLike):
+        name = str(os.fspath(name))
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a string, {_names()}, got {name!r}.")
     if name.endswith(".npz"):
         return from_npz(name, seed=seed, **options)
     if name in _LOADERS:
@@ -72,9 +77,20 @@ def load(
         parameters = inspect.signature(loader).parameters
         places = {"data_dir": data_dir, "download": download}
         return loader(seed=seed, **{k: v for k, v in places.items() if k in parameters}, **options)
+    close = difflib.get_close_matches(name, _LOADERS, n=1, cutoff=0.75)
+    question = f" Did you mean {close[0]!r}?" if close else ""
     if is_tfds_name(name):
-        return from_tfds(name, data_dir, seed=seed, download=download, **options)
+        try:
+            return from_tfds(name, data_dir, seed=seed, download=download, **options)
+        except DatasetNotFoundError as error:
+            raise DatasetNotFoundError(f"{error}{question}") from error
     raise DatasetNotFoundError(
-        f"data set {name!r} was not found: name must be one of {', '.join(_LOADERS)}, a data set "
-        "of tfds such as cifar10, or the path of an .npz file."
+        f"data set {name!r} was not found: name must be {_names()}.{question}"
+    )
+
+
+def _names() -> str:
+    return (
+        f"one of {', '.join(_LOADERS)}, a data set of tfds such as cifar10, or the path of an .npz "
+        "file"
     )

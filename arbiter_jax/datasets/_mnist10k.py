@@ -12,12 +12,14 @@ import pathlib
 
 import numpy as np
 
-from arbiter_jax.datasets import _cache, _sources
+from arbiter_jax.datasets import _cache, _limits, _sources
 from arbiter_jax.datasets._dataset import Dataset, every_fifth_of_each_class
 from arbiter_jax.datasets._errors import not_found
 from arbiter_jax.datasets._npz import from_named_arrays
 
 _PIXELS = 28 * 28
+# The largest file of the package has 5 MB; in memory, JSON takes about ten times that.
+_MAX_FILE_SIZE = 2**26
 
 
 def _digit_files(folder: str) -> list[pathlib.Path] | None:
@@ -29,8 +31,18 @@ def _digit_files(folder: str) -> list[pathlib.Path] | None:
 def _read_digit(file: pathlib.Path) -> np.ndarray:
     """Reads the images of one file, uint8 [n, 28, 28, 1]."""
     try:
-        pixels = np.asarray(json.loads(file.read_bytes())["data"], np.float64)
-    except (ValueError, KeyError, TypeError) as error:
+        size = file.stat().st_size
+        if size > _MAX_FILE_SIZE:
+            raise ValueError(
+                f"{str(file)!r} must have at most {_limits.readable(_MAX_FILE_SIZE)}, got "
+                f"{_limits.readable(size)}."
+            )
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {_limits.reason(error)}.") from error
+    try:
+        pixels = np.asarray(json.loads(content)["data"], np.float64)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} must be JSON with a list of pixels `data`.") from error
     if pixels.ndim != 1 or pixels.size % _PIXELS or not pixels.size:
         raise ValueError(

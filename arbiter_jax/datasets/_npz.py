@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from arbiter_jax import _validate
+from arbiter_jax.datasets import _archive, _limits
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
 from arbiter_jax.datasets._errors import DatasetNotFoundError
 
@@ -34,7 +35,9 @@ def _find_names(available: list[str]) -> dict[str, tuple[str, str]]:
                 break
     if "train" not in found:
         expected = " or ".join("/".join(pair) for pair in _ARRAY_NAMES["train"])
-        raise ValueError(f"the training arrays {expected} are missing, found {sorted(available)}")
+        raise ValueError(
+            f"the training arrays {expected} are missing, found {sorted(available)[:20]}"
+        )
     return found
 
 
@@ -48,17 +51,24 @@ def from_named_arrays(arrays: Mapping[str, np.ndarray], **options: Any) -> Datas
     return from_arrays(**splits, **options)
 
 
-def from_npz(path: str | os.PathLike[str], **options: Any) -> Dataset:
+def from_npz(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None, **options: Any
+) -> Dataset:
     """Loads a data set from a file written by ``numpy.savez``.
 
     The training arrays are called ``train_inputs`` and ``train_labels``, ``inputs`` and ``labels``,
     or, as in Keras, ``x_train`` and ``y_train``. The other splits are optional:
     ``validation_inputs``, ``validation_labels``, ``test_inputs`` and ``test_labels`` (or ``x_val``,
     ``y_val``, ``x_test`` and ``y_test``); missing ones are held out from the training data. An
-    integer ``num_classes`` sets that option. Other arrays are ignored. Pickled objects are refused.
+    integer ``num_classes`` sets that option. Other arrays are ignored.
+
+    The file need not be trusted: pickled objects are refused, and so are sizes that do not agree with
+    the file or exceed ``max_bytes``, before anything of that size is read.
 
     Args:
       path: Path of the file.
+      max_bytes: Largest memory for all arrays together, in bytes, with at least four per number, for
+        they become float32. If None, 1 GiB, or 64 times the size of the file if that is more.
       **options: Options of :func:`from_arrays`.
 
     Returns:
@@ -66,8 +76,13 @@ def from_npz(path: str | os.PathLike[str], **options: Any) -> Dataset:
 
     Raises:
       DatasetNotFoundError: If there is no such file.
-      ValueError: If the file is not an .npz file, lacks the training arrays, holds only the inputs
-        or only the labels of a split, or holds data that :func:`from_arrays` refuses.
+      ValueError: If the file cannot be read or is not an .npz file, lacks the training arrays, holds
+        only the inputs or only the labels of a split, needs more memory than allowed, or holds data
+        that :func:`from_arrays` refuses.
+
+    *Guarantees*:
+      * Nothing is unpickled.
+      * No more memory is used than ``max_bytes`` and what :func:`from_arrays` makes of it.
 
     >>> import os, tempfile
     >>> import numpy as np
@@ -79,13 +94,22 @@ def from_npz(path: str | os.PathLike[str], **options: Any) -> Dataset:
     >>> data.train[0].shape
     (6, 10)
     """
-    path = os.fspath(path)
+    path = _limits.as_path(path, "path")
+    if os.path.isdir(path):
+        raise ValueError(f"{path!r} must be an .npz file, but is a folder.")
     if not os.path.isfile(path):
         raise DatasetNotFoundError(f"there is no file {path!r}; pass the path of an .npz file.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path!r} must be an .npz file, as written by numpy.savez.")
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return from_named_arrays(archive, **options)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with open(path, "rb") as file:
+            arrays = _archive.read_arrays(file, _wanted, max_bytes)
+        return from_named_arrays(arrays, **options)
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read: {_limits.reason(error)}.") from error
+    except ValueError as error:
         raise ValueError(f"{path!r}: {str(error).rstrip('.')}.") from error
+
+
+def _wanted(available: list[str]) -> list[str]:
+    """The names of the arrays to read: those of the splits, and the number of classes."""
+    pairs = _find_names(available).values()
+    return [*itertools.chain(*pairs), *({"num_classes"} & set(available))]

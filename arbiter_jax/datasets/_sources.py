@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+from arbiter_jax.datasets import _limits
 from arbiter_jax.datasets._errors import DatasetNotFoundError
 
 ENVIRONMENT_VARIABLE = "ARBITER_JAX_DATA"
@@ -33,14 +34,23 @@ def root_folders(
       DatasetNotFoundError: If the folder does not exist.
     """
     explicit = data_dir is not None
-    root = os.fspath(data_dir) if explicit else os.environ.get(ENVIRONMENT_VARIABLE)
+    if data_dir is not None:
+        root = _limits.as_path(data_dir, "data_dir")
+    else:
+        root = os.environ.get(ENVIRONMENT_VARIABLE)
     if not root:
         return []
     path = pathlib.Path(root).expanduser()
-    if create and not path.exists():
-        path.mkdir(parents=True)
-    if not path.is_dir():
-        source = "data_dir" if explicit else f"the environment variable {ENVIRONMENT_VARIABLE}"
+    source = "data_dir" if explicit else f"the environment variable {ENVIRONMENT_VARIABLE}"
+    if create and not os.path.exists(path):
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise DatasetNotFoundError(
+                f"data set {name!r} was not found: the folder {path} cannot be made, "
+                f"{_limits.reason(error)}. Correct {source}."
+            ) from error
+    if not os.path.isdir(path):
         raise DatasetNotFoundError(
             f"data set {name!r} was not found: there is no folder {path}. Correct {source}, or omit "
             "it to search the default folders."

@@ -49,6 +49,8 @@ def synthetic(
     """
     num_examples = _validate.integer(num_examples=num_examples, minimum=3)
     num_classes = _validate.integer(num_classes=num_classes, minimum=1)
+    if not isinstance(input_shape, Sequence) or isinstance(input_shape, str):
+        raise ValueError(f"input_shape must be a tuple of integers, got {input_shape!r}.")
     shape = tuple(_validate.integer(input_shape=size, minimum=1) for size in input_shape)
     noise = _validate.non_negative(noise=noise)
     label_noise = _validate.in_range(0, 1, label_noise=label_noise)

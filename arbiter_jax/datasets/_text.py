@@ -53,13 +53,21 @@ def decode_text(tokens: Iterable[int]) -> str:
     Returns:
       A string with one character per token.
 
+    Raises:
+      ValueError: If a token is not an integer in [0, num_classes).
+
     >>> from arbiter_jax import datasets
     >>> tokens = [datasets.text_vocabulary().index(character) for character in "help"]
     >>> datasets.decode_text(tokens)
     'help'
     """
     vocabulary = text_vocabulary()
-    return "".join(vocabulary[int(token)] for token in tokens)
+    last = len(vocabulary) - 1
+    try:
+        checked = [_validate.integer(tokens=token, minimum=0, maximum=last) for token in tokens]
+    except TypeError:
+        raise ValueError(f"tokens must be a sequence of integers, got {tokens!r}.") from None
+    return "".join(vocabulary[token] for token in checked)
 
 
 def _windows(segments: list[np.ndarray], length: int, stride: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arbiter_jax.datasets import _cache, _sources, _tfds_prepare
+from arbiter_jax.datasets import _cache, _limits, _sources, _tfds_prepare
 from arbiter_jax.datasets._dataset import Dataset
 from arbiter_jax.datasets._errors import not_found
 from arbiter_jax.datasets._npz import from_named_arrays
@@ -38,7 +38,7 @@ def is_tfds_name(name: str) -> bool:
 
 
 def _parse(name: str) -> _Name:
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise ValueError(f"name must have the form set[/config][:version], got {name!r}.")
     return _Name(**match.groupdict())
@@ -86,12 +86,20 @@ def find_prepared(root: pathlib.Path, name: str) -> pathlib.Path | None:
     return next(iter(configs.values()))[-1] if configs else None
 
 
-def _decode(source: Any, size: int, keys: tuple[str, str], split: str) -> tuple[Any, Any]:
-    """Decodes all examples of a split into (inputs, labels)."""
-    columns = None
+def _decode(
+    source: Any, size: int, keys: tuple[str, str], split: str, allowed: int, remedy: str
+) -> tuple[Any, Any]:
+    """Decodes all examples of a split, of which there should be `size`, into (inputs, labels).
+
+    The size is what a file promises: it is used only if so many examples of the size of the first
+    one do not need more than `allowed` bytes.
+    """
+    columns, count = None, 0
     for row, example in enumerate(source):
         values = [np.asarray(example[key]) for key in keys]
         if columns is None:
+            needed = size * sum(_limits.memory_of(v.size, v.dtype.itemsize) for v in values)
+            _limits.check(needed, allowed, f"the split {split} of {size} examples", remedy)
             columns = [np.empty((size, *value.shape), value.dtype) for value in values]
         for key, column, value in zip(keys, columns, values, strict=True):
             if value.shape != column.shape[1:]:
@@ -99,13 +107,17 @@ def _decode(source: Any, size: int, keys: tuple[str, str], split: str) -> tuple[
                     f"{split} {key} must all have the same shape, got {column.shape[1:]} and "
                     f"{value.shape}."
                 )
-            column[row] = value
+            if row < size:
+                column[row] = value
+        count += 1
     if columns is None:
         raise ValueError(f"{split} must not be empty.")
+    if count != size:
+        raise ValueError(f"{split} must have the {size} examples that tfds counted, got {count}.")
     return columns[0], columns[1]
 
 
-def _read(folder: pathlib.Path, name: str) -> _cache.Arrays:
+def _read(folder: pathlib.Path, name: str, max_bytes: int | None) -> _cache.Arrays:
     """Reads the arrays of all splits of a prepared data set."""
     import tensorflow_datasets as tfds
 
@@ -130,10 +142,13 @@ def _read(folder: pathlib.Path, name: str) -> _cache.Arrays:
     chosen = {"train": "train", "test": "test"}
     if "validation" in sizes:
         chosen["validation" if "test" in sizes else "test"] = "validation"
+    allowed = _limits.max_bytes_of(sum(f.stat().st_size for f in folder.iterdir()), max_bytes)
+    remedy = f"from_tfds({name!r}, max_bytes=...) reads it."
     arrays = {}
     for role, split in chosen.items():
         if split in sizes:
-            inputs, labels = _decode(builder.as_data_source(split=split), sizes[split], keys, split)
+            source = builder.as_data_source(split=split)
+            inputs, labels = _decode(source, sizes[split], keys, split, allowed, remedy)
             arrays |= {f"{role}_inputs": inputs, f"{role}_labels": labels}
     num_classes = getattr(features[keys[1]], "num_classes", None)
     if num_classes is not None:
@@ -147,6 +162,7 @@ def from_tfds(
     *,
     seed: int = 0,
     download: bool = False,
+    max_bytes: int | None = None,
 ) -> Dataset:
     """Loads images (or other arrays of equal shape) and labels from TensorFlow Datasets.
 
@@ -162,6 +178,8 @@ def from_tfds(
         defaults to ``~/tensorflow_datasets``.
       seed: Seed of the validation split, an integer in [0, 2**32).
       download: Whether to download and prepare missing data.
+      max_bytes: Largest memory for the arrays of a split, in bytes, with at least four per number. If
+        None, 1 GiB, or 64 times the size of the files if that is more.
 
     Returns:
       A :class:`Dataset`: inputs float32, labels int32, or float32 for regression targets.
@@ -169,7 +187,8 @@ def from_tfds(
     Raises:
       ImportError: If tensorflow-datasets is not installed.
       DatasetNotFoundError: If the data is missing, and downloading is off or fails.
-      ValueError: If the name is malformed, or the data is not pairs of inputs and labels.
+      ValueError: If the name is malformed, the files cannot be read, or the data is not pairs of
+        inputs and labels or needs more memory than allowed.
 
     Reference:
       https://www.tensorflow.org/datasets
@@ -202,7 +221,11 @@ def from_tfds(
             _tfds_prepare.remedy(name, parsed.set, roots[0]),
         )
     try:
-        arrays = _cache.cached(name, prepared / _INFO_FILE, lambda: _read(prepared, name))
+        arrays = _cache.cached(
+            name, prepared / _INFO_FILE, lambda: _read(prepared, name, max_bytes)
+        )
+    except OSError as error:
+        raise ValueError(f"{str(prepared)!r} cannot be read: {_limits.reason(error)}.") from error
     except ImportError as error:  # tfds itself, or Pillow, which decodes images
         raise ImportError(
             f"reading {name} from {prepared} needs {error.name or 'more packages'}: "

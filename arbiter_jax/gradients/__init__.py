@@ -1,8 +1,10 @@
 """From a masked batch to a gradient, and to an estimate of its noise."""
 
 from arbiter_jax.gradients._estimators import stats_from_gram
-from arbiter_jax.gradients._masked import Gradient, GradientFn, masked_value_and_grad
+from arbiter_jax.gradients._masked import Gradient, GradientFn, call_loss, masked_value_and_grad
 from arbiter_jax.gradients._statistics import (
+    Trainable,
+    counted_leaves,
     gradient_stats,
     per_example_grads,
     value_grad_and_stats,
@@ -11,6 +13,9 @@ from arbiter_jax.gradients._statistics import (
 __all__ = [
     "Gradient",
     "GradientFn",
+    "Trainable",
+    "call_loss",
+    "counted_leaves",
     "gradient_stats",
     "masked_value_and_grad",
     "per_example_grads",

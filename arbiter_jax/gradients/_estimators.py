@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from arbiter_jax._numerics import tree_dot
+from arbiter_jax._numerics import at_least_float32, tree_dot
 from arbiter_jax.base import GradStats, PyTree
 
 _SMALL_LEAF = 2**14  # elements
@@ -24,10 +24,17 @@ def _pack(tree: PyTree) -> list[jax.Array]:
 
     A large leaf stays what it is, for joining would copy it.
     """
-    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
+    leaves = [at_least_float32(x) for x in jax.tree.leaves(tree)]
     small = [x.ravel() for x in leaves if x.size <= _SMALL_LEAF]
     large = [x for x in leaves if x.size > _SMALL_LEAF]
     return large + ([jnp.concatenate(small)] if small else [])
+
+
+def scaled(grads: PyTree, preconditioner: PyTree | None) -> PyTree:
+    """The gradients times a preconditioner, in at least float32; as they are if there is none."""
+    if preconditioner is None:
+        return grads
+    return jax.tree.map(lambda g, scale: at_least_float32(g) * scale, grads, preconditioner)
 
 
 def stats_from_pieces(
@@ -54,8 +61,7 @@ def stats_from_pieces(
     Returns:
       A GradStats; NaN if fewer than two pieces hold an example.
     """
-    if preconditioner is not None:
-        pieces = [jax.tree.map(jnp.multiply, piece, preconditioner) for piece in pieces]
+    pieces = [scaled(piece, preconditioner) for piece in pieces]
     # All the statistics follow from the k x k inner products: one pass over the gradients.
     k, pieces = len(pieces), [_pack(piece) for piece in pieces]
     upper = {(i, j): tree_dot(pieces[i], pieces[j]) for i in range(k) for j in range(i, k)}
@@ -113,6 +119,7 @@ def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
 def stats_from_norms(norms, inner, sizes, mean, first_sum) -> GradStats:
     """The same from |g_j|^2, g_j . gbar, gbar, and the sum of b_j g_j over the first half."""
     total = jnp.sum(sizes)
+    mean = jax.tree.map(at_least_float32, mean)
     second_sum = jax.tree.map(lambda m, f: m * total.astype(m.dtype) - f, mean, first_sum)
     halves = (first_sum, first_sum), (first_sum, second_sum), (second_sum, second_sum)
     products = [tree_dot(a, b) for a, b in halves]

@@ -7,21 +7,32 @@ one per example; `_estimators` compares them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import tree_dot, tree_where
+from arbiter_jax._numerics import (
+    at_least_float32,
+    check_parameters,
+    conjugate,
+    tree_dot,
+    tree_where,
+)
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
-from arbiter_jax.gradients._estimators import stats_from_norms, stats_from_pieces
+from arbiter_jax.gradients._estimators import scaled, stats_from_norms, stats_from_pieces
 from arbiter_jax.gradients._masked import (
     Gradient,
     GradientFn,
     _value_grad_and_weight,
+    call_loss,
     masked_value_and_grad,
 )
+
+Trainable = Any  # a pytree of bools, a function of the parameters that returns one, or None
 
 
 def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTree:
@@ -36,10 +47,79 @@ def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTre
 
 def _weighted_mean(trees: Sequence[PyTree], weights: jax.Array) -> PyTree:
     shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
-    return jax.tree.map(
-        lambda *xs: sum(x * share.astype(x.dtype) for x, share in zip(xs, shares, strict=True)),
-        *trees,
-    )
+
+    def mean(*xs):
+        total: Any = sum(_times(x, share) for x, share in zip(xs, shares, strict=True))
+        return total.astype(xs[0].dtype)
+
+    return jax.tree.map(mean, *trees)
+
+
+def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """The product, in at least float32."""
+    x = at_least_float32(x)
+    return x * factor.astype(x.dtype)
+
+
+def counted_leaves(params: PyTree, trainable: Trainable) -> list[bool] | None:
+    """Whether the statistics are about each leaf of the parameters; None if about all."""
+    given = trainable(params) if callable(trainable) else trainable
+    if given is None:
+        return None
+    spread = lambda counts, part: [counts] * len(jax.tree.leaves(part))
+    try:
+        counts: Any = jax.tree.leaves(jax.tree.map(spread, given, params))
+    except (TypeError, ValueError):  # of another structure
+        counts = [None]
+    if not all(isinstance(x, (bool, np.bool_)) for x in counts) or not any(counts):
+        raise ValueError(
+            "trainable must be a pytree of bools like params, or a prefix of it, at least one of "
+            f"them True, or a function of params that returns one, got {given!r}."
+        )
+    return None if all(counts) else counts
+
+
+def _counted(tree: PyTree, counts: list[bool] | None) -> PyTree:
+    """The leaves that the statistics are about, of a tree like the parameters, or None."""
+    if counts is None or tree is None:
+        return tree
+    return [x for x, counted in zip(jax.tree.leaves(tree), counts, strict=True) if counted]
+
+
+def _zero_others(tree: PyTree, counts: list[bool] | None) -> PyTree:
+    """The tree with zeros for the leaves that the statistics are not about."""
+    if counts is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    kept = [x if c else jnp.zeros_like(x) for x, c in zip(leaves, counts, strict=True)]
+    return jax.tree.unflatten(structure, kept)
+
+
+def _joined_aux(pieces: Sequence[PyTree], weights: jax.Array) -> PyTree:
+    """Means of the floating-point leaves over the pieces; the others as the last piece has them."""
+
+    def join(*xs):
+        if jnp.issubdtype(xs[0].dtype, jnp.inexact):
+            real = [jnp.where(w > 0, x, 0) for x, w in zip(xs, weights, strict=True)]
+            return _weighted_mean(real, weights)
+        last = xs[0]
+        for x, weight in zip(xs[1:], weights[1:], strict=True):
+            last = jnp.where(weight > 0, x, last)
+        return last
+
+    return jax.tree.map(join, *pieces)
+
+
+def _check_aux(loss_fn: Any, aux: PyTree, *arguments: Any) -> None:
+    """Raises a ValueError if the shapes of auxiliary output depend on the number of rows."""
+    whole = jax.eval_shape(lambda *args: call_loss(loss_fn, *args, has_aux=True)[2], *arguments)
+    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (aux, whole)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "aux, which loss_fn returns, must have the same shapes for any number of rows where "
+            f"gradients are measured piece by piece, got shapes {shapes[1]} for the whole batch and "
+            f"{shapes[0]} for a piece of it: return means over the rows."
+        )
 
 
 def value_grad_and_stats(
@@ -50,6 +130,8 @@ def value_grad_and_stats(
     micro_batch_size: int = 32,
     sampled: bool = False,
     axis_name: str | None = None,
+    trainable: Trainable = None,
+    has_aux: bool = False,
 ) -> GradientFn:
     """A gradient function that estimates the gradient's mean and covariance on the way.
 
@@ -65,6 +147,13 @@ def value_grad_and_stats(
       sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,
         and contiguous pieces need no copy.
       axis_name: The mesh axis that the batch is split over, for "per_device".
+      trainable: The parameters that the statistics are about: a pytree of bools like the parameters
+        or a prefix of it, or a function of the parameters that returns one; all if None. Frozen
+        parameters have gradients, too, but their noise moves nothing. Value and gradient are those
+        of all parameters; `gradient_noise` is zero for the others.
+      has_aux: As in :func:`masked_value_and_grad`. Of several pieces, ``Gradient.aux`` holds the
+        means of the floating-point leaves, weighted as the loss is, and the other leaves of the
+        last piece.
 
     Returns:
       ``gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None) ->
@@ -74,7 +163,9 @@ def value_grad_and_stats(
     Raises:
       ValueError: For arguments out of range; for a model with state under "per_example" (BatchNorm
         ties the examples of a batch together, so no example has a gradient of its own) and under
-        "per_device" (whose states would have to be averaged).
+        "per_device" (whose states would have to be averaged). When traced, as
+        :func:`masked_value_and_grad`, and if `trainable` or the shapes of the auxiliary output do
+        not fit.
 
     *Guarantees*: a masked row changes no bit of the result; value and gradient are those of the
     whole batch.
@@ -89,12 +180,14 @@ def value_grad_and_stats(
         raise ValueError(f"num_pieces must be a power of two >= 2, got {num_pieces}.")
     _validate.power_of_two(micro_batch_size=micro_batch_size)
     if method == "per_example":
-        return _per_example_stats(loss_fn, micro_batch_size)
+        return _per_example_stats(loss_fn, micro_batch_size, trainable, has_aux)
     if axis_name is not None:
-        return _per_device_stats(loss_fn, axis_name)
-    weighted = _value_grad_and_weight(loss_fn)
+        return _per_device_stats(loss_fn, axis_name, trainable, has_aux)
+    weighted = _value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
+        counts = counted_leaves(params, trainable)
+        factors = _counted(preconditioner, counts)
         k = min(num_pieces, mask.shape[0])
         # Here, not piece by piece: an empty piece has no real row that could stand in for padding.
         if not sampled:
@@ -102,10 +195,11 @@ def value_grad_and_stats(
         if k == 1:  # a single row has no spread
             out = weighted(params, batch, mask, model_state, key)[0]
             sizes = jnp.ones(1)
-            stats = stats_from_pieces([out.grads], sizes, preconditioner)
+            stats = stats_from_pieces([_counted(out.grads, counts)], sizes, factors)
             nan = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), out.grads)
-            return out._replace(grad_stats=stats, gradient_noise=nan)
-        pieces, weights = [], []
+            return out._replace(grad_stats=stats, gradient_noise=_zero_others(nan, counts))
+        pieces, auxes, weights = [], [], []
+        whole = params, batch, mask, model_state, key
         for j in range(k):
             piece_key = None if key is None else jax.random.fold_in(key, j)
             rows, real = _split((batch, mask), k, j, contiguous=sampled)
@@ -116,19 +210,26 @@ def value_grad_and_stats(
                 piece = tree_where(weight > 0, piece, zeros)
                 model_state = tree_where(weight > 0, out.model_state, model_state)
             pieces.append(piece)
+            auxes.append(out.aux)
             weights.append(weight)
         weights = jnp.stack(weights)
         value, grads = _weighted_mean(pieces, weights)
         piece_grads = [piece[1] for piece in pieces]
         # In examples, also where a loss weighs its examples.
         sizes = jnp.sum(mask) * weights / jnp.maximum(jnp.sum(weights), 1e-30)
-        stats = stats_from_pieces(piece_grads, sizes, preconditioner)
+        stats = stats_from_pieces([_counted(g, counts) for g in piece_grads], sizes, factors)
         noise = None
         if k == 2:
             unequal = jnp.sqrt(sizes[0] * sizes[1]) / jnp.sum(sizes)
             unequal = jnp.where(unequal > 0, unequal, jnp.nan)
-            noise = jax.tree.map(lambda a, b: (a - b) * unequal.astype(a.dtype), *piece_grads)
-        return Gradient(value, grads, model_state, stats, noise)
+            noise = jax.tree.map(
+                lambda a, b: _times(at_least_float32(a) - b, unequal).astype(a.dtype), *piece_grads
+            )
+            noise = _zero_others(noise, counts)
+        if has_aux:
+            _check_aux(loss_fn, auxes[0], *whole)
+        aux = _joined_aux(auxes, weights)
+        return Gradient(value, grads, model_state, stats, noise, aux)
 
     return gradient_fn
 
@@ -144,18 +245,27 @@ def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
     return lambda params, batch: weighted(params, batch)[0]
 
 
-def _per_example_grads_and_weights(loss_fn: LossFn) -> Callable[..., tuple[PyTree, jax.Array]]:
+def _per_example_grads_and_weights(
+    loss_fn: LossFn, has_aux: bool = False
+) -> Callable[..., tuple[PyTree, jax.Array]]:
     def one(params, example):
-        row = jax.tree.map(lambda x: x[None], example)
-        losses, real = loss_fn(params, row), jnp.ones(1, bool)
+        row, real = jax.tree.map(lambda x: x[None], example), jnp.ones(1, bool)
+        losses = call_loss(loss_fn, params, row, real, has_aux=has_aux)[0]
         return masked_mean(losses, real), total_weight(losses, real)
 
-    return jax.vmap(jax.grad(one, has_aux=True), in_axes=(None, 0))
+    def grad_and_weight(params, example):
+        check_parameters(params)
+        grads, weight = jax.grad(one, has_aux=True)(params, example)
+        return conjugate(grads), weight
+
+    return jax.vmap(grad_and_weight, in_axes=(None, 0))
 
 
-def _per_example_stats(loss_fn: LossFn, micro_batch_size: int) -> GradientFn:
-    plain = masked_value_and_grad(loss_fn)
-    examples = _per_example_grads_and_weights(loss_fn)
+def _per_example_stats(
+    loss_fn: LossFn, micro_batch_size: int, trainable: Trainable, has_aux: bool
+) -> GradientFn:
+    plain = masked_value_and_grad(loss_fn, has_aux=has_aux)
+    examples = _per_example_grads_and_weights(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         if model_state is not None:
@@ -167,12 +277,10 @@ def _per_example_stats(loss_fn: LossFn, micro_batch_size: int) -> GradientFn:
         out = plain(params, batch, mask, None, key)
         m = min(micro_batch_size, mask.shape[0])
         groups = jax.tree.map(lambda x: x.reshape((-1, m, *x.shape[1:])), (batch, mask))
+        counts = counted_leaves(params, trainable)
         # Scaling before the products is the same as giving each product the squared scale once.
-        scale = (
-            (lambda g: g)
-            if preconditioner is None
-            else (lambda g: jax.tree.map(jnp.multiply, g, preconditioner))
-        )
+        factors = _counted(preconditioner, counts)
+        scale = lambda g: scaled(_counted(g, counts), factors)
         mean = scale(out.grads)
         half = jnp.cumsum(mask) <= jnp.sum(mask) // 2
         half = half.reshape(groups[1].shape)
@@ -184,30 +292,39 @@ def _per_example_stats(loss_fn: LossFn, micro_batch_size: int) -> GradientFn:
             norms = jax.vmap(tree_dot)(grads, grads)
             inner = jax.vmap(lambda g: tree_dot(g, mean))(grads)
             first = jax.tree.map(
-                lambda acc, g: acc + jnp.tensordot((weights * in_first).astype(g.dtype), g, 1),
+                lambda acc, g: acc + _weighted_sum(weights * in_first, g),
                 carry,
                 grads,
             )
             return first, (norms, inner, weights)
 
-        zero = jax.tree.map(jnp.zeros_like, mean)
+        zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
         first, rows = jax.lax.scan(group, zero, (*groups, half))
         norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
-        first = jax.tree.map(lambda x: x * share.astype(x.dtype), first)
+        first = jax.tree.map(lambda x: _times(x, share), first)
         stats = stats_from_norms(norms, inner, weights * share, mean, first)
         return out._replace(grad_stats=stats)
 
     return gradient_fn
 
 
-def _per_device_stats(loss_fn: LossFn, axis_name: str) -> GradientFn:
-    weighted = _value_grad_and_weight(loss_fn)
+def _weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """The sum of the rows times their weights, in at least float32."""
+    rows = at_least_float32(rows)
+    return jnp.tensordot(weights.astype(rows.dtype), rows, 1)
+
+
+def _per_device_stats(
+    loss_fn: LossFn, axis_name: str, trainable: Trainable, has_aux: bool
+) -> GradientFn:
+    weighted = _value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         if model_state is not None:
             raise ValueError("method must be 'pieces' for a model with state, got 'per_device'.")
+        counts = counted_leaves(params, trainable)
         device, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
         key = None if key is None else jax.random.fold_in(key, device)
         # Said to differ between devices, or shard_map adds up the gradients of all of them.
@@ -216,23 +333,41 @@ def _per_device_stats(loss_fn: LossFn, axis_name: str) -> GradientFn:
         mine = (out.value, out.grads)
         mine = tree_where(weight > 0, mine, jax.tree.map(jnp.zeros_like, mine))
         share = weight / jnp.maximum(jax.lax.psum(weight, axis_name), 1e-30)
-        value, grads = jax.lax.psum(
-            jax.tree.map(lambda x: x * share.astype(x.dtype), mine), axis_name
-        )
-        grad, mean = mine[1], grads
-        if preconditioner is not None:
-            grad, mean = (jax.tree.map(jnp.multiply, g, preconditioner) for g in (grad, mean))
+        value, grads = _mean_of_devices(mine, share, axis_name)
+        grad, mean = (_counted(g, counts) for g in (mine[1], grads))
+        factors = _counted(preconditioner, counts)
+        grad, mean = scaled(grad, factors), scaled(mean, factors)
         # In examples, also where a loss weighs its examples.
         size = jax.lax.psum(jnp.sum(mask), axis_name) * share
         in_first = jnp.where(device < num_devices // 2, size, 0)
-        first = jax.tree.map(lambda g: jax.lax.psum(g * in_first.astype(g.dtype), axis_name), grad)
+        first = jax.tree.map(lambda g: jax.lax.psum(_times(g, in_first), axis_name), grad)
         numbers = jnp.stack([tree_dot(grad, grad), tree_dot(grad, mean), size])
         rows = jnp.where(jnp.arange(num_devices)[:, None] == device, numbers, 0)
         norms, inner, sizes = jax.lax.psum(rows, axis_name).T
         stats = stats_from_norms(norms, inner, sizes, mean, first)
-        return Gradient(value, grads, None, stats)
+        aux = _joined_aux_of_devices(out.aux, weight, share, axis_name)
+        return Gradient(value, grads, None, stats, aux=aux)
 
     return gradient_fn
+
+
+def _mean_of_devices(tree: PyTree, share: jax.Array, axis_name: str) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.psum(_times(x, share), axis_name).astype(x.dtype), tree)
+
+
+def _joined_aux_of_devices(
+    aux: PyTree, weight: jax.Array, share: jax.Array, axis_name: str
+) -> PyTree:
+    """As :func:`_joined_aux`, where each device holds a piece."""
+    device = jax.lax.axis_index(axis_name)
+    last = jax.lax.pmax(jnp.where(weight > 0, device, 0), axis_name)
+
+    def join(x):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return _mean_of_devices(jnp.where(weight > 0, x, 0), share, axis_name)
+        return jax.lax.psum(jnp.where(device == last, x, 0), axis_name).astype(x.dtype)
+
+    return jax.tree.map(join, aux)
 
 
 def gradient_stats(
@@ -246,6 +381,8 @@ def gradient_stats(
     micro_batch_size: int = 32,
     preconditioner: PyTree | None = None,
     axis_name: str | None = None,
+    trainable: Trainable = None,
+    has_aux: bool = False,
 ) -> GradStats:
     r"""Estimates :math:`|G|^2` and :math:`tr S` of the per-example gradients from one batch.
 
@@ -260,6 +397,9 @@ def gradient_stats(
       micro_batch_size: Per-example gradients held in memory at once.
       preconditioner: Optional pytree like params that multiplies every gradient first.
       axis_name: The mesh axis that the batch is split over, for "per_device".
+      trainable: The parameters that the statistics are about, as in :func:`value_grad_and_stats`:
+        those that the optimizer moves, if it leaves some as they are. All if None.
+      has_aux: Whether `loss_fn` returns ``(float[M], aux)``.
 
     Returns:
       A :class:`GradStats` of scalars; NaN for a batch of one example.
@@ -282,6 +422,8 @@ def gradient_stats(
         num_pieces=num_pieces,
         micro_batch_size=micro_batch_size,
         axis_name=axis_name,
+        trainable=trainable,
+        has_aux=has_aux,
     )
     if mask is None:
         mask = jnp.ones(num_rows(batch), bool)

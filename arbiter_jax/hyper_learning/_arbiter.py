@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import raw_key
+from arbiter_jax._numerics import measurable_range, raw_key
 from arbiter_jax.hyper_learning._agents import Agent
 from arbiter_jax.hyper_learning._hyper_step import Config, init_state, update_state
 from arbiter_jax.hyper_learning._meta_objective import Range, from_noise
@@ -76,7 +77,8 @@ def arbiter(
       response_loss: The loss of each meta example under a response; see
         :data:`arbiter_jax.hyper_learning.ResponseLoss`. None if `objective` is given.
       num_features: Width of the head's input, an integer >= 1. None if `objective` is given.
-      min_batch_size: :math:`b_{min}`, an integer >= 1.
+      min_batch_size: :math:`b_{min}`, an integer >= 1; with an objective 1 is taken as 2, because
+        one example carries no information about noise.
       max_batch_size: :math:`b_{max}`, an integer > min_batch_size.
       initial_batch_size: Batch size of the first window, within the range.
       window: T, number of updates between two decisions, an integer >= 1.
@@ -139,31 +141,42 @@ def arbiter(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
-    if high == low:
+    if objective is not None:
+        low, high, start = measurable_range(low, high, start)
+    if not (_validate.is_traced(low) or _validate.is_traced(high)) and high == low:
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."
         )
-    window = _validate.integer(window=window, minimum=1)
+    seed = _validate.seed(seed)
+    window = _validate.int32(window=window, minimum=1)
     config = Config(
         agent=agent,
         objective=meta_objective,
         limits=Range(low, high),
         initial_batch_size=start,
         window=window,
-        hyper_every=_validate.integer(hyper_every=hyper_every, minimum=1, maximum=window),
+        hyper_every=_validate.int32(hyper_every=hyper_every, minimum=1, maximum=window),
         anchors=_validate.one_of(("offset", "none"), anchor=anchor) == "offset",
         agent_optimizer=agent_optimizer or hyper_optimizer(meta_objective.agent_rate),
         mixture_optimizer=mixture_optimizer or hyper_optimizer(meta_objective.mixture_rate),
     )
 
     def init_fn(params) -> Any:
-        del params
+        _validate.all_parameters("arbiter", params)
         return init_state(config, raw_key(seed))
 
     def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
         if updates_only is not None or probe is not None:
             return updates, state
         new_state: Any = update_state(config, state, updates, params, signals)
+        if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+            # They may differ from those of the last step, in `optax.inject_hyperparams`.
+            size = jnp.clip(new_state.batch_size, low, high)
+            new_state = new_state._replace(
+                batch_size=size,
+                min_batch_size=jnp.asarray(low, jnp.int32),
+                max_batch_size=jnp.asarray(high, jnp.int32),
+            )
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

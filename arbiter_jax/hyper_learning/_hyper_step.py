@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from arbiter_jax._count import as_count
 from arbiter_jax._numerics import all_finite, cond_in_place, tree_where
-from arbiter_jax.base import PyTree, applied_batch_size, measures_now, requests, require
+from arbiter_jax.base import PyTree, applied_update, measures_now, requests, require
 from arbiter_jax.hyper_learning._agents import Agent, mixture_logit, sorted_proposals
 from arbiter_jax.hyper_learning._meta_objective import MetaObjective, Range
 from arbiter_jax.hyper_learning._reparameterization import to_batch_size, to_logit
 from arbiter_jax.hyper_learning._state import ALPHA_SCALE, ArbiterState, redraw_mixture
+from arbiter_jax.objectives._objective import of_whole_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def init_state(config: Config, key: jax.Array) -> ArbiterState:
     learnable: Any = _learnables(config, agent_params, response_weights)
     start = config.initial_batch_size
     logit = to_logit(start, *config.limits)
-    int32 = lambda x: jnp.asarray(x, jnp.int32)
+    int32 = lambda x: jnp.array(x, jnp.int32)  # no two fields share a buffer
     return ArbiterState(
         agent_params=agent_params,
         mixture_logits=mixture_logits,
@@ -88,10 +90,11 @@ def init_state(config: Config, key: jax.Array) -> ArbiterState:
         meta_batch_size=int32(start),
         meta_loss=jnp.zeros_like(logit),
         window_step=int32(0),
-        signals_due=None if config.hyper_every == 1 else jnp.array(True),
+        signals_due=None if _every_step(config) else jnp.array(True),
         num_clipped=int32(0),
         num_skipped=int32(0),
         key=key,
+        ledger=as_count(0),
         statistics=config.objective.init(),
     )
 
@@ -110,11 +113,13 @@ def update_state(
     # would have to copy params and updates.
     new_params = optax.apply_updates(cast("optax.Params", params), updates)
     measures = measures_now(state.signals_due, signals.get("signals_made"))
-    applied = jnp.clip(applied_batch_size(signals.get("batch_size"), state), *config.limits)
+    update = applied_update(state, **signals)
+    applied = jnp.clip(update.call_size, *config.limits)
+    update_size, signals = of_whole_update(update, applied, signals)
     statistics, usable = config.objective.observe(
-        state.statistics, updates, params, applied, signals, measures
+        state.statistics, updates, params, update_size, signals, measures
     )
-    state = state._replace(statistics=statistics)
+    state = state._replace(statistics=statistics, ledger=update.ledger)
     learn = lambda state: _hyper_step(config, state, new_params, signals, usable)
     if not isinstance(measures, bool):
         state = cond_in_place(measures, learn, state)
@@ -131,9 +136,14 @@ def update_state(
     state = state._replace(
         meta_batch_size=config.objective.meta_batch_size(state.meta_batch_size, state.batch_size)
     )
-    if config.hyper_every > 1:
+    if not _every_step(config):
         state = state._replace(signals_due=state.window_step % config.hyper_every == 0)
     return state
+
+
+def _every_step(config: Config) -> bool:
+    """Whether every update takes a hyper-step, as far as is known while tracing."""
+    return not isinstance(config.hyper_every, jax.Array) and config.hyper_every == 1
 
 
 def _learnables(config: Config, agent_params: PyTree, response_weights: jax.Array) -> _Learnable:

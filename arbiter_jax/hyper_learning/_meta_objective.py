@@ -53,10 +53,10 @@ def from_noise(objective: NoiseObjective) -> MetaObjective:
         )
 
     def loss(mixture, response_weights, statistics, new_params, signals, limits):
-        del response_weights, new_params, signals
+        del response_weights, new_params
         low, high = limits
         size = (high - low) * jax.nn.sigmoid(mixture) + low
-        value = limited_loss(objective, statistics, size, low, high)
+        value = limited_loss(objective, statistics, size, low, high, signals.get("num_calls", 1))
         return MetaLoss(value, to_batch_size(mixture, low, high), jnp.array(False))
 
     return MetaObjective(

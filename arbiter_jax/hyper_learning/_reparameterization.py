@@ -15,7 +15,7 @@ from arbiter_jax import _validate
 
 def _check_range(min_batch_size: int, max_batch_size: int) -> tuple[int, int]:
     low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size)
-    if high == low:
+    if not (_validate.is_traced(low) or _validate.is_traced(high)) and high == low:
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to map."
         )

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 from arbiter_jax import _validate
 from arbiter_jax.base import WeightedLoss
-from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
+from arbiter_jax.batching import (
+    batch_mask,
+    check_losses,
+    masked_mean,
+    num_rows,
+    replace_padding,
+)
 from arbiter_jax.hyper_learning._meta_objective import MetaLoss, MetaObjective
 from arbiter_jax.hyper_learning._reparameterization import to_batch_size
 
@@ -39,11 +45,8 @@ def response_objective(
     Returns:
       A :class:`MetaObjective`.
     """
-    if not callable(response_loss):
-        raise ValueError(
-            "response_loss must be a function (params, response, meta_batch) -> float[M], got "
-            f"{response_loss!r}."
-        )
+    _validate.static(num_features=num_features)
+    _validate.function("(params, response, meta_batch) -> float[M]", response_loss=response_loss)
     num_features = _validate.integer(num_features=num_features, minimum=1)
 
     def observe(statistics, updates, params, batch_size, signals, measures):
@@ -57,6 +60,7 @@ def response_objective(
         # Explicit stop_gradient: F is differentiated with respect to agent, mixture and response only.
         constants = jax.lax.stop_gradient((new_params, replace_padding(meta_batch, mask)))
         losses = _call(response_loss, num_features, response_weights * mixture, constants, signals)
+        check_losses(losses, num_rows(meta_batch), "response_loss")
         return MetaLoss(
             value=masked_mean(losses, mask),
             batch_size=batch_size,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 
+from arbiter_jax._count import Count
 from arbiter_jax.base import PyTree
 
 ALPHA_SCALE = 1e-6  # the standard deviation of fresh mixture logits
@@ -37,6 +38,7 @@ class ArbiterState(NamedTuple):
     num_clipped: jax.Array  # shape=(), dtype=int32, hyper-steps with B_s larger than the meta batch
     num_skipped: jax.Array  # shape=(), dtype=int32, hyper-steps skipped for a non-finite number
     key: jax.Array  # shape=(2,), dtype=uint32
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     statistics: PyTree = None  # of the meta-objective; says what that reads
 
     requires = ("agent_inputs",)

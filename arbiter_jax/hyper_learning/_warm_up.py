@@ -92,7 +92,7 @@ def warm_up(
         raise ValueError(f"max_batch_size must be > min_batch_size, got {high} for both.")
     if not isinstance(batch_size, jax.Array):  # an array may be traced: no value to check
         _validate.integer(batch_size=batch_size, minimum=low, maximum=high)
-    _validate.positive(learning_rate=learning_rate)
+    learning_rate = _validate.positive(learning_rate=learning_rate)
     _validate.integer(max_steps=max_steps, minimum=1)
     target_size = jnp.asarray(batch_size, float)
     inner = jnp.clip(target_size, low + 0.5, high - 0.5)

@@ -10,6 +10,10 @@
 The state of each that sets a rate has `learning_rate`, float32[]. With ``update(..., probe=True)``,
 by which the impulse response of a chain is measured, the last group needs no signals and returns the
 updates and its state unchanged.
+
+Inside `optax.inject_hyperparams` a number that is changed takes effect at the next update, but for
+one that only sets where a run starts, as the rate of :func:`sgd_hd`; the lengths in :func:`autowu`
+have to be listed in its `static_args`, and so has a schedule of anything but steps.
 """
 
 from arbiter_jax.learning_rate._adamp import AdamPState, adamp

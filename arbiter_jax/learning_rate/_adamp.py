@@ -33,17 +33,20 @@ class AdamPState(NamedTuple):
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(x * y, axes, keepdims=True)
+    return jnp.sum(jnp.real(jnp.conj(x) * y), axes, keepdims=True)
 
 
 def _project(
-    param: jax.Array, grad: jax.Array, step: jax.Array, delta: float, channel_axis: int, eps: float
+    param: jax.Array, grad: jax.Array, step: jax.Array, delta: float, channel_axis: Any, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Projects one step if its weights look scale-invariant, per channel or else as a layer.
 
     Returns:
       The step, and whether it was projected, bool[].
     """
+    if _validate.is_traced(channel_axis):
+        first, last = (_project(param, grad, step, delta, axis, eps) for axis in (0, -1))
+        return tree_where(channel_axis == 0, first, last)
     if param.ndim < 2:  # biases and the gains of normalization layers
         return step, jnp.asarray(False)
     dtype = jnp.promote_types(param.dtype, jnp.float32)
@@ -51,7 +54,7 @@ def _project(
     all_axes = tuple(range(param.ndim))
     projected, invariant = wide, jnp.asarray(False)
     for axes in (tuple(a for a in all_axes if a != channel_axis % param.ndim), all_axes):
-        dim = math.prod(param.shape[a] for a in axes)
+        dim = math.prod(param.shape[a] for a in axes) * (2 if jnp.iscomplexobj(param) else 1)
         norm = jnp.sqrt(_dot(param, param, axes))
         norms = norm * jnp.sqrt(_dot(grad, grad, axes))
         cosine = jnp.abs(_dot(grad, param, axes)) / jnp.maximum(norms, eps)
@@ -93,8 +96,8 @@ def adamp(
     `wd_ratio` if the step was projected.
 
     Args:
-      learning_rate: eta, >= 0, or a schedule of the step. A constant is kept in the state, where
-        it may be changed.
+      learning_rate: eta, >= 0, or a schedule of the step. A Python number is kept in the state,
+        where it may be changed; an array, as in `optax.inject_hyperparams`, replaces what is there.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment and to norms, > 0.
@@ -130,15 +133,19 @@ def adamp(
     >>> print(*(f"{update:.3f}" for update in updates[:, 0]))  # Adam's step is -.1 (1, -1)
     -0.112 0.084
     """
+    # An array may be another one at the next step, in `optax.inject_hyperparams`.
+    follows = isinstance(learning_rate, jax.Array)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
     b1 = _validate.in_range(0, 1, closed="left", b1=b1)
     b2 = _validate.in_range(0, 1, closed="left", b2=b2)
     eps = _validate.positive(eps=eps)
     weight_decay = _validate.non_negative(weight_decay=weight_decay)
+    decays = _validate.is_traced(weight_decay) or weight_decay > 0
     delta = _validate.in_range(0, 1, delta=delta)
     wd_ratio = _validate.in_range(0, 1, wd_ratio=wd_ratio)
-    channel_axis = _validate.one_of((0, -1), channel_axis=channel_axis)
+    if not _validate.is_traced(channel_axis):
+        channel_axis = _validate.one_of((0, -1), channel_axis=channel_axis)
     adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
 
     def init_fn(params):
@@ -154,12 +161,14 @@ def adamp(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require("adamp", params=params)
+        if follows:
+            state = state._replace(learning_rate=jnp.asarray(learning_rate, jnp.float32))
         directions, adam_state = adam.update(updates, state.adam, params)
 
         def step(param, grad, direction):
             param = jnp.asarray(param)
             direction, invariant = _project(param, grad, direction, delta, channel_axis, eps)
-            if weight_decay:
+            if decays:
                 decay = jnp.where(invariant, weight_decay * wd_ratio, weight_decay)
                 direction = direction + decay.astype(param.dtype) * param
             return (-state.learning_rate * direction).astype(grad.dtype)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count, compensated_sum
 from arbiter_jax._numerics import scale_updates, update_or_skip
-from arbiter_jax.base import require
+from arbiter_jax.base import applied_update, require
 from arbiter_jax.learning_rate._scale_by_batch_size import relative_size
 
 
@@ -21,8 +22,11 @@ class AdaScaleState(NamedTuple):
     gain: jax.Array  # shape=(), dtype=float32, r of the last step
     # Kept here, although `fit` sums it too, because a loop of one's own may not pass `progress`.
     progress: jax.Array  # shape=(), dtype=float, sum of the gains, in steps of the reference size
+    progress_error: jax.Array  # shape=(), dtype=float, what rounding has added to that sum
     variance: jax.Array  # shape=(), dtype=float, average of s^2, not corrected for its start
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of m^2, likewise
+    num_updates: jax.Array  # shape=(), dtype=int32, tells whether an update was made; may wrap
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, statistics that were not finite
 
     requires = ("grad_stats",)
@@ -30,7 +34,7 @@ class AdaScaleState(NamedTuple):
 
     @property
     def progress_per_step(self) -> jax.Array:
-        """How many steps of the reference batch size the last step was worth, float32[]."""
+        """How many steps of the reference batch size the last update was worth, float32[]."""
         return self.gain
 
 
@@ -61,7 +65,8 @@ def adascale(
         max(1 - S / 1000, 0).
 
     Returns:
-      A transformation to chain after the optimizer. It reads `grad_stats` and `batch_size`. Its
+      A transformation to chain after the optimizer. It reads `grad_stats` and `batch_size`; and
+      `num_examples`, which inside `optax.MultiSteps` says how many examples B an update has. Its
       state has the `gain` of the last step and the `progress`, :math:`\tau`.
 
     Raises:
@@ -87,13 +92,13 @@ def adascale(
     >>> print(f"{state[1].gain:.3f} {updates['w']:.3f}")  # (3 + 1) / (3 / 4 + 1)
     2.286 -0.229
     """
-    reference = _validate.integer(reference=reference, minimum=1)
+    reference = _validate.int32(reference=reference, minimum=1)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
     if decay is not None:
         decay = _validate.in_range(0, 1, closed="left", decay=decay)
 
-    def init_fn(params):
+    def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
         del params
         return AdaScaleState(
             learning_rate=jnp.ones((), jnp.float32),
@@ -101,6 +106,9 @@ def adascale(
             progress=jnp.zeros((), float),
             variance=jnp.zeros((), float),
             mean_sq_norm=jnp.zeros((), float),
+            progress_error=jnp.zeros((), float),
+            num_updates=jnp.asarray(0, jnp.int32),
+            ledger=as_count(0),
             num_skipped=jnp.asarray(0, jnp.int32),
         )
 
@@ -113,12 +121,13 @@ def adascale(
         batch_size=None,
         probe=None,
         **extra_args,
-    ):
-        del params, extra_args
+    ) -> Any:
+        del params
         if probe is not None:
             return updates, state
         require("adascale", grad_stats=grad_stats, batch_size=batch_size)
-        scale = relative_size(batch_size, reference)
+        update = applied_update(state, batch_size=batch_size, **extra_args)
+        scale = relative_size(update.size, reference)
         weight = jnp.maximum(1 - scale / 1000, 0.0) if decay is None else decay
 
         variance = grad_stats.variance_trace / reference
@@ -139,10 +148,14 @@ def adascale(
         progress = jnp.floor(state.progress).astype(jnp.int32)
         rate = learning_rate(progress) if callable(learning_rate) else learning_rate
         factor = (gain * jnp.asarray(rate)).astype(jnp.float32)
+        total, error = compensated_sum(state.progress, state.progress_error, gain)
         state = state._replace(
             learning_rate=factor,
             gain=gain.astype(jnp.float32),
-            progress=(state.progress + gain).astype(state.progress.dtype),
+            progress=total.astype(state.progress.dtype),
+            progress_error=error.astype(state.progress.dtype),
+            num_updates=state.num_updates + 1,
+            ledger=update.ledger,
         )
         return scale_updates(updates, factor), state
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import loop_if, scale_updates
+from arbiter_jax._numerics import loop_if, raw_key, scale_updates
 from arbiter_jax.base import require
 from arbiter_jax.learning_rate import _gaussian_process as gp
 from arbiter_jax.learning_rate._turning_point import draw_subsets, find_turning_point
@@ -55,7 +55,7 @@ class _Config:
     total_steps: int  # of the whole training
     max_warmup: int
     min_learning_rate: float
-    growth: float  # d log(learning rate) / d step in the warm-up
+    growth: float | jax.Array  # d log(learning rate) / d step in the warm-up
     phase_after_warmup: int
     latest_cooldown: int  # a constant phase ends here
     patience: int
@@ -159,7 +159,7 @@ def autowu(
     patience: int = 3,
     num_tests: int = 5,
     confidence: float = 0.95,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Finds the peak learning rate during the warm-up, then decays it.
 
@@ -197,7 +197,7 @@ def autowu(
       patience: Consecutive positive tests that end the warm-up, an integer >= 1.
       num_tests: Subsets that vote in a test, an integer >= 1.
       confidence: Probability above which a subset votes, in (0, 1).
-      seed: Seed of the random subsets.
+      seed: An int, or a PRNG key, of the random subsets.
 
     Returns:
       A transformation that multiplies the updates by the rate and reads ``value``, the loss
@@ -225,11 +225,19 @@ def autowu(
     >>> print(f"{state[1].learning_rate:.2e}")  # 1e-5 (1 / 1e-5)^(1 / 20)
     1.78e-05
     """
+    _validate.static(
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=num_epochs,
+        max_warmup_fraction=max_warmup_fraction,
+        cooldown_fraction=cooldown_fraction,
+        num_tests=num_tests,
+    )
     steps_per_epoch = _validate.integer(steps_per_epoch=steps_per_epoch, minimum=1)
     num_epochs = _validate.integer(num_epochs=num_epochs, minimum=1)
     low = _validate.positive(min_learning_rate=min_learning_rate)
     high = _validate.positive(max_learning_rate=max_learning_rate)
-    if high < low:
+    traced = _validate.is_traced(low) or _validate.is_traced(high)
+    if not traced and high < low:
         raise ValueError(
             "max_learning_rate must be >= min_learning_rate, got "
             f"max_learning_rate={high} and min_learning_rate={low}."
@@ -238,9 +246,14 @@ def autowu(
         0, 1, closed="right", max_warmup_fraction=max_warmup_fraction
     )
     cooldown_fraction = _validate.in_range(0, 1, cooldown_fraction=cooldown_fraction)
-    seed = _validate.integer(seed=seed)
+    seed = _validate.seed(seed)
 
     total_steps = steps_per_epoch * num_epochs
+    if total_steps > _validate.LARGEST_INT32:
+        raise ValueError(
+            f"steps_per_epoch * num_epochs must be <= {_validate.LARGEST_INT32}, got "
+            f"{_validate.shown(total_steps)}."
+        )
     longest = max(1, int(max_warmup_fraction * total_steps))
     phase_after_warmup, latest_cooldown, max_warmup = COOL_DOWN, total_steps, longest
     if not immediate_cooldown:
@@ -252,10 +265,10 @@ def autowu(
         total_steps=total_steps,
         max_warmup=max_warmup,
         min_learning_rate=low,
-        growth=math.log(high / low) / longest,
+        growth=(jnp.log(high / low) if traced else math.log(high / low)) / longest,
         phase_after_warmup=phase_after_warmup,
         latest_cooldown=latest_cooldown,
-        patience=_validate.integer(patience=patience, minimum=1),
+        patience=_validate.int32(patience=patience, minimum=1),
         num_tests=_validate.integer(num_tests=num_tests, minimum=1),
         confidence=_validate.in_range(0, 1, closed="neither", confidence=confidence),
     )
@@ -271,7 +284,7 @@ def autowu(
             num_positives=jnp.asarray(0, jnp.int32),
             losses=jnp.full((max_warmup,), jnp.nan, float),
             process=gp.init(),
-            key=jax.random.PRNGKey(seed),
+            key=jnp.array(raw_key(seed)),  # a copy: the state may be donated
             num_skipped=jnp.asarray(0, jnp.int32),
         )
 

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import all_finite, scale_updates, tree_where, update_or_skip
+from arbiter_jax._numerics import (
+    all_finite,
+    at_least_float32,
+    scale_updates,
+    tree_where,
+    update_or_skip,
+)
 
 
 class HypergradientState(NamedTuple):
@@ -33,10 +39,12 @@ class HypergradientState(NamedTuple):
 
 
 def _inner_product(a: Any, b: Any) -> jax.Array:
-    """Sum over all leaves of a * b, in at least float32."""
-    products = jax.tree.map(
-        lambda x, y: jnp.sum(x * y, dtype=jnp.promote_types(jnp.result_type(x), jnp.float32)), a, b
-    )
+    """Sum over all leaves of a * b, in at least float32; complex numbers are pairs of real ones."""
+
+    def leaf(x, y):
+        return jnp.sum(jnp.real(jnp.conj(at_least_float32(x)) * at_least_float32(y)))
+
+    products = jax.tree.map(leaf, a, b)
     return jnp.asarray(sum(jax.tree.leaves(products)), jnp.float32)
 
 
@@ -81,6 +89,9 @@ def _hypergradient_descent(
         rate = jnp.clip(rate, low, high)
 
         direction, inner_state = inner.update(updates, state.inner_state, params)
+        direction = jax.tree.map(
+            lambda d, u: jnp.asarray(d, jnp.result_type(u)), direction, updates
+        )
         proposed = state._replace(
             learning_rate=rate,
             hypergradient=hypergradient,
@@ -155,8 +166,10 @@ def sgd_hd(
     >>> print(f"{state.learning_rate:.2f} {update:.2f}")  # .1 + .01 * 3 * 2; -.16 * 3
     0.16 -0.48
     """
-    momentum = _validate.in_range(0, 1, closed="left", momentum=momentum)
-    inner = optax.trace(momentum, nesterov) if momentum else optax.identity()
+    checked = _validate.in_range(0, 1, closed="left", momentum=momentum)
+    # An array may become larger than 0 later.
+    has_trace = isinstance(momentum, jax.Array) or checked > 0
+    inner = optax.trace(checked, nesterov) if has_trace else optax.identity()
     return _hypergradient_descent(
         inner,
         learning_rate,

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count
 from arbiter_jax._numerics import scale_updates
-from arbiter_jax.base import require
+from arbiter_jax.base import applied_update, require
 
 
 class ScaleByBatchSizeState(NamedTuple):
     """State of :func:`scale_by_batch_size`."""
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the factor of the last step
+    ledger: Count  # training examples up to the last update, if they are counted; see base
 
 
 def relative_size(batch_size: Any, reference: int) -> jax.Array:
@@ -36,7 +38,9 @@ def scale_by_batch_size(
 
     Returns:
       A transformation to chain after the optimizer. It reads `batch_size`, int32[], the number of
-      examples of the step, which `fit` and `run_window` pass.
+      examples of the step, which `fit` and `run_window` pass. Inside `optax.MultiSteps` B is the
+      number of examples of all calls that an update averages, as far as `num_examples`, the
+      training examples before this step, is passed as well.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -54,19 +58,21 @@ def scale_by_batch_size(
     >>> print(f"{updates['w']:.1f}")
     -0.2
     """
-    reference = _validate.integer(reference=reference, minimum=1)
+    reference = _validate.int32(reference=reference, minimum=1)
     exponent = _validate.in_range(-2, 2, exponent=exponent)
 
-    def init_fn(params):
+    def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
         del params
-        return ScaleByBatchSizeState(learning_rate=jnp.ones((), jnp.float32))
+        return ScaleByBatchSizeState(learning_rate=jnp.ones((), jnp.float32), ledger=as_count(0))
 
-    def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args):
-        del params, extra_args
+    def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args) -> Any:
+        del params
         if probe is not None:
             return updates, state
         require("scale_by_batch_size", batch_size=batch_size)
-        factor = relative_size(batch_size, reference) ** exponent
-        return scale_updates(updates, factor), ScaleByBatchSizeState(factor)
+        update = applied_update(state, batch_size=batch_size, **extra_args)
+        factor = relative_size(update.size, reference) ** exponent
+        factor = factor.astype(jnp.float32)
+        return scale_updates(updates, factor), ScaleByBatchSizeState(factor, update.ledger)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import as_count
 from arbiter_jax._numerics import scale_updates
 from arbiter_jax.base import require
 
@@ -34,7 +35,8 @@ def scale_by_schedule(
     Chain it after an optimizer of rate 1: ``optax.chain(optax.sgd(1.0), scale_by_schedule(...))``.
 
     Args:
-      schedule: Maps the count, a scalar, to a learning rate: any optax schedule.
+      schedule: Maps the count, a scalar, to a learning rate: any optax schedule. A count of examples
+        is a float of the default type, exact up to 2^24: an int32 could not hold it beyond 2^31.
       count: Name of the count and of the extra argument that it is read from: "num_steps",
         "num_examples", or "progress" (the sum of the gains of :func:`arbiter_jax.adascale`; the
         number of steps if the chain has none).
@@ -55,20 +57,22 @@ def scale_by_schedule(
     >>> float(updates["w"])
     -0.25
     """
-    if not callable(schedule):
-        raise ValueError(f"schedule must be a function of a count, got {schedule!r}.")
+    _validate.function("of a count", schedule=schedule)
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
+
+    def position(counted):
+        return as_count(counted).astype(float) if count == "num_examples" else counted
 
     def init_fn(params):
         del params
-        return ScaleByScheduleState(jnp.asarray(schedule(0), jnp.float32))
+        return ScaleByScheduleState(jnp.asarray(schedule(position(0)), jnp.float32))
 
     def update_fn(updates, state, params=None, *, probe=None, **extra_args):
         del params
         if probe is not None:
             return updates, state
         require("scale_by_schedule", **{count: extra_args.get(count)})
-        rate = jnp.asarray(schedule(extra_args[count]), jnp.float32)
+        rate = jnp.asarray(schedule(position(extra_args[count])), jnp.float32)
         rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate)
         return scale_updates(updates, rate), ScaleByScheduleState(rate)
 

@@ -29,7 +29,8 @@ def attach(
 
     .. math:: \mathrm{model}(x) = \mathrm{head}(\mathrm{features}(x))
 
-    The head need not be the last layer: ``Model.head`` is everything that follows its input.
+    The head need not be the last layer: ``Model.head`` is everything that follows its input, which is
+    what a call passes, by position or by keyword, for the first parameter in its signature.
 
     Args:
       model: One of
@@ -59,9 +60,9 @@ def attach(
 
     Raises:
       ValueError: If ``model`` is none of the above; if the head does not exist, is not called
-        exactly once, is called with an array without a row for each example, is not the only way
-        from the inputs to the outputs, or is followed by dropout, BatchNorm or anything else that
-        differs between training and inference.
+        exactly once, is called with anything but one array that has a row for each example, is not
+        the only way from the inputs to the outputs, or is followed by dropout, BatchNorm or
+        anything else that differs between training and inference.
 
     Reference:
       Flax, "NNX basics", https://flax.readthedocs.io/en/latest/nnx_basics.html, on splitting a
@@ -91,6 +92,10 @@ def attach(
       - ``head`` computes no part of the body, and ``features`` under ``jit`` no part of the head;
       - the mask reaches BatchNorm: its statistics are those of the unpadded batch.
     """
+    if not isinstance(head, str):
+        raise ValueError(f"head must be a path, such as 'decoder.layers.3', got {head!r}.")
+    if init is not None and not callable(init):
+        raise ValueError(f"init must be a function of a key that returns params, got {init!r}.")
     if isinstance(model, nn.Module):
         network = _linen.network(model, head, sample_input, call_arguments)
     elif init is not None:

@@ -240,7 +240,7 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int] = (2, 2)) -> jax.Arr
     *Guarantees*
       - equals ``flax.linen.max_pool`` with ``strides=window_shape`` exactly.
     """
-    window_shape = tuple(window_shape)
+    window_shape = tuple(window_shape) if isinstance(window_shape, Sequence) else (window_shape,)
     if len(window_shape) != inputs.ndim - 2:
         raise ValueError(
             f"window_shape must have one entry per spatial axis of inputs, {inputs.ndim - 2}, got "

@@ -33,6 +33,12 @@ class Network(NamedTuple):
 
 def cut(network: Network, head: str, sample_input: PyTree) -> Model:
     """Splits a network into `features` and `head`; see :func:`arbiter_jax.models.attach`."""
+    for leaf in jax.tree.leaves(sample_input):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise ValueError(
+                "sample_input must be a pytree of arrays or jax.ShapeDtypeStructs, got a leaf of type "
+                f"{type(leaf).__name__}."
+            )
     sample = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sample_input)
     num_rows = _num_rows(sample)
     # Abstract evaluation, which finds a wrong name of the head now and computes nothing.
@@ -112,12 +118,40 @@ def _head_input(
             f"{len(recorded)} times."
         )
     (features,) = recorded
+    if not isinstance(features, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"head={head!r} must be called with one array as its first argument, but is called with "
+            f"a {type(features).__name__}: name another layer."
+        )
     if features.ndim < 2 or features.shape[0] % num_rows:
         raise ValueError(
             f"head={head!r} must be called with float[M, ..., num_features] on a batch of M "
             f"examples, but is called with shape {features.shape} on {num_rows} examples."
         )
     return features
+
+
+def first_argument(
+    method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """What a call passes for the first parameter of a method, by position or by keyword.
+
+    Args:
+      method: A bound method; its signature says which of the keywords comes first.
+      args: The call's positional arguments.
+      kwargs: The call's keyword arguments.
+
+    Returns:
+      (value, replace): the argument, and `replace(value) -> (args, kwargs)`, which puts another value
+      in the same place.
+    """
+    if args:
+        return args[0], lambda value: ((value, *args[1:]), kwargs)
+    if not kwargs:
+        raise ValueError("A head or BatchNorm must be called with its input, got no arguments.")
+    parameters = inspect.signature(method).parameters
+    name = next((name for name in parameters if name in kwargs), next(iter(kwargs)))
+    return kwargs[name], lambda value: (args, {**kwargs, name: value})
 
 
 def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
@@ -128,6 +162,18 @@ def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
         **dict.fromkeys(("deterministic", "use_running_average"), not train),
     }
     return {name: value for name, value in values.items() if name in names}
+
+
+def with_row_mask(
+    method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mask: jax.Array
+) -> dict[str, Any]:
+    """The keyword arguments of a call of BatchNorm, with padding left out of its statistics.
+
+    A mask that the network passes itself, of its tokens for example, goes on to count.
+    """
+    rows = row_mask(mask, first_argument(method, args, kwargs)[0])
+    own = kwargs.get("mask")
+    return {**kwargs, "mask": rows if own is None else jnp.logical_and(rows, own)}
 
 
 def row_mask(mask: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from arbiter_jax import _validate
 from arbiter_jax.models._build import build_model
 from arbiter_jax.models._convolution import max_pool
-from arbiter_jax.models._layers import Conv, image_shape
+from arbiter_jax.models._layers import Conv, check_dtype, image_shape
 from arbiter_jax.models._model import Model
 
 
@@ -89,6 +89,7 @@ def lenet(
     """
     shape = image_shape(input_shape, minimum=4)
     num_outputs = _validate.integer(num_classes=num_classes, minimum=1)
+    check_dtype(dtype)
     return build_model(
         functools.partial(LeNet, shape, num_outputs, dtype),
         jax.ShapeDtypeStruct((1, *shape), jnp.float32),

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from arbiter_jax._numerics import typed_key
 from arbiter_jax.base import PyTree
-from arbiter_jax.models._cut import Network, mode_arguments, row_mask
+from arbiter_jax.models._cut import Network, first_argument, mode_arguments, with_row_mask
 
 _COLLECTION = "arbiter_intercepted"
 
@@ -57,13 +57,14 @@ def network(
     def intercept(next_function, args, kwargs, context):
         node = context.module
         if isinstance(node, nn.BatchNorm) and node.has_variable(_COLLECTION, "mask"):
-            mask = row_mask(node.get_variable(_COLLECTION, "mask"), args[0])
-            kwargs = {"mask": mask, **kwargs}
+            mask = node.get_variable(_COLLECTION, "mask")
+            kwargs = with_row_mask(context.orig_method, args, kwargs, mask)
         if (node.path, context.method_name) == (owner, method):
+            value, replace = first_argument(context.orig_method, args, kwargs)
             if node.has_variable(_COLLECTION, "replacement"):
-                args = (node.get_variable(_COLLECTION, "replacement"), *args[1:])
+                args, kwargs = replace(node.get_variable(_COLLECTION, "replacement"))
             else:
-                node.sow(_COLLECTION, "features", args[0])
+                node.sow(_COLLECTION, "features", value)
         return next_function(*args, **kwargs)
 
     def run(params, model_state, inputs, *, train, mask, key, features):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arbiter_jax import _validate
+from arbiter_jax.models import _layers
 from arbiter_jax.models._build import build_model
 from arbiter_jax.models._model import Model
 
@@ -78,8 +79,9 @@ def mlp(
     >>> model.num_features
     256
     """
-    shape = [_validate.integer(input_shape=size, minimum=1) for size in input_shape]
-    sizes = [_validate.integer(hidden_sizes=size, minimum=1) for size in hidden_sizes]
+    shape = _layers.sizes_of(input_shape=input_shape)
+    sizes = _layers.sizes_of(hidden_sizes=hidden_sizes)
+    _layers.check_dtype(dtype)
     num_outputs = _validate.integer(num_classes=num_classes, minimum=1)
     num_inputs = math.prod(shape)
     return build_model(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from arbiter_jax.base import PyTree, WeightedLoss
@@ -91,6 +92,9 @@ def make_losses(
       loss is computed in training mode (batch statistics, dropout), the response loss and the
       predictions in inference mode, which does not change the model state.
 
+    Raises:
+      ValueError: If `model` is no `Model` or `per_example_loss` no function.
+
     Reference:
       Only the head sees the response, so that its gradient costs one forward pass of the body and no
       backward pass: see :func:`arbiter_jax.arbiter`.
@@ -114,6 +118,16 @@ def make_losses(
       - the response loss has a gradient only with respect to the response;
       - the mask reaches BatchNorm: its statistics are those of the unpadded batch.
     """
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model must be an arbiter_jax.models.Model, got {type(model).__name__}; "
+            "arbiter_jax.models.attach makes one of a network."
+        )
+    if not callable(per_example_loss):
+        raise ValueError(
+            f"per_example_loss must be a function (outputs, labels) -> float[M], got "
+            f"{per_example_loss!r}."
+        )
 
     def outputs(params, model_state, inputs, response=None, **mode):
         features, model_state = model.features(params, model_state, inputs, **mode)
@@ -161,4 +175,4 @@ def count_params(params: PyTree) -> int:
     >>> models.count_params(jax.eval_shape(model.init, jax.random.PRNGKey(0))[0])
     61706
     """
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params))

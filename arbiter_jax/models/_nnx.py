@@ -17,7 +17,13 @@ from flax import nnx
 
 from arbiter_jax._numerics import typed_key
 from arbiter_jax.base import PyTree
-from arbiter_jax.models._cut import Network, mode_arguments, reseeded, row_mask
+from arbiter_jax.models._cut import (
+    Network,
+    first_argument,
+    mode_arguments,
+    reseeded,
+    with_row_mask,
+)
 
 # How a module is split: parameters, random state, everything else (the model state).
 _KINDS = (nnx.Param, nnx.RngState, ...)
@@ -96,7 +102,7 @@ def _rest_of(module: nnx.Module, template: nnx.State) -> dict[str, Any]:
 
 
 def _override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> None:
-    """Makes `node.method(...)` call `wrapper(node, the original method, ...)`.
+    """Makes `node.method(...)` call `wrapper(node, the original method, args, kwargs)`.
 
     Python looks up `node(...)` in the class, so an attribute of the node would not do. A subclass
     keeps what Flax knows about the class, which a proxy would not.
@@ -105,7 +111,7 @@ def _override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> Non
     original = getattr(cls, method)
 
     def call(self, *args, **kwargs):
-        return wrapper(self, functools.partial(original, self), *args, **kwargs)
+        return wrapper(self, functools.partial(original, self), args, kwargs)
 
     node.__class__ = type(cls.__name__, (cls,), {method: call})
 
@@ -125,14 +131,16 @@ def _intercept(target: Any, method: str, features: jax.Array | None) -> None:
         _override(target, method, _replace_input)
 
 
-def _record_input(self, original, features, *args, **kwargs):
+def _record_input(self, original, args, kwargs):
+    features, _ = first_argument(original, args, kwargs)
     self.arbiter_features = _Intercepted((*_value(self.arbiter_features), features))
-    return original(features, *args, **kwargs)
+    return original(*args, **kwargs)
 
 
-def _replace_input(self, original, features, *args, **kwargs):
-    del features
-    return original(_value(self.arbiter_features), *args, **kwargs)
+def _replace_input(self, original, args, kwargs):
+    _, replace = first_argument(original, args, kwargs)
+    args, kwargs = replace(_value(self.arbiter_features))
+    return original(*args, **kwargs)
 
 
 def _mask_batch_norms(module: nnx.Module, mask: jax.Array) -> None:
@@ -144,8 +152,8 @@ def _mask_batch_norms(module: nnx.Module, mask: jax.Array) -> None:
             _override(node, "__call__", _pass_mask)
 
 
-def _pass_mask(self, original, x, *args, **kwargs):
-    return original(x, *args, **{"mask": row_mask(_value(self.arbiter_mask), x), **kwargs})
+def _pass_mask(self, original, args, kwargs):
+    return original(*args, **with_row_mask(original, args, kwargs, _value(self.arbiter_mask)))
 
 
 def _child(node: Any, name: str) -> Any:

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from arbiter_jax import _validate, base
+from arbiter_jax.models import _layers
 from arbiter_jax.models._build import build_model
 from arbiter_jax.models._model import Model
 
@@ -139,6 +140,7 @@ def transformer(
       - the logits at a position do not depend on later tokens.
     """
     vocab_size = _validate.integer(vocab_size=vocab_size, minimum=1)
+    _layers.check_dtype(dtype)
     max_length = _validate.integer(max_length=max_length, minimum=1)
     num_layers = _validate.integer(num_layers=num_layers, minimum=1)
     num_heads = _validate.integer(num_heads=num_heads, minimum=1)
@@ -170,12 +172,20 @@ def token_cross_entropy(
     Returns:
       Losses and weights, float[M, length] each.
 
+    Raises:
+      ValueError: If the shapes do not match, or the labels are not integers.
+
     >>> import jax.numpy as jnp
     >>> from arbiter_jax import models
     >>> value = models.token_cross_entropy(jnp.zeros((1, 3, 2)), jnp.array([[0, 1, -1]]))
     >>> value.losses.round(3).tolist(), value.weights.tolist()
     ([[0.693..., 0.693..., 0.0]], [[1.0, 1.0, 0.0]])
     """
+    if logits.shape[:-1] != labels.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            "logits and labels must be float[M, length, vocab_size] and int[M, length], got shapes "
+            f"{logits.shape} and {labels.shape}, and labels of dtype {labels.dtype}."
+        )
     real = labels != padding_label
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, labels, 0))
     return base.WeightedLoss(jnp.where(real, losses, 0), real.astype(losses.dtype))

@@ -18,7 +18,7 @@ from flax import nnx
 from arbiter_jax import _validate
 from arbiter_jax.models._build import build_model
 from arbiter_jax.models._convolution import max_pool
-from arbiter_jax.models._layers import BatchNorm, Conv, image_shape
+from arbiter_jax.models._layers import BatchNorm, Conv, check_dtype, image_shape
 from arbiter_jax.models._model import Model
 
 # Features of the convolutions, one tuple per resolution; a max pooling follows each tuple.
@@ -94,6 +94,7 @@ def vgg11(
     """
     shape = image_shape(input_shape, minimum=4)
     num_outputs = _validate.integer(num_classes=num_classes, minimum=1)
+    check_dtype(dtype)
     return build_model(
         functools.partial(VGG11, shape[-1], num_outputs, dtype),
         jax.ShapeDtypeStruct((1, *shape), jnp.float32),

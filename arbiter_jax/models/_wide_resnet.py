@@ -14,7 +14,7 @@ from flax import nnx
 
 from arbiter_jax import _validate
 from arbiter_jax.models._build import build_model
-from arbiter_jax.models._layers import BatchNorm, Conv, image_shape
+from arbiter_jax.models._layers import BatchNorm, Conv, check_dtype, image_shape
 from arbiter_jax.models._model import Model
 
 
@@ -138,6 +138,7 @@ def wide_resnet(
     """
     shape = image_shape(input_shape, minimum=4)
     num_outputs = _validate.integer(num_classes=num_classes, minimum=1)
+    check_dtype(dtype)
     depth = _validate.integer(depth=depth, minimum=10)
     if (depth - 4) % 6:
         raise ValueError(f"depth must be 6 n + 4 for an integer n >= 1, got {depth}.")

@@ -22,7 +22,9 @@ from arbiter_jax.noisy_quadratic import _lbfgs
 from arbiter_jax.noisy_quadratic._moments import (
     Moments,
     NoisyQuadratic,
+    as_array,
     as_problem,
+    check_range,
     excess_of,
     initial_moments,
 )
@@ -117,7 +119,10 @@ def _as_budget(
     momentum = _validate.in_range(0.0, 1.0, closed="left", momentum=momentum)
     rate = _validate.positive(learning_rate=learning_rate)
     if not isinstance(problem.curvature, jax.core.Tracer):
-        limit = 1.0 / float(np.asarray(problem.curvature).max())
+        largest = float(np.asarray(problem.curvature).max())
+        if not largest:
+            raise ValueError("curvature must have an entry > 0, got zeros.")
+        limit = 1.0 / largest
         if rate > limit * (1 + 1e-6):
             raise ValueError(
                 f"learning_rate must be <= 1 / max(curvature) = {limit:.6g}, got {rate!r}: for "
@@ -168,10 +173,19 @@ def rollout_batch_sizes(
     [4.0, 2.0]
     """
     problem = as_problem(problem)
-    sizes = jnp.asarray(batch_sizes, problem.curvature.dtype)
+    sizes = as_array(batch_sizes=batch_sizes).astype(problem.curvature.dtype)
     if sizes.ndim != 1 or sizes.size == 0:
         raise ValueError(f"batch_sizes must have shape (J,) with J >= 1, got {sizes.shape}.")
     budget = _as_budget(problem, num_examples, learning_rate, momentum, sizes.size, 1e-30)
+    check_range("batch_sizes", sizes, 0, closed=False)
+    segment = num_examples / sizes.size
+    if not isinstance(sizes, jax.core.Tracer) and float(np.asarray(sizes).max()) > segment * (
+        1 + 1e-6
+    ):
+        raise ValueError(
+            f"batch_sizes must be <= num_examples / {sizes.size} = {segment:g}, so that every segment "
+            f"has a step, got {float(np.asarray(sizes).max()):g}."
+        )
     return _as_schedule(problem, budget, sizes)
 
 

@@ -8,7 +8,8 @@ Stochastic Meta-Optimization", ICLR 2018, https://arxiv.org/abs/1803.02021.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -60,24 +61,56 @@ class RateSchedule(NamedTuple):
     excess_loss: jax.Array  # shape=(T + 1,), dtype=float
 
 
+def as_array(**argument: Any) -> jax.Array:
+    """Returns the argument as an array of real numbers, or raises if it is none."""
+    ((name, values),) = argument.items()
+    try:
+        array = jnp.asarray(np.asarray(values) if isinstance(values, str) else values)
+        real = not jnp.issubdtype(array.dtype, jnp.complexfloating)
+    except (TypeError, ValueError):
+        real = False
+    if not real:
+        raise ValueError(f"{name} must be an array of real numbers, got {values!r}.")
+    return array
+
+
+def check_range(
+    name: str, array: jax.Array, minimum: float = -math.inf, *, closed: bool = True
+) -> None:
+    """Raises if an array that is known holds a number that is not finite, or below `minimum`.
+
+    Args:
+      name: What to call the array in the message.
+      array: The array; one that is traced is not checked.
+      minimum: The lower end.
+      closed: Whether `minimum` itself is allowed.
+    """
+    if isinstance(array, jax.core.Tracer) or not array.size:
+        return
+    values = np.asarray(array, np.float64)
+    above = values >= minimum if closed else values > minimum
+    if not (np.isfinite(values) & above).all():
+        low = "" if minimum == -math.inf else f" {'>=' if closed else '>'} {minimum:g}"
+        raise ValueError(
+            f"{name} must hold finite numbers{low}, got values from {values.min():g} to "
+            f"{values.max():g}."
+        )
+
+
 def as_problem(problem: NoisyQuadratic) -> NoisyQuadratic:
     """Returns the problem as float arrays, or raises if it is not valid."""
-    dtype = jnp.result_type(float, *(jnp.asarray(field) for field in problem))
-    fields = [jnp.asarray(field, dtype) for field in problem]
+    if not isinstance(problem, NoisyQuadratic):
+        raise ValueError(f"problem must be a NoisyQuadratic, got {type(problem).__name__}.")
+    given = [as_array(**{name: field}) for name, field in problem._asdict().items()]
+    dtype = jnp.result_type(float, *given)
+    fields = [field.astype(dtype) for field in given]
     for name, field in zip(problem._fields, fields, strict=True):
         if field.ndim != 1 or field.shape != fields[0].shape or field.size == 0:
             raise ValueError(
                 f"{name} must have shape (d,) with d >= 1, the same for all three fields, "
                 f"got {field.shape}."
             )
-        if not isinstance(field, jax.core.Tracer):
-            values = np.asarray(field)
-            smallest, largest = float(values.min()), float(values.max())
-            if not (smallest >= 0.0 and np.isfinite(largest)):
-                raise ValueError(
-                    f"{name} must hold finite numbers >= 0, got values from {smallest} to "
-                    f"{largest}."
-                )
+        check_range(name, field, 0)
     return NoisyQuadratic(*fields)
 
 
@@ -140,8 +173,8 @@ def rollout(
       float[T + 1], the excess loss before the first step and after each.
 
     Raises:
-      ValueError: If the fields of the problem differ in shape or are negative, or the schedules
-        do not have the same shape (T,).
+      ValueError: If the fields of the problem differ in shape or are negative, the schedules do not
+        have the same shape (T,), or a number is outside its range or not finite.
 
     Reference:
       Wu et al. 2018, https://arxiv.org/abs/1803.02021, section 2.
@@ -155,13 +188,17 @@ def rollout(
     [2.0, 0.5, 0.125]
     """
     problem = as_problem(problem)
-    rates = jnp.asarray(learning_rates, problem.curvature.dtype)
-    mus = jnp.zeros_like(rates) if momenta is None else jnp.asarray(momenta, rates.dtype)
+    rates = as_array(learning_rates=learning_rates).astype(problem.curvature.dtype)
+    mus = jnp.zeros_like(rates)
+    if momenta is not None:
+        mus = as_array(momenta=momenta).astype(rates.dtype)
     if rates.ndim != 1 or mus.shape != rates.shape:
         raise ValueError(
             "learning_rates and momenta must have the same shape (T,), got "
             f"{rates.shape} and {mus.shape}."
         )
+    check_range("learning_rates", rates)
+    check_range("momenta", mus)
     start = initial_moments(problem)
     losses = rollout_from(problem, start, rates, mus)
     return jnp.concatenate([excess_of(problem, start)[None], losses])

@@ -21,6 +21,7 @@ from arbiter_jax.noisy_quadratic._moments import (
     NoisyQuadratic,
     RateSchedule,
     as_problem,
+    check_range,
     excess_of,
     initial_moments,
     momentum_step,
@@ -71,6 +72,7 @@ def _optimize(
 
 def _as_cap(problem: NoisyQuadratic, max_learning_rate: float | None) -> jax.Array:
     if max_learning_rate is None:
+        check_range("curvature", jnp.max(problem.curvature), 0, closed=False)
         return 1 / jnp.max(problem.curvature)
     cap = _validate.positive(max_learning_rate=max_learning_rate)
     return jnp.asarray(cap, problem.curvature.dtype)
@@ -123,10 +125,11 @@ def optimal_schedule(
     """
     problem = as_problem(problem)
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    momentum = bool(_validate.one_of((False, True), momentum=momentum))
     iterations = _validate.integer(max_iterations=max_iterations, minimum=1)
     cap = _as_cap(problem, max_learning_rate)
     start = greedy_schedule(problem, num_steps).learning_rates
-    rates, mus = _optimize(problem, start, cap, bool(momentum), iterations)
+    rates, mus = _optimize(problem, start, cap, momentum, iterations)
     return RateSchedule(rates, mus, rollout(problem, rates, mus))
 
 
@@ -219,7 +222,8 @@ def receding_horizon_schedule(
     """
     problem = as_problem(problem)
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    momentum = bool(_validate.one_of((False, True), momentum=momentum))
     horizon = _validate.integer(horizon=horizon, minimum=1, maximum=num_steps)
     iterations = _validate.integer(max_iterations=max_iterations, minimum=1)
     cap = _as_cap(problem, max_learning_rate)
-    return _recede(problem, cap, num_steps, horizon, bool(momentum), iterations)
+    return _recede(problem, cap, num_steps, horizon, momentum, iterations)

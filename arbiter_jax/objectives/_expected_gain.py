@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import tree_dot, tree_where
+from arbiter_jax._count import Count, as_count
+from arbiter_jax._numerics import conjugate, tree_dot, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.objectives._objective import (
     NoiseObjective,
@@ -42,7 +43,7 @@ class GainState(NamedTuple):
 
     noiseless_gain: jax.Array  # shape=(), dtype=float, average of A0, by how much a step lowers F
     noise_cost: jax.Array  # shape=(), dtype=float, average of q, in loss times examples
-    num_examples: jax.Array  # shape=(), dtype=float, in the batches that were measured
+    num_examples: Count  # in the batches that were measured
     persistence: PersistenceSignal | None  # if it is not a number that was given
 
     requires = ("update_noise", "meta_batch")
@@ -113,7 +114,7 @@ def expected_gain(
 def _init(config: GainConfig) -> GainState:
     zero = lambda: jnp.zeros((), float)  # no two fields share a buffer
     asked = PersistenceSignal() if config.persistence is None else None
-    return GainState(zero(), zero(), zero(), persistence=asked)
+    return GainState(zero(), zero(), as_count(0), persistence=asked)
 
 
 def _measure(
@@ -210,7 +211,7 @@ def gain_and_noise_cost(
         # A custom_vjp has no forward derivative: JAX raises the first error if one is asked for, the
         # second if it is nested. Backward costs twice as much; a loss that is wrong raises again.
         product = jax.jvp(jax.grad(mean_loss), (params,), (direction,))[1]
-        curvature = tree_dot(direction, product)
+        curvature = tree_dot(direction, conjugate(product))
     b = batch_size.astype(float)
     q = 0.5 * persistence**2 * b * curvature  # Eq. 3
     gain = mean_loss(params) - mean_loss(optax.apply_updates(params, updates))  # Eq. 2

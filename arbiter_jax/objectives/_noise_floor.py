@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count
 from arbiter_jax._numerics import tree_dot, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.objectives._floor_sizes import (
@@ -75,9 +76,9 @@ class FloorState(NamedTuple):
     num_measurements: jax.Array  # shape=(), dtype=int32, steps in these two
     training: LogTimeSlope  # of the training loss, at every step
     validation: ValidationSlope | None  # of the validation loss, if there is a loss function
-    num_examples: jax.Array  # shape=(), dtype=int32, training examples seen
-    budget: jax.Array  # shape=(), dtype=int32, examples of the run it was built for; 0 if not given
-    run_budget: jax.Array  # shape=(), dtype=int32, the same from the training loop; 0 if unknown
+    num_examples: Count  # training examples seen
+    budget: Count  # examples of the run it was built for; 0 if not given
+    run_budget: Count  # the same from the training loop; 0 if unknown
     held_batch_size: jax.Array  # shape=(), dtype=float, the size to hold; 0 if unknown
     size_when_held: jax.Array  # shape=(), dtype=float, size applied when that was last updated
     persistence: PersistenceSignal | None  # if it is not a number that was given
@@ -128,7 +129,7 @@ def noise_floor(
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
         examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None
+      num_examples: The budget of the run in training examples, an integer >= 1; None
         for that of ``aj.fit``, and to hold the size if nobody knows one.
       noise_share: The noise floor as a share of the loss still to go, > 0.
       hold_until: The share of the budget after which the size may grow, in [0, 1].
@@ -158,7 +159,7 @@ def noise_floor(
         number = isinstance(loss_fn, (int, float))
         check_loss_fn(loss_fn, "; a budget is given as num_examples" if number else "")
     if num_examples is not None:
-        num_examples = _validate.integer(num_examples=num_examples, minimum=1, maximum=2**31 - 1)
+        num_examples = _validate.count(num_examples=num_examples)
     infinity = float("inf")
     config = FloorConfig(
         loss_fn=loss_fn,
@@ -193,13 +194,17 @@ def _init(config: FloorConfig) -> FloorState:
         num_measurements=zero(jnp.int32),
         training=slope(),
         validation=None if config.loss_fn is None else ValidationSlope(slope()),
-        num_examples=zero(jnp.int32),
-        budget=jnp.asarray(config.num_examples or 0, jnp.int32),
-        run_budget=zero(jnp.int32),
+        num_examples=as_count(0),
+        budget=_given_budget(config),
+        run_budget=as_count(0),
         held_batch_size=zero(float),
         size_when_held=zero(float),
         persistence=PersistenceSignal() if config.persistence is None else None,
     )
+
+
+def _given_budget(config: FloorConfig) -> Count:
+    return as_count(0 if config.num_examples is None else config.num_examples)
 
 
 def _persistence(config: FloorConfig, signals: dict[str, Any]) -> Any:
@@ -250,7 +255,7 @@ def _update(
 ) -> FloorState:
     value = jnp.asarray(signals["value"], float)
     seen = signals.get("num_examples")
-    seen = state.num_examples if seen is None else jnp.asarray(seen, jnp.int32)
+    seen = as_count(state.num_examples if seen is None else seen)
     n: Any = optax.safe_increment(state.num_measurements)
     t: Any = optax.safe_increment(state.training.last)
     k = _persistence(config, signals)
@@ -271,7 +276,9 @@ def _update(
         validation = ValidationSlope(state.validation.slope.update(sample.validation_loss, t))
         new = new._replace(validation=tree_where(measured, validation, state.validation))
     if config.num_examples is None and signals.get("budget") is not None:
-        new = new._replace(run_budget=jnp.asarray(signals["budget"], jnp.int32))
+        new = new._replace(run_budget=as_count(signals["budget"]))
+    if isinstance(config.num_examples, jax.Array):  # which may differ from that of the last step
+        new = new._replace(budget=_given_budget(config))
     # What grows later is the last size before growth began.
     size = jnp.clip(_floor_size(config, new), 1 / INFINITE_SIZE, INFINITE_SIZE)
     settled = _grows(config, state) & (state.held_batch_size > 0)
@@ -282,15 +289,20 @@ def _update(
     )
 
 
-def _budget(config: FloorConfig, state: FloorState) -> Any:
-    """Examples of the run, 0 if unknown: an int if it was given, else int32[]."""
-    return state.run_budget if config.num_examples is None else config.num_examples
+def _budget(config: FloorConfig, state: FloorState) -> Count:
+    """Examples of the run, 0 if unknown."""
+    return as_count(state.run_budget if config.num_examples is None else config.num_examples)
+
+
+def _examples_left(config: FloorConfig, state: FloorState) -> jax.Array:
+    """What is left of the budget, float[]."""
+    return jnp.maximum(_budget(config, state) - as_count(state.num_examples), 0)
 
 
 def _grows(config: FloorConfig, state: FloorState) -> jax.Array:
     """Whether so much of the budget is used up that the size may grow."""
     budget = _budget(config, state)
-    share = state.num_examples.astype(float) / jnp.maximum(budget, 1)
+    share = as_count(state.num_examples).astype(float) / jnp.maximum(budget.astype(float), 1)
     return jnp.where(budget > 0, share >= config.hold_until, False)
 
 
@@ -311,7 +323,7 @@ def _floor_size(config: FloorConfig, state: FloorState) -> jax.Array:
     unlimited = jnp.where((noise > 0) & (state.training.last > _MIN_STEPS), jnp.inf, jnp.nan)
     size = noise * EXPONENT / (config.noise_share * jnp.where(slope > 0, slope, 1))  # Eq. 10
     budget = _budget(config, state)
-    left = jnp.maximum(budget - state.num_examples, 0)
+    left = _examples_left(config, state)
     at_the_end = size_for_end(size, jnp.maximum(state.training.last, 1), left)
     size = jnp.where(budget > 0, at_the_end, size)
     excess = state.measured_loss - config.optimal_loss  # the most that noise can sustain
@@ -327,7 +339,7 @@ def _best(config: FloorConfig, state: FloorState, cost: Any = None) -> jax.Array
         b,
         jnp.maximum(b, state.size_when_held),  # above b at the lower end of the range
         jnp.maximum(state.training.last, 1),
-        jnp.maximum(_budget(config, state) - state.num_examples, 0).astype(float),
+        _examples_left(config, state),
         noise_share=config.noise_share,
         final_growth=config.final_growth,
     )

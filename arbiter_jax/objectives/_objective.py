@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from arbiter_jax._numerics import all_finite, tree_where
-from arbiter_jax.base import PyTree
+from arbiter_jax import _validate
+from arbiter_jax._count import Count
+from arbiter_jax._numerics import all_finite, scale_updates, tree_where
+from arbiter_jax.base import PyTree, Update
 from arbiter_jax.batching import masked_mean, num_rows
+from arbiter_jax.gradients import call_loss
 
 
 class NoiseObjective(NamedTuple):
@@ -63,7 +66,17 @@ def update_objective(
 
     Returns:
       (state, usable): the old state if a number is not finite or carries no information.
+
+    Raises:
+      ValueError: If signals that are like the parameters do not have the structure of the updates.
     """
+    for name in ("gradient_noise", "update_noise"):
+        found, expected = jax.tree.structure(signals.get(name)), jax.tree.structure(updates)
+        if signals.get(name) is not None and found != expected:
+            raise ValueError(
+                f"{name} must have the structure of the updates that the rule sees, {expected}, got "
+                f"{found}: chain the rule outside of what changes that structure, as optax.flatten."
+            )
     measure = lambda: objective.measure(updates, params, batch_size, signals)
     if isinstance(measures, bool):
         sample = measure() if measures else objective.empty_sample()
@@ -74,8 +87,43 @@ def update_objective(
     return tree_where(usable, new, state), usable
 
 
+def of_whole_update(
+    update: Update, batch_size: jax.Array, signals: dict[str, Any]
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The batch size and the signals of the last call of an update as those of all of its calls.
+
+    The noise of the gradient of k calls is that of one over sqrt(k). The updates respond to the
+    gradient of one call with a k-th of what they are, and so to the noise of all with sqrt(k) times
+    what was measured.
+
+    Args:
+      update: Which one.
+      batch_size: int32[], examples per call.
+      signals: The extra arguments of the last call.
+
+    Returns:
+      (batch_size, signals), the same if the update is one call; otherwise with `num_calls` added.
+    """
+    k = update.num_calls
+    if isinstance(k, int):
+        return batch_size, signals
+    size = jnp.round(update.per_update(batch_size)).astype(jnp.int32)
+    signals = signals | {"num_calls": k}
+    for name, factor in (("gradient_noise", 1 / jnp.sqrt(k)), ("update_noise", jnp.sqrt(k))):
+        if signals.get(name) is not None:
+            signals[name] = scale_updates(signals[name], factor)
+    if signals.get("num_examples") is not None:
+        signals["num_examples"] = update.ledger.minus(size)
+    return size, signals
+
+
 def limited_loss(
-    objective: NoiseObjective, statistics: PyTree, size: jax.Array, low: int, high: int
+    objective: NoiseObjective,
+    statistics: PyTree,
+    size: jax.Array,
+    low: int,
+    high: int,
+    num_calls: Any = 1,
 ) -> jax.Array:
     """J at a real batch size, with a slope that an agent can descend within [low, high].
 
@@ -83,11 +131,13 @@ def limited_loss(
     (high - low) sigmoid(s). J itself is a thousand times as steep on one side as on the other, and
     the sigmoid passes on a thousandth of a slope near the ends of the range: an agent would
     overshoot from below and be slow from above. Within half an example of an end the slope outward
-    is 0, because a logit that ran away there would take long to come back.
+    is 0, because a logit that ran away there would take long to come back. The size is that of a
+    call; J is taken at that of an update, which has `num_calls` of them.
     """
     statistics, now = jax.lax.stop_gradient((statistics, size))
+    of_update = lambda b: b if isinstance(num_calls, int) else num_calls * b
     inside = jnp.clip(now, low + 0.5, high - 0.5)
-    value, slope = jax.value_and_grad(lambda b: objective.loss(statistics, b))(inside)
+    value, slope = jax.value_and_grad(lambda b: objective.loss(statistics, of_update(b)))(inside)
     outward = ((now <= low + 0.5) & (slope > 0)) | ((now >= high - 0.5) & (slope < 0))
     sigmoid_slope = (inside - low) * (high - inside) / (high - low)  # d size / ds
     slope = jnp.clip(inside * slope, -1, 1) / sigmoid_slope
@@ -96,7 +146,11 @@ def limited_loss(
 
 
 def power_average(
-    mean: jax.Array, sample: jax.Array, last: jax.Array, now: jax.Array, a: int
+    mean: jax.Array,
+    sample: jax.Array,
+    last: jax.Array | Count,
+    now: jax.Array | Count,
+    a: int,
 ) -> jax.Array:
     """An average up to the time `now` in which time s weighs s^a: it forgets, at any time scale.
 
@@ -114,19 +168,16 @@ def validation_loss(
     meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
     rows = jnp.ones(num_rows(meta_batch), bool)
 
+    key = None if model_state is None else jax.random.PRNGKey(0)
+
     @jax.jit  # its values and derivatives then share one trace
     def mean_loss(params):
-        if model_state is None:
-            return masked_mean(loss_fn(params, meta_batch), rows)
-        key = jax.random.PRNGKey(0)
-        return masked_mean(loss_fn(params, meta_batch, model_state, rows, key)[0], rows)
+        losses, *_ = call_loss(loss_fn, params, meta_batch, rows, model_state, key, has_aux=None)
+        return masked_mean(losses, rows)
 
     return mean_loss
 
 
 def check_loss_fn(loss_fn: Any, hint: str = "") -> None:
     """Raises a ValueError for anything that cannot be called where a loss function belongs."""
-    if not callable(loss_fn):
-        raise ValueError(
-            f"loss_fn must be a function (params, batch) -> float[M], got {loss_fn!r}{hint}."
-        )
+    _validate.function("(params, batch) -> float[M]", hint, loss_fn=loss_fn)

@@ -14,6 +14,18 @@ Rules swap in one line, and read what they need from the extra arguments of `upd
 Rules may decide at every step; the training loop applies the latest decision once per window and
 passes the batch size that was used as `batch_size`. Without it a rule assumes that its latest
 decision was applied.
+
+Inside other transformations:
+
+* `optax.inject_hyperparams` takes every factory of this library, and a number that is changed in its
+  state takes effect at the next update. It calls every function as a schedule and makes an array of
+  every number: name functions, and the numbers that a message asks for, in `static_args`, as
+  ``optax.inject_hyperparams(expected_gain, static_args=("loss_fn",))``. It keeps numbers in the type
+  of the parameters: with half precision pass ``hyperparam_dtype=jnp.float32``.
+* In `optax.masked` and in a group of `optax.multi_transform` a rule that reads scalars decides as
+  outside of it. Those that read parameters or gradients (:func:`noise_floor`,
+  :func:`expected_gain`, :func:`from_objective`, :func:`dive_batch`, and :func:`arbiter_jax.arbiter`)
+  raise an error in `init`: chain them after it.
 """
 
 from arbiter_jax.objectives import FloorState, GainState

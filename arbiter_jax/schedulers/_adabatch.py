@@ -6,11 +6,15 @@ Networks", arXiv:1712.02029.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.schedulers._from_schedule import LARGEST_COUNT, from_schedule
+from arbiter_jax._count import as_count
+from arbiter_jax.schedulers._from_schedule import scheduled
 
 
 def adabatch(
@@ -38,7 +42,9 @@ def adabatch(
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
-      A transformation that returns the updates unchanged.
+      A transformation that returns the updates unchanged. `update` reads `num_examples`, the
+      examples before this step, and `batch_size` if they are given; a loop of one's own under
+      `optax.MultiSteps` has to pass them, see :func:`from_schedule`.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -63,7 +69,7 @@ def adabatch(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
-    return from_schedule(
+    return scheduled(
         lambda num_examples: start * ratio ** (num_examples // interval),
         count="num_examples",
         min_batch_size=low,
@@ -99,15 +105,22 @@ def adabatch_learning_rate(
     start = _validate.non_negative(learning_rate=learning_rate)
     interval = _interval(dataset_size, epochs)
     ratio = _validate.positive(factor=factor)
-    return lambda num_examples: start * ratio ** (jnp.asarray(num_examples) // interval)
+    return lambda num_examples: start * ratio ** (as_count(num_examples) // interval)
 
 
-def _interval(dataset_size: int, epochs: float) -> int:
-    size = _validate.integer(dataset_size=dataset_size, minimum=1)
-    interval = max(1, round(size * _validate.positive(epochs=epochs)))
-    if interval > LARGEST_COUNT:
+def _interval(dataset_size: int, epochs: float) -> Any:
+    size = _validate.int32(dataset_size=dataset_size, minimum=1)
+    epochs = _validate.positive(epochs=epochs)
+    if isinstance(size, jax.Array) or isinstance(epochs, jax.Array):
+        whole = jnp.floor(epochs)  # apart: float32 does not hold every product
+        rest = jnp.round(size * (epochs - whole)).astype(jnp.int32)
+        steps = jnp.maximum(size * whole.astype(jnp.int32) + rest, 1)
+        largest = _validate.LARGEST_INT32
+        return jnp.where(size * epochs < largest, steps, largest)
+    interval = max(1, round(size * epochs))
+    if interval > _validate.LARGEST_COUNT:
         raise ValueError(
-            f"epochs * dataset_size must be <= {LARGEST_COUNT}, got epochs={epochs!r} and "
+            f"epochs * dataset_size must be <= {_validate.LARGEST_COUNT}, got epochs={epochs!r} and "
             f"dataset_size={dataset_size!r}."
         )
     return interval

@@ -78,8 +78,10 @@ def adadamp(
     >>> int(aj.get_batch_size(state))
     128
     """
-    _validate.in_range(-float("inf"), float("inf"), closed="neither", optimal_loss=optimal_loss)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+    optimal_loss = _validate.in_range(
+        -float("inf"), float("inf"), closed="neither", optimal_loss=optimal_loss
+    )
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
@@ -110,4 +112,4 @@ def adadamp(
         usable = jnp.isfinite(sample) & (first > optimal_loss)
         return _numerics.update_or_skip(usable, new, state)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -28,6 +29,7 @@ class NormTestState(NamedTuple):
     numerator: jax.Array  # shape=(), dtype=float, average of tr S
     denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
@@ -41,6 +43,7 @@ class InnerProductTestState(NamedTuple):
     numerator: jax.Array  # shape=(), dtype=float, average of Var_i(g_i . gbar)
     denominator: jax.Array  # shape=(), dtype=float, average of |gbar|^4
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
@@ -67,7 +70,8 @@ def norm_test(
         asks for the largest size almost at once.
       decay: Weight of the past in the averages of tr S and of \|gbar\|^2, in [0, 1); 0 tests every
         batch by itself, as published.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -98,7 +102,7 @@ def norm_test(
     >>> int(aj.get_batch_size(state))  # 40 / (0.25 * 1.75) = 91.4
     92
     """
-    _validate.positive(eta=eta)
+    eta = _validate.positive(eta=eta)
     return _growing_test(
         "norm_test",
         NormTestState,
@@ -130,7 +134,8 @@ def inner_product_test(
       theta: Error allowed along the gradient, relative to its squared norm, > 0.
       decay: Weight of the past in the averages of numerator and denominator, in [0, 1); 0 tests
         every batch by itself, as published.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -160,7 +165,7 @@ def inner_product_test(
     >>> int(aj.get_batch_size(state))  # 60 / (0.25 * 2^2)
     60
     """
-    _validate.positive(theta=theta)
+    theta = _validate.positive(theta=theta)
     return _growing_test(
         "inner_product_test",
         InnerProductTestState,
@@ -180,8 +185,8 @@ def _growing_test(
     limits: tuple[int, int, int],
 ) -> optax.GradientTransformationExtraArgs:
     """The rule of both tests: B >= numerator / (tolerance^2 denominator), or grow until it is."""
-    _validate.in_range(0, 1, closed="left", decay=decay)
-    low, high, start = limits
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
+    low, high, start = _numerics.measurable_range(*limits)
 
     def init_fn(params):
         del params
@@ -190,11 +195,11 @@ def _growing_test(
             numerator=_rule.zero(),
             denominator=_rule.zero(),
             weight=_rule.zero(),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(state, *, grad_stats: Any = None, batch_size=None, **extra_args):
-        del extra_args
+    def update_state(state, *, grad_stats: Any = None, **signals):
         base.require(name, grad_stats=grad_stats)
         sample = read(grad_stats)
         (numerator, denominator), weight = _numerics.running_mean(
@@ -204,14 +209,16 @@ def _growing_test(
         # If the test passes it needs no more than the applied size, which then stays. The
         # comparison is with that size and not with the last decision: noise would otherwise push up
         # decisions that are never applied.
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
-        new = state._replace(
-            batch_size=_rule.to_size(needed, applied, high, jnp.ceil),
+        update = base.applied_update(state, **signals)
+        counted = state._replace(ledger=update.ledger)
+        applied = jnp.clip(update.call_size, low, high)
+        new = counted._replace(
+            batch_size=_rule.to_size(update.per_call(needed), applied, high, jnp.ceil),
             numerator=numerator,
             denominator=denominator,
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
-        return _numerics.update_or_skip(usable, new, state)
+        return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -27,6 +28,7 @@ class CABSState(NamedTuple):
     loss: jax.Array  # shape=(), dtype=float, average of the loss
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     num_steps: jax.Array  # shape=(), dtype=int32
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("value", "grad_stats")
 
@@ -53,7 +55,8 @@ def cabs(
     Args:
       learning_rate: lr, the rate of the SGD in the same chain, > 0, or a schedule of the step.
       decay: Weight of the past in the averages, in [0, 1).
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -84,11 +87,12 @@ def cabs(
     84
     """
     if not callable(learning_rate):
-        _validate.positive(learning_rate=learning_rate)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+        learning_rate = _validate.positive(learning_rate=learning_rate)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         del params
@@ -98,11 +102,11 @@ def cabs(
             loss=_rule.zero(),
             weight=_rule.zero(),
             num_steps=_rule.int32(),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(state, *, value: Any = None, grad_stats: Any = None, **extra_args):
-        del extra_args
+    def update_state(state, *, value: Any = None, grad_stats: Any = None, **signals):
         base.require("cabs", value=value, grad_stats=grad_stats)
         rate = learning_rate(state.num_steps) if callable(learning_rate) else learning_rate
         size = grad_stats.batch_size
@@ -111,9 +115,12 @@ def cabs(
             (state.gradient_variance, state.loss), state.weight, (xi, jnp.asarray(value)), decay
         )
         size = rate * _rule.safe_ratio(variance, loss)
-        counted = state._replace(num_steps=optax.safe_increment(state.num_steps))
+        update = base.applied_update(state, **signals)
+        counted = state._replace(
+            num_steps=optax.safe_increment(state.num_steps), ledger=update.ledger
+        )
         new = counted._replace(
-            batch_size=_rule.to_size(size, low, high),
+            batch_size=_rule.to_size(update.per_call(size), low, high),
             gradient_variance=variance,
             loss=loss,
             weight=weight,
@@ -121,4 +128,4 @@ def cabs(
         usable = _rule.is_informative(xi, jnp.asarray(value)) & ~jnp.isnan(size)
         return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -57,10 +57,16 @@ def constant(
         )
     low, high, size = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
     if batch_size is not None:
-        size = _validate.integer(batch_size=batch_size, minimum=low, maximum=high)
+        _, _, size = _validate.batch_size_range(low, high, batch_size, name="batch_size")
+    changes = any(isinstance(x, jax.Array) for x in (batch_size, initial_batch_size))
 
     def init_fn(params):
         del params
         return ConstantState(**_rule.sizes(low, high, size))
 
-    return _rule.transformation(init_fn, lambda state, **signals: state)
+    def update_state(state, **signals):
+        del signals
+        # An array may be another one at the next step, in `optax.inject_hyperparams`.
+        return state._replace(batch_size=_rule.int32(size)) if changes else state
+
+    return _rule.transformation(init_fn, update_state, (low, high))

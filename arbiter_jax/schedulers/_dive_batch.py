@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -24,7 +25,8 @@ class DiveBatchState(NamedTuple):
     max_batch_size: jax.Array  # shape=(), dtype=int32
     gradient_sum: base.PyTree  # like the parameters, sum of the g_i of this epoch
     sq_norm_sum: jax.Array  # shape=(), dtype=float, sum of the |g_i|^2 of this epoch
-    num_examples: jax.Array  # shape=(), dtype=float, examples in both sums
+    num_examples: Count  # examples in both sums
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats",)
 
@@ -57,7 +59,8 @@ def dive_batch(
         examples have been seen.
       delta: Share of the diversity to use, > 0. N D is of the order of (\|G\|^2 + tr S) / \|G\|^2,
         so that the published 1e-4 moves the size only on gradients that nearly cancel.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -88,13 +91,16 @@ def dive_batch(
     >>> int(aj.get_batch_size(state))  # 0.5 * 32 * (31 * 40 + 32 * 1) / (32 * 1)^2 = 19.875
     19
     """
-    size_of_epoch = _validate.integer(dataset_size=dataset_size, minimum=1)
-    _validate.positive(delta=delta)
+    size_of_epoch = _validate.int32(dataset_size=dataset_size, minimum=1)
+    delta = _validate.positive(delta=delta)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
+        # Statistics are those of all gradients, and so must be the sum.
+        _validate.all_parameters("dive_batch", params)
         return DiveBatchState(
             **_rule.sizes(low, high, start),
             # At least float32: an epoch of bfloat16 gradients would add up to rounding errors.
@@ -105,42 +111,46 @@ def dive_batch(
                 params,
             ),
             sq_norm_sum=_rule.zero(),
-            num_examples=_rule.zero(),
+            num_examples=as_count(0),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(
-        state, *, updates, grad_stats: Any = None, grad=None, batch_size=None, **extra_args
-    ):
-        del extra_args
+    def update_state(state, *, updates, grad_stats: Any = None, grad=None, **signals):
         base.require("dive_batch", grad_stats=grad_stats)
+        update = base.applied_update(state, **signals)
+        counted = state._replace(ledger=update.ledger)
         size = grad_stats.batch_size
+        sq_norm = (size - 1) * grad_stats.variance_trace + size * grad_stats.batch_sq_norm
+        if not isinstance(update.num_calls, int):  # what one call says stands for all of them
+            sq_norm = update.size / size * sq_norm
+            size = update.size.astype(float)
         gradient_sum = jax.tree.map(
             lambda total, g: total + size.astype(total.dtype) * jnp.asarray(g).astype(total.dtype),
             state.gradient_sum,
             updates if grad is None else grad,
         )
-        sq_norm = (size - 1) * grad_stats.variance_trace + size * grad_stats.batch_sq_norm
         sq_norm_sum = state.sq_norm_sum + sq_norm
-        num_examples = state.num_examples + size
+        num_examples = state.num_examples + as_count(jnp.round(size))
         diversity = _rule.safe_ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        applied = jnp.clip(update.call_size, low, high)
         # An epoch of zero gradients has no diversity, and leaves the size as it is.
-        wanted = jnp.where(jnp.isnan(diversity), applied, delta * size_of_epoch * diversity)
+        wanted = update.per_call(delta * size_of_epoch * diversity)
+        wanted = jnp.where(jnp.isnan(diversity), applied, wanted)
         decision = _rule.to_size(wanted, applied, high, jnp.floor)
         ended = num_examples >= size_of_epoch
 
         def restart(tree):
             return jax.tree.map(lambda x: jnp.where(ended, jnp.zeros_like(x), x), tree)
 
-        new = state._replace(
+        new = counted._replace(
             batch_size=jnp.where(ended, decision, state.batch_size),
             gradient_sum=restart(gradient_sum),
             sq_norm_sum=restart(sq_norm_sum),
             num_examples=restart(num_examples),
         )
         # Judged before the restart, which would hide what is not finite.
-        usable = _numerics.all_finite(gradient_sum, sq_norm_sum, num_examples) & (sq_norm != 0)
-        return _numerics.update_or_skip(usable, new, state)
+        usable = _numerics.all_finite(gradient_sum, sq_norm_sum, size) & (sq_norm != 0)
+        return _numerics.update_or_skip(usable, new, counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

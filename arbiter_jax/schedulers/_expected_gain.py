@@ -13,6 +13,7 @@ import jax
 import optax
 
 from arbiter_jax import objectives
+from arbiter_jax._count import Count
 from arbiter_jax.objectives import GainState
 from arbiter_jax.schedulers._from_objective import MeasuredCost, make_rule
 
@@ -27,6 +28,7 @@ class ExpectedGainState(NamedTuple):
     statistics: GainState  # what a step gains, and what its noise costs
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 

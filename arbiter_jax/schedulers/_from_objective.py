@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate, base
+from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.objectives import NoiseObjective
-from arbiter_jax.objectives._objective import update_objective
+from arbiter_jax.objectives._objective import of_whole_update, update_objective
 from arbiter_jax.schedulers import _rule, _step_times
 
 # The first 20 steps always measure. Each of their batches holds at least an 800th of the budget, but
@@ -43,6 +44,7 @@ class ObjectiveState(NamedTuple):
     statistics: Any  # the state of the objective
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
@@ -128,25 +130,24 @@ def make_rule(
     **limits: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`from_objective`, with the type of the state and the name for messages."""
-    interval = _validate.integer(measure_every=measure_every, minimum=1)
-    _validate.greater(1, max_change=max_change)
+    interval = _validate.int32(measure_every=measure_every, minimum=1)
+    max_change = _validate.greater(1, max_change=max_change)
     measures_cost = isinstance(step_cost, str)
     if measures_cost:
         _validate.one_of(("measured",), step_cost=step_cost)
     elif step_cost is not None:
-        _validate.non_negative(step_cost=step_cost)
-    low, high, start = _validate.batch_size_range(**limits)
-    # One example carries no information about noise: the size would stay 1 forever.
-    least = min(2, high)
-    low, start = max(low, least), max(start, least)
+        step_cost = _validate.non_negative(step_cost=step_cost)
+    low, high, start = _numerics.measurable_range(*_validate.batch_size_range(**limits))
+    always = not isinstance(interval, jax.Array) and interval == 1
 
     def init_fn(params):
-        del params
+        _validate.all_parameters(name, params)
         if objective.num_examples is None:  # one step, until the budget of the loop is known
             window_steps = _rule.int32(1)
         else:
+            budget = as_count(objective.num_examples)
             window_steps = _window_steps(
-                _rule.int32(), _rule.int32(start), objective.num_examples, high
+                _rule.int32(), _rule.int32(start), budget, _initial_size(budget, high)
             )
         return make_state(
             **_rule.sizes(low, high, start),
@@ -154,35 +155,43 @@ def make_rule(
             statistics=objective.init(),
             step_cost=MeasuredCost(_step_times.init(start)) if measures_cost else None,
             num_steps=_rule.int32(),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
-            signals_due=None if interval == 1 else jnp.array(True),
+            signals_due=None if always else jnp.array(True),
         )
 
-    def update_state(state, *, updates, params, batch_size=None, signals_made=None, **signals):
+    def update_state(state, *, updates, params, signals_made=None, **signals):
         required = sorted(base.requests(state).signals)
         base.require(name, **{signal: signals.get(signal) for signal in required})
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
+        update = base.applied_update(state, **signals)
+        applied = jnp.clip(update.call_size, low, high)
         timed, cost = state.step_cost, step_cost
         if measures_cost:
             times = _step_times.measure(timed.times, signals["step_seconds"], applied)
             timed, cost = MeasuredCost(times), _step_times.step_cost(times)
 
+        if cost is not None:
+            cost = update.per_update(cost)
+        # What is measured and what is best are matters of the whole update, the decision of a call.
+        update_size, update_signals = of_whole_update(update, applied, signals)
         statistics, usable = update_objective(
             objective,
             state.statistics,
             updates,
             params,
-            applied,
-            signals,
+            update_size,
+            update_signals,
             base.measures_now(state.signals_due, signals_made),
         )
         num_steps: Any = optax.safe_increment(state.num_steps)
         budget = objective.num_examples
         if budget is None:
             budget = 0 if signals.get("budget") is None else signals["budget"]
-        size = objective.best(statistics, cost)
+        budget = as_count(budget)
+        initial = _initial_size(budget, high, update)
+        size = update.per_call(objective.best(statistics, cost))
         # The latter if nothing is known.
-        first = jnp.fmin(_MAX_INITIAL_FACTOR * size, _initial_size(budget, high))
+        first = jnp.fmin(_MAX_INITIAL_FACTOR * size, initial)
         size = jnp.where(jnp.isnan(size), applied.astype(size.dtype), size)
         size = jnp.where(num_steps < _NUM_INITIAL_STEPS, jnp.maximum(size, first), size)
         size = _limited_change(size, applied, max_change, low, high)
@@ -192,36 +201,40 @@ def make_rule(
             batch_size=size,
             statistics=statistics,  # the old ones if they are not usable
             num_skipped=jnp.where(usable, state.num_skipped, skipped),
-            window_steps=_window_steps(num_steps, size, budget, high),
+            window_steps=_window_steps(num_steps, size, budget, initial),
+            ledger=update.ledger,
             step_cost=timed,
             num_steps=num_steps,
         )
-        if interval > 1:
+        if not always:
             due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
             new = new._replace(signals_due=due)
         return new
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _initial_size(budget: Any, high: int) -> jax.Array:
+def _initial_size(budget: Count, high: Any, update: base.Update | None = None) -> jax.Array:
     """The size that the first batches have at least; 0 without a budget."""
-    return jnp.minimum(high, budget // _INITIAL_BATCHES_PER_BUDGET)
+    size = budget // _INITIAL_BATCHES_PER_BUDGET
+    return jnp.minimum(high, size if update is None else update.per_call(size))
 
 
-def _window_steps(num_steps: jax.Array, size: jax.Array, budget: Any, high: int) -> jax.Array:
+def _window_steps(
+    num_steps: jax.Array, size: jax.Array, budget: Count, initial: jax.Array
+) -> jax.Array:
     """Few steps at the start, when little is known; few examples at all times."""
     early = num_steps < _NUM_EARLY_STEPS
     unlimited = jnp.iinfo(jnp.int32).max
     steps = jnp.where(early, _EARLY_WINDOW, unlimited)
     limit = jnp.maximum(budget // (_WINDOWS_PER_BUDGET * size), 1)
     steps = jnp.minimum(steps, jnp.where(budget > 0, limit, unlimited))
-    steps = jnp.where(early & (size < _initial_size(budget, high)), 1, steps)
+    steps = jnp.where(early & (size < initial), 1, steps)
     return steps.astype(jnp.int32)
 
 
 def _limited_change(
-    size: jax.Array, applied: jax.Array, max_change: float, low: int, high: int
+    size: jax.Array, applied: jax.Array, max_change: Any, low: Any, high: Any
 ) -> jax.Array:
     """The size as an integer of the range, at most a factor from the applied one."""
     now = applied.astype(size.dtype)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 from arbiter_jax.schedulers._batch_schedule import BatchSchedule, parse_schedule
 from arbiter_jax.schedulers._planned import planned
-
-LARGEST_COUNT = 2**31 - 1
 
 
 class ScheduleState(NamedTuple):
@@ -23,7 +22,7 @@ class ScheduleState(NamedTuple):
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32
-    count: jax.Array  # shape=(), dtype=int32, what a run has seen; stops at its largest value
+    count: jax.Array | Count  # what a run has seen: a Count of examples, or int32[], which stops
     num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
 
 
@@ -43,14 +42,19 @@ def from_schedule(
     `optax.exponential_decay` with a rate above 1 geometrically, `optax.join_schedules` joins them.
 
     Args:
-      schedule: Maps a count, int32[], to a batch size in examples; a value that is not a number
-        keeps the last size. Or what people write in place of a function: a list of pairs
-        ``[(0, 64), (100_000, 128)]`` of a number of examples and the size from there on, the same
-        as a string, ``"0:64 100K:128"``, or a :class:`BatchSchedule`.
-      count: What a function is given: "num_steps", the default; "num_examples" (the sum of the
-        applied batch sizes, up to 2^31 - 1), which makes a schedule in epochs independent of the
-        sizes it passes through; or "progress" (scale-invariant steps, rounded down), the extra argument of that name, which
-        `aj.fit` and `aj.run_window` supply. Pairs always count examples.
+      schedule: Maps a count to a batch size in examples. A count of steps or progress is int32[].
+        One of examples is float[] of the default type, exact up to 2^24, because a run may see more
+        than an int32 holds: a schedule that looks up a table has to round it,
+        ``table[(n // 1000).astype(int)]``. A value that is not a number keeps the last size.
+        Or what people write in place of a function: a list of pairs ``[(0, 64), (100_000, 128)]`` of
+        a number of examples and the size from there on, the same as a string,
+        ``"0:64 100K:128"``, or a :class:`BatchSchedule`.
+      count: What a function is given: "num_steps", the updates of this rule, the default;
+        "num_examples", which makes a schedule in epochs independent of the sizes it passes through;
+        or "progress" (scale-invariant steps, rounded down). Pairs always count examples. `aj.fit`
+        and `aj.run_window` count the last two. In a loop of one's own `update` needs the extra
+        argument `progress`; it sums the applied sizes if it is not given `num_examples`, which
+        under `optax.MultiSteps` it must be, because the rule then sees only one call of every k.
       min_batch_size: Smallest batch size, an integer >= 1.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size before the first step, in [min_batch_size, max_batch_size];
@@ -90,12 +94,35 @@ def from_schedule(
                 f"initial_batch_size={initial_batch_size!r}."
             )
         plan = schedule if isinstance(schedule, BatchSchedule) else parse_schedule(schedule)
+        _validate.static(min_batch_size=min_batch_size, max_batch_size=max_batch_size)
         low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size)
         low, high = max(low, min(plan.batch_sizes)), min(high, max(plan.batch_sizes))
         return planned(plan, min(low, high), max(low, high))
     count = "num_steps" if count is None else count
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
-    low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
+    if count == "num_examples":
+        of_examples, schedule = schedule, lambda seen: of_examples(seen.astype(float))
+    return scheduled(
+        schedule,
+        count=count,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        initial_batch_size=initial_batch_size,
+    )
+
+
+def scheduled(
+    schedule: Callable[[Any], jax.Array],
+    *,
+    count: str,
+    min_batch_size: int,
+    max_batch_size: int,
+    initial_batch_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """As :func:`from_schedule`, of a schedule that takes a count of examples as a Count: exactly."""
+    low, high, start = _validate.batch_size_range(
+        min_batch_size, max_batch_size, initial_batch_size
+    )
 
     def size_at(position, fallback):
         value = jnp.asarray(schedule(position), float)
@@ -104,27 +131,24 @@ def from_schedule(
 
     def init_fn(params):
         del params
+        seen = as_count(0) if count == "num_examples" else _rule.int32()
         if initial_batch_size is None:
-            size, _ = size_at(_rule.int32(), _rule.int32(low))
+            size, _ = size_at(seen, _rule.int32(low))
         else:
-            size = _rule.int32(initial_batch_size)
-        return ScheduleState(
-            **_rule.sizes(low, high, size), count=_rule.int32(), num_skipped=_rule.int32()
-        )
+            size = _rule.int32(start)
+        return ScheduleState(**_rule.sizes(low, high, size), count=seen, num_skipped=_rule.int32())
 
-    def count_after(state, batch_size, progress):
+    def count_after(state, progress, signals):
         if count == "progress":
             base.require("from_schedule", progress=progress)
             return jnp.floor(progress).astype(jnp.int32)
-        step = (
-            _rule.int32(1) if count == "num_steps" else base.applied_batch_size(batch_size, state)
-        )
-        return jnp.minimum(state.count, LARGEST_COUNT - step) + step
+        if count == "num_steps":
+            return optax.safe_increment(state.count)
+        return base.examples_after(state.count, state, **signals)
 
-    def update_state(state, *, batch_size=None, progress=None, **extra_args):
-        del extra_args
-        counted = state._replace(count=count_after(state, batch_size, progress))
+    def update_state(state, *, progress=None, **signals):
+        counted = state._replace(count=count_after(state, progress, signals))
         size, usable = size_at(counted.count, state.batch_size)
         return _numerics.update_or_skip(usable, counted._replace(batch_size=size), counted)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule, _step_times
 from arbiter_jax.schedulers._step_times import StepTimes
 
@@ -28,6 +29,7 @@ class GoodputState(NamedTuple):
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     times: StepTimes  # what the fit of the step time has seen
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     requires = ("grad_stats", "step_seconds")
 
@@ -59,7 +61,8 @@ def goodput(
       decay: Weight of the past in the averages of the statistics, in [0, 1).
       candidates: Sizes to choose from, increasing integers of [min_batch_size, max_batch_size]. By
         default the powers of two of that range, which fill their bucket, and its ends.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
@@ -94,13 +97,16 @@ def goodput(
     64
     64
     """
-    _validate.greater(1, closed=True, min_improvement=min_improvement)
-    _validate.greater(1, max_growth=max_growth)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+    min_improvement = _validate.greater(1, closed=True, min_improvement=min_improvement)
+    max_growth = _validate.greater(1, max_growth=max_growth)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
-    options = _candidates(candidates, low, high)
+    low, high, start = _numerics.measurable_range(low, high, start)
+    options = _candidates(candidates, min_batch_size, low, high)
+    if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+        options = jnp.sort(jnp.clip(jnp.asarray(options, jnp.int32), low, high))
 
     def init_fn(params):
         del params
@@ -110,16 +116,17 @@ def goodput(
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
             times=_step_times.init(start),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
         )
 
-    def update_state(
-        state, *, grad_stats: Any = None, step_seconds: Any = None, batch_size=None, **extra_args
-    ):
-        del extra_args
+    def update_state(state, *, grad_stats: Any = None, step_seconds: Any = None, **signals):
         base.require("goodput", grad_stats=grad_stats, step_seconds=step_seconds)
-        applied = jnp.clip(base.applied_batch_size(batch_size, state), low, high)
-        timed = state._replace(times=_step_times.measure(state.times, step_seconds, applied))
+        update = base.applied_update(state, **signals)
+        applied = jnp.clip(update.call_size, low, high)
+        timed = state._replace(
+            times=_step_times.measure(state.times, step_seconds, applied), ledger=update.ledger
+        )
 
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
         (variance, signal), weight = _numerics.running_mean(
@@ -129,8 +136,10 @@ def goodput(
 
         def goodput_of(b):
             seconds = _step_times.seconds_of(timed.times, b)
-            # (phi + B_0) / (phi + b), multiplied out so that phi may be infinite.
-            return b / seconds * (variance + start * signal_left) / (variance + b * signal_left)
+            # (phi + B_0) / (phi + b), multiplied out so that phi may be infinite. The seconds are
+            # those of a call, but what an example is worth is a matter of the whole update.
+            first, size = update.per_update(start), update.per_update(b)
+            return b / seconds * (variance + first * signal_left) / (variance + size * signal_left)
 
         sizes = jnp.asarray(options, variance.dtype)
         known = timed.times.weight > 0
@@ -147,14 +156,23 @@ def goodput(
         usable = _rule.is_informative(*sample) & (variance + signal_left > 0)
         return _numerics.update_or_skip(usable, new, timed)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _candidates(candidates: Sequence[int] | None, low: int, high: int) -> tuple[int, ...]:
+def _candidates(
+    candidates: Sequence[int] | None, minimum: Any, low: Any, high: Any
+) -> tuple[int, ...]:
     if candidates is None:
+        if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+            return (0, *(1 << e for e in range(31)), _validate.LARGEST_INT32)  # to be clipped
         powers = (1 << e for e in range(low.bit_length(), high.bit_length()))
         return tuple(sorted({low, high, *powers}))
-    sizes = tuple(_validate.integer(candidates=c, minimum=low, maximum=high) for c in candidates)
-    if not sizes or list(sizes) != sorted(set(sizes)):
+    limits = {}
+    if not (_validate.is_traced(low) or _validate.is_traced(high)):
+        limits = {"minimum": int(minimum), "maximum": int(high)}
+    sizes = [_validate.integer(candidates=c, **limits) for c in candidates]
+    if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
-    return sizes
+    if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+        return tuple(sizes)  # to be clipped
+    return tuple(sorted({max(size, low) for size in sizes}))

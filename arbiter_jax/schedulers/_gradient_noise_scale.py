@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _numerics, _validate, base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 
 
@@ -25,6 +26,7 @@ class GradientNoiseScaleState(NamedTuple):
     variance_trace: jax.Array  # shape=(), dtype=float, average of the estimates of tr S
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of the estimates of |G|^2
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     num_steps: jax.Array | None  # shape=(), dtype=int32, with `measure_every` above 1
     signals_due: jax.Array | None  # shape=(), dtype=bool; None: at every step
@@ -70,7 +72,8 @@ def gradient_noise_scale(
       norm: "l2" for SGD and momentum, "l1" for Adam and its kin.
       measure_every: Steps from one measurement to the next, an integer >= 1. Training loops make
         the statistics only at those steps.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -98,13 +101,15 @@ def gradient_noise_scale(
     >>> int(aj.get_batch_size(state))  # 40 / 0.5
     80
     """
-    _validate.positive(scale=scale)
-    _validate.in_range(0, 1, closed="left", decay=decay)
+    scale = _validate.positive(scale=scale)
+    decay = _validate.in_range(0, 1, closed="left", decay=decay)
     _validate.one_of(("l1", "l2"), norm=norm)
-    interval = _validate.integer(measure_every=measure_every, minimum=1)
+    interval = _validate.int32(measure_every=measure_every, minimum=1)
+    always = not isinstance(interval, jax.Array) and interval == 1
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         del params
@@ -113,37 +118,36 @@ def gradient_noise_scale(
             variance_trace=_rule.zero(),
             mean_sq_norm=_rule.zero(),
             weight=_rule.zero(),
+            ledger=as_count(0),
             num_skipped=_rule.int32(),
-            num_steps=None if interval == 1 else _rule.int32(),
-            signals_due=None if interval == 1 else jnp.array(True),
+            num_steps=None if always else _rule.int32(),
+            signals_due=None if always else jnp.array(True),
         )
 
-    def update_state(state, *, grad_stats: Any = None, signals_made=None, **extra_args):
-        del extra_args
+    def update_state(state, *, grad_stats: Any = None, signals_made=None, **signals):
         base.require("gradient_noise_scale", grad_stats=grad_stats)
-        if interval == 1:
-            return measured(state, grad_stats)
+        update = base.applied_update(state, **signals)
+        counted = state._replace(ledger=update.ledger)
+        if always:
+            return measured(counted, grad_stats, update)
         now = base.measures_now(state.signals_due, signals_made)
-        new = state if now is False else measured(state, grad_stats)
+        new = counted if now is False else measured(counted, grad_stats, update)
         if not isinstance(now, bool):
-            new = _numerics.tree_where(now, new, state)
+            new = _numerics.tree_where(now, new, counted)
         num_steps: Any = optax.safe_increment(state.num_steps)
         return new._replace(num_steps=num_steps, signals_due=num_steps % interval == 0)
 
-    def sample_of(grad_stats):
-        if norm == "l2":
-            return grad_stats.variance_trace, grad_stats.mean_sq_norm
-        signal = jnp.maximum(jnp.asarray(grad_stats.abs_signal), 0)
-        return jnp.square(jnp.asarray(grad_stats.abs_deviation)), jnp.square(signal)
-
-    def measured(state, grad_stats):
-        sample = sample_of(grad_stats)
+    def measured(state, grad_stats, update):
+        sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
+        if norm == "l1":
+            signal = jnp.maximum(jnp.asarray(grad_stats.abs_signal), 0)
+            sample = jnp.square(jnp.asarray(grad_stats.abs_deviation)), jnp.square(signal)
         (variance, signal), weight = _numerics.running_mean(
             (state.variance_trace, state.mean_sq_norm), state.weight, sample, decay
         )
         size = scale * _rule.safe_ratio(variance, signal)
         new = state._replace(
-            batch_size=_rule.to_size(size, low, high),
+            batch_size=_rule.to_size(update.per_call(size), low, high),
             variance_trace=variance,
             mean_sq_norm=signal,
             weight=weight,
@@ -151,4 +155,4 @@ def gradient_noise_scale(
         usable = _rule.is_informative(*sample) & ~jnp.isnan(size)
         return _numerics.update_or_skip(usable, new, state)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

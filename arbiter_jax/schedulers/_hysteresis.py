@@ -72,8 +72,8 @@ def hysteresis(
     [8, 8, 16, 16, 32, 32]
     """
     inner = _rule.checked_rule(rule)
-    least_steps = _validate.integer(dwell=dwell, minimum=1)
-    _validate.greater(1, max_factor=max_factor)
+    least_steps = _validate.int32(dwell=dwell, minimum=1)
+    max_factor = _validate.greater(1, max_factor=max_factor)
     band = 1 + _validate.non_negative(tolerance=tolerance)
 
     def init_fn(params):

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from arbiter_jax import objectives
+from arbiter_jax._count import Count
 from arbiter_jax.objectives import FloorConfig, FloorState
 from arbiter_jax.schedulers._from_objective import MeasuredCost, make_rule
 
@@ -28,6 +29,7 @@ class NoiseFloorState(NamedTuple):
     statistics: FloorState  # what is known of the noise and of the loss
     step_cost: MeasuredCost | None  # the fit of the time of a step, if it is measured
     num_steps: jax.Array  # shape=(), dtype=int32
+    ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
     signals_due: jax.Array | None  # shape=(), dtype=bool, does the next step measure; None: always
 
@@ -71,7 +73,7 @@ def noise_floor(
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
         examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer in [1, 2^31 - 1]; None
+      num_examples: The budget of the run in training examples, an integer >= 1; None
         for that of ``aj.fit``. Without any budget the size is held until the end.
       measure_every: The noise is measured at every n-th step, an integer >= 1, and at each of the
         first 20; the training loss at every step. A larger number makes the steps cheaper (see

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from arbiter_jax import base
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 from arbiter_jax.schedulers._batch_schedule import BatchSchedule
 
@@ -20,8 +22,8 @@ class PlannedState(NamedTuple):
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32
     window_steps: jax.Array  # shape=(), dtype=int32
-    budget: jax.Array  # shape=(), examples of the run it was planned for, 0 if it does not matter
-    count: Any  # examples seen
+    budget: Count  # examples of the run it was planned for, 0 if it does not matter
+    count: Count  # training examples so far
     limit: Any  # state of the rule whose size is the limit; None without one
 
 
@@ -49,31 +51,40 @@ def planned(
 
     def init_fn(params):
         limit_state = None if limiter is None else limiter.init(params)
-        size = size_at(_rule.int32(), limit_state)
+        size = size_at(as_count(0), limit_state)
         return PlannedState(
             **_rule.sizes(low, high, size),
             window_steps=window_steps(size),
-            budget=_rule.int32(schedule.num_examples or 0),
-            count=_rule.int32(),
+            budget=as_count(schedule.num_examples or 0),
+            count=as_count(0),
             limit=limit_state,
         )
 
-    def update_state(state, *, updates, params, batch_size=None, num_examples=None, **signals):
-        applied = base.applied_batch_size(batch_size, state)
-        count = (state.count if num_examples is None else num_examples) + applied
+    def update_state(state, *, updates, params, **signals):
+        count = base.examples_after(state.count, state, **signals)
         limit_state = state.limit
         if limiter is not None:
-            signals |= {"batch_size": applied, "num_examples": num_examples}
+            signals = {
+                **signals,
+                "batch_size": base.applied_batch_size(signals.get("batch_size"), state),
+            }
             _, limit_state = limiter.update(updates, limit_state, params, **signals)
         size = size_at(count, limit_state)
         return state._replace(
             batch_size=size, window_steps=window_steps(size), count=count, limit=limit_state
         )
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _look_up(schedule: BatchSchedule, count: Any) -> jax.Array:
+def _look_up(schedule: BatchSchedule, count: Count) -> jax.Array:
     """The size of the plan after so many examples, int32[]."""
-    piece = jnp.sum(count >= jnp.asarray(schedule.starts[1:], jnp.int32))
+    starts = np.asarray(schedule.starts[1:], np.int64)
+    if not starts.size or starts[-1] < 2**31:
+        seen = count.astype(jnp.int32)  # stops at 2^31 - 1, behind all starts
+        piece = jnp.searchsorted(jnp.asarray(starts, jnp.int32), seen, side="right")
+    else:
+        high, low = (jnp.asarray(word, jnp.uint32) for word in (starts >> 32, starts % 2**32))
+        begun = (count.high > high) | ((count.high == high) & (count.low >= low))
+        piece = jnp.sum(begun)
     return jnp.asarray(schedule.batch_sizes, jnp.int32)[piece]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import base
+from arbiter_jax._count import as_count
 from arbiter_jax._numerics import scale_updates
 
 
@@ -44,24 +45,27 @@ def scale_by_rate(
         noise = None if noise_scale is None else noise_scale.init(params)
         return RateState(jnp.asarray(first, jnp.float32), noise)
 
-    def relative_rate(batch_size, noise):
+    def relative_rate(noise, signals):
+        size = jnp.maximum(jnp.asarray(signals["batch_size"]), 1)
         # A window may contain steps without examples; their updates are 0 in any case.
-        ratio = jnp.maximum(batch_size, 1).astype(jnp.float32) / reference
+        ratio = size.astype(jnp.float32) / reference
         if exponent is not None:
             return ratio**exponent
-        n = noise.noise_scale
-        # Both ends written so that N may be infinite; where it is unknown noise is taken to dominate.
-        coupled = jnp.sqrt((1 / n + 1 / (ratio * reference)) / (1 / n + 1 / reference))
+        # In examples per call, like both sizes.
+        n = base.applied_update(noise, **signals).per_call(noise.noise_scale)
+        # Written so that N may be infinite; where it is unknown, noise is taken to dominate.
+        coupled = jnp.sqrt((1 / n + 1 / size) / (1 / n + 1 / reference))
         return ratio * jnp.where(n > 0, coupled, ratio**-0.5)
 
-    def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
+    def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals) -> Any:
         if probe is not None:
             return updates, state
         base.require("seesaw", batch_size=signals.get("batch_size"))
-        rate = relative_rate(jnp.asarray(signals["batch_size"]), state.noise)
+        rate = relative_rate(state.noise, signals)
         if schedule is not None:
             base.require("seesaw", num_examples=signals.get("num_examples"))
-            rate = rate * jnp.asarray(schedule(signals["num_examples"]), jnp.float32)
+            seen = as_count(signals["num_examples"]).astype(float)
+            rate = rate * jnp.asarray(schedule(seen), jnp.float32)
         rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate).astype(jnp.float32)
         noise = state.noise
         if noise_scale is not None and updates_only is None:

@@ -15,7 +15,9 @@ UNLIMITED = 2**30  # the largest batch size of a rule that is given none
 
 
 def transformation(
-    init_fn: Callable[..., Any], update_state: Callable[..., Any]
+    init_fn: Callable[..., Any],
+    update_state: Callable[..., Any],
+    limits: tuple[int | jax.Array, int | jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
     """A batch-size rule as an optax transformation, which returns the updates unchanged.
 
@@ -23,22 +25,32 @@ def transformation(
       init_fn: ``init_fn(params) -> state``.
       update_state: ``update_state(state, *, updates, params, **signals) -> state``. It is not
         called if the caller wants `updates_only`, or probes how the chain responds to a gradient.
+      limits: The smallest and the largest batch size. Where they are arrays, as in
+        `optax.inject_hyperparams`, they may differ from those of the last step.
     """
+    low, high = limits
 
     def update_fn(updates, state, params=None, *, updates_only=None, probe=None, **signals):
         if updates_only is not None or probe is not None:
             return updates, state
-        return updates, update_state(state, updates=updates, params=params, **signals)
+        state = update_state(state, updates=updates, params=params, **signals)
+        if isinstance(low, jax.Array) or isinstance(high, jax.Array):
+            size = jnp.clip(state.batch_size, low, high)
+            state = state._replace(**sizes(low, high, size))
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def sizes(low: int, high: int, start: int | jax.Array) -> dict[str, jax.Array]:
+def sizes(
+    low: int | jax.Array, high: int | jax.Array, start: int | jax.Array
+) -> dict[str, jax.Array]:
     """The fields of a rule's state that say its decision and its range."""
+    # Copies: two fields that share a buffer cannot both be donated.
     return {
-        "batch_size": int32(start),
-        "min_batch_size": int32(low),
-        "max_batch_size": int32(high),
+        "batch_size": jnp.array(start, jnp.int32),
+        "min_batch_size": jnp.array(low, jnp.int32),
+        "max_batch_size": jnp.array(high, jnp.int32),
     }
 
 
@@ -74,7 +86,7 @@ def is_informative(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 def to_size(
     value: jax.Array,
     low: int | jax.Array,
-    high: int,
+    high: int | jax.Array,
     rounding: Callable[[jax.Array], jax.Array] = jnp.round,
 ) -> jax.Array:
     """A real number (infinite allowed, nan not) as an int32 of [low, high]."""

@@ -54,7 +54,8 @@ def simigrad(
       decide_every: Steps from one decision to the next, over which the cosine is averaged, an
         integer >= 1. A decision starts from the applied size, so that decisions that are not applied
         do not compound.
-      min_batch_size: Smallest batch size, an integer >= 1.
+      min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
+        carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
       initial_batch_size: Size to start from, in [min_batch_size, max_batch_size]; the smallest
         if None.
@@ -85,12 +86,13 @@ def simigrad(
     >>> int(aj.get_batch_size(state))  # a cosine of 0.2 is below the target
     96
     """
-    _validate.in_range(-1, 1, closed="neither", target=target)
-    _validate.greater(1, factor=factor)
-    interval = _validate.integer(decide_every=decide_every, minimum=1)
+    target = _validate.in_range(-1, 1, closed="neither", target=target)
+    factor = _validate.greater(1, factor=factor)
+    interval = _validate.int32(decide_every=decide_every, minimum=1)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    low, high, start = _numerics.measurable_range(low, high, start)
 
     def init_fn(params):
         del params
@@ -120,4 +122,4 @@ def simigrad(
         )
         return _numerics.update_or_skip(jnp.isfinite(cosine), new, state)
 
-    return _rule.transformation(init_fn, update_state)
+    return _rule.transformation(init_fn, update_state, (low, high))

@@ -7,14 +7,16 @@ arXiv:1711.00489.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.typing
+import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.schedulers._from_schedule import LARGEST_COUNT, from_schedule
+from arbiter_jax._count import as_count
+from arbiter_jax.schedulers._from_schedule import scheduled
 
 
 def smith(
@@ -46,7 +48,8 @@ def smith(
       initial_batch_size: B_0, in [min_batch_size, max_batch_size]; the smallest if None.
 
     Returns:
-      A transformation that returns the updates unchanged.
+      A transformation that returns the updates unchanged. `update` reads what the boundaries count,
+      as in :func:`from_schedule`.
 
     Raises:
       ValueError: If an argument is out of its range.
@@ -74,7 +77,8 @@ def smith(
     limits = _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size)
     milestones, ratio, growths = _smith_plan(boundaries, dataset_size, factor, limits)
     low, high, start = limits
-    return from_schedule(
+    _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
+    return scheduled(
         lambda n: start * ratio ** jnp.minimum(_passed(milestones, n), growths),
         count=count,
         min_batch_size=low,
@@ -123,22 +127,26 @@ def smith_learning_rate(
     return lambda n: start * ratio ** -jnp.maximum(_passed(milestones, n) - growths, 0)
 
 
-def _passed(milestones: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
-    return jnp.sum(jnp.asarray(count) >= jnp.asarray(milestones, jnp.int32))
+def _passed(milestones: tuple[int, ...], count: Any) -> jax.Array:
+    return jnp.sum(as_count(count) >= np.asarray(milestones, np.int64))
 
 
 def _smith_plan(
-    boundaries: Sequence[int], dataset_size: int, factor: float, limits: tuple[int, int, int]
-) -> tuple[tuple[int, ...], float, int]:
+    boundaries: Sequence[int], dataset_size: int, factor: float, limits: tuple[Any, Any, Any]
+) -> tuple[tuple[int, ...], Any, Any]:
     """The checked boundaries and factor, and how often the size can grow."""
     milestones = tuple(
-        _validate.integer(boundaries=b, minimum=1, maximum=LARGEST_COUNT) for b in boundaries
+        _validate.integer(boundaries=b, minimum=1, maximum=_validate.LARGEST_COUNT)
+        for b in boundaries
     )
     if list(milestones) != sorted(set(milestones)):
         raise ValueError(f"boundaries must increase, got {tuple(boundaries)!r}.")
-    size = _validate.integer(dataset_size=dataset_size, minimum=1)
+    size = _validate.int32(dataset_size=dataset_size, minimum=1)
     ratio = _validate.greater(1, factor=factor)
     _, high, start = limits
+    if any(isinstance(x, jax.Array) for x in (size, ratio, high, start)):
+        powers = ratio ** jnp.arange(1.0, len(milestones) + 1)
+        return milestones, ratio, jnp.sum(start * powers <= jnp.minimum(high, size / 10))
     growths = 0
     while growths < len(milestones) and start * ratio ** (growths + 1) <= min(high, size / 10):
         growths += 1

@@ -33,7 +33,7 @@ class StepTimes(NamedTuple):
     interval: jax.Array  # shape=(), dtype=int32, steps between two measurements, 0 if unknown
 
 
-def init(start: int) -> StepTimes:
+def init(start: int | jax.Array) -> StepTimes:
     """Before the first measurement, with the size that the run starts with."""
     return StepTimes(
         size=_rule.zero(),
@@ -43,7 +43,7 @@ def init(start: int) -> StepTimes:
         weight=_rule.zero(),
         largest=_rule.int32(),
         last_seconds=_rule.zero(),
-        last_batch_size=_rule.int32(start),
+        last_batch_size=jnp.array(start, jnp.int32),
         num_steps=_rule.int32(),
         interval=_rule.int32(),
     )

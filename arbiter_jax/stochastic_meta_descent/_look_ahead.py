@@ -9,7 +9,7 @@ https://arxiv.org/abs/1803.02021.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import tree_where
+from arbiter_jax._numerics import at_least_float32, tree_where
 from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.batching import advance, num_rows, sample_batch
 from arbiter_jax.gradients import Gradient, masked_value_and_grad
@@ -62,7 +62,21 @@ class LookAheadConfig:
     reset_meta_state: bool = False  # before every meta step
 
     def __post_init__(self):
-        """Checks the ranges."""
+        """Checks the ranges, and that functions are functions."""
+        if not callable(self.loss_fn):
+            raise ValueError(
+                f"loss_fn must be a function (params, batch) -> float[M], got {self.loss_fn!r}."
+            )
+        if not callable(self.inner_optimizer):
+            raise ValueError(
+                "inner_optimizer must be a function (learning_rate, momentum) -> transformation: pass "
+                f"optax.sgd and not optax.sgd(0.1), got {type(self.inner_optimizer).__name__}."
+            )
+        if not hasattr(self.meta_optimizer, "update"):
+            raise ValueError(
+                "meta_optimizer must be a transformation: pass optax.adam(0.01) and not optax.adam, "
+                f"got {self.meta_optimizer!r}."
+            )
         _validate.integer(horizon=self.horizon, minimum=1)
         _validate.integer(batch_size=self.batch_size, minimum=1)
         _validate.positive(time_constant=self.time_constant)
@@ -78,8 +92,37 @@ class LookAheadConfig:
         return optax.with_extra_args_support(self.inner_optimizer(rate, momentum))
 
 
+def as_names(learned: Sequence[str]) -> tuple[str, ...]:
+    """The names of the hyperparameters to learn as a tuple, or an error if it is one name alone."""
+    if isinstance(learned, str) or not isinstance(learned, Sequence):
+        raise ValueError(
+            f"learned must be a tuple of names, such as ('learning_rate',), got {learned!r}."
+        )
+    return tuple(learned)
+
+
+def check_arguments(params: PyTree, *batches: PyTree) -> None:
+    """Raises unless all parameters are floats and all data are numbers, one row per example."""
+    for leaf in jax.tree.leaves(params) or [None]:
+        if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
+            raise ValueError(
+                "params must be a pytree of arrays of floats, which are trained, got "
+                f"{getattr(leaf, 'dtype', leaf)}."
+            )
+    for batch in batches:
+        num_rows(batch)
+        for leaf in jax.tree.leaves(batch):
+            if getattr(getattr(leaf, "dtype", None), "kind", "f") in "OSUMm":
+                raise ValueError(f"data must be arrays of numbers, got dtype {leaf.dtype}.")
+
+
 def as_hyperparameters(hyperparameters: Hyperparameters) -> Hyperparameters:
     """Returns the hyperparameters as arrays of the default float type, or raises."""
+    if not isinstance(hyperparameters, Hyperparameters):
+        raise ValueError(
+            "hyperparameters must be Hyperparameters(learning_rate, momentum, decay), got "
+            f"{hyperparameters!r}."
+        )
     if not any(isinstance(x, jax.core.Tracer) for x in hyperparameters):
         _validate.positive(learning_rate=hyperparameters.learning_rate)
         _validate.in_range(0.0, 1.0, closed="left", momentum=hyperparameters.momentum)
@@ -188,8 +231,15 @@ def look_ahead_gradient(
     gradient = evaluate(config, params, evaluation, after)
     # <grad L(theta_T), d theta_T / d coordinate>
     pairs = zip(jax.tree.leaves(gradient.grads), jax.tree.leaves(tangents), strict=True)
-    slopes = jnp.stack([jnp.sum(g[None] * t, axis=range(1, t.ndim)) for g, t in pairs]).sum(0)
+    slopes = jnp.stack([_products(g, t) for g, t in pairs]).sum(0)
     return gradient.value, treedef.unflatten(list(slopes))
+
+
+def _products(gradient: jax.Array, tangents: jax.Array) -> jax.Array:
+    """Inner products of a gradient with k tangents, float[k], in at least float32."""
+    gradient, tangents = at_least_float32(gradient), at_least_float32(tangents)
+    products = jnp.real(jnp.conj(gradient)[None] * tangents)
+    return jnp.sum(products, axis=range(1, tangents.ndim))
 
 
 class MetaState(NamedTuple):

@@ -24,6 +24,8 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     InnerOptimizer,
     LookAheadConfig,
     as_hyperparameters,
+    as_names,
+    check_arguments,
     from_log_values,
     init_meta_state,
     look_ahead_gradient,
@@ -124,13 +126,14 @@ def offline(
         batch_size,
         time_constant,
         horizon,
-        tuple(learned),
+        as_names(learned),
         bool(effective_learning_rate),
         meta_optimizer or DEFAULT_META_OPTIMIZER,
         bool(reset_meta_state),
     )
     if not config.learned:
         raise ValueError("learned must name at least one hyperparameter, got ().")
+    check_arguments(params, data)
     return _offline(
         params,
         model_state,

@@ -26,6 +26,8 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     LookAheadConfig,
     MetaState,
     as_hyperparameters,
+    as_names,
+    check_arguments,
     draw,
     from_log_values,
     init_meta_state,
@@ -141,7 +143,7 @@ def online(
         batch_size,
         time_constant,
         horizon,
-        tuple(learned),
+        as_names(learned),
         bool(effective_learning_rate),
         meta_optimizer or DEFAULT_META_OPTIMIZER,
         bool(reset_meta_state),
@@ -159,6 +161,7 @@ def online(
         num_meta_steps=_validate.integer(num_meta_steps=num_meta_steps, minimum=1),
         final_learning_rate=_validate.positive(final_learning_rate=final_learning_rate),
     )
+    check_arguments(params, data)
     return _online(
         params,
         model_state,

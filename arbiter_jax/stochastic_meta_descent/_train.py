@@ -19,6 +19,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     InnerOptimizer,
     LookAheadConfig,
     as_hyperparameters,
+    check_arguments,
     look_ahead_gradient,
     train_steps,
 )
@@ -69,6 +70,7 @@ def train(
     """
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     config = LookAheadConfig(loss_fn, inner_optimizer, batch_size, time_constant)
+    check_arguments(state.params, data)
     return _train(state, data, as_hyperparameters(hyperparameters), config, num_steps)
 
 
@@ -126,6 +128,7 @@ def hypergradient(
     (0.125, -0.5)
     """
     config = LookAheadConfig(loss_fn, inner_optimizer, batch_size, time_constant, horizon)
+    check_arguments(state.params, data, evaluation)
     return _hypergradient(state, data, evaluation, as_hyperparameters(hyperparameters), config)
 
 

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from flax import linen
 from jax import lax
 
+from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate
 from arbiter_jax.base import LossFn, PyTree, WeightedLoss
 from arbiter_jax.batching import num_rows
+from arbiter_jax.gradients import call_loss
 from arbiter_jax.subset_selection import _sites
 
 Weights = Sequence[jax.Array]  # float[n] per leaf of the parameters
@@ -48,12 +50,15 @@ def per_example(
       max_bytes: Bound on the memory of the gradients of all other parameters, though those of two
         examples are always formed. Beyond it they are computed in blocks, once per pair of blocks.
     """
+    check_parameters(params)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
     treedef = jax.tree.structure(params)
 
     def loss_of_one(leaves, example):
         one_row = jax.tree.map(lambda x: x[None], example)
-        return _total_loss(loss_fn(jax.tree.unflatten(treedef, leaves), one_row))
+        params, real = jax.tree.unflatten(treedef, leaves), jnp.ones(1, bool)
+        # Auxiliary output would be that of one example at a time.
+        return _total_loss(call_loss(loss_fn, params, one_row, real, has_aux=None)[0])
 
     n = num_rows(batch)
     batch = jax.tree.map(jnp.asarray, batch)
@@ -61,8 +66,9 @@ def per_example(
     with linen.intercept_methods(_refuse_batch_norm):
         closed = jax.make_jaxpr(loss_of_one)(leaves, example)
     traced = _sites.find_sites(closed, len(leaves))
-    if not factorize:
-        traced = traced._replace(by_leaf={})
+    # The factors of complex gradients are not pairs of real ones.
+    real = {i: site for i, site in traced.by_leaf.items() if not jnp.iscomplexobj(site.output)}
+    traced = traced._replace(by_leaf=real if factorize else {})
     sites = traced.by_leaf
 
     rest = [i for i in range(len(leaves)) if i not in sites]
@@ -84,10 +90,11 @@ def per_example(
     (losses, (weights, seen)), gradients = with_errors(probes, rest_leaves, batch)
     rest_rows: Any
     errors, rest_rows = gradients if whole else (gradients, None)
+    rest_rows = conjugate(rest_rows)
 
     def rows_of(block):
         gradient = jax.grad(lambda *args: total(*args)[0], 1)
-        return jax.vmap(gradient, (None, None, 0))(probes, rest_leaves, block)
+        return conjugate(jax.vmap(gradient, (None, None, 0))(probes, rest_leaves, block))
 
     layers = {
         i: _layer(site, leaves[i], seen[i], errors[i], max_bytes) for i, site in sites.items()
@@ -108,14 +115,10 @@ def per_example(
 
 def _total_loss(losses: jax.Array | WeightedLoss) -> tuple[jax.Array, jax.Array]:
     """The loss of a batch of one example times its weight, and that weight."""
-    values = losses.losses if isinstance(losses, WeightedLoss) else losses
-    if jnp.ndim(values) < 1 or values.shape[0] != 1:
-        raise ValueError(
-            "loss_fn must return one loss per example, of shape (1,) or (1, ...) for a batch of "
-            f"one, got {jnp.shape(values)}: do not take the mean."
-        )
+    values = at_least_float32(losses.losses if isinstance(losses, WeightedLoss) else losses)
     if isinstance(losses, WeightedLoss):
-        weights = lax.stop_gradient(losses.weights).astype(values.dtype)
+        weights = jnp.broadcast_to(lax.stop_gradient(losses.weights), values.shape)
+        weights = weights.astype(values.dtype)
         return jnp.sum(jnp.where(weights != 0, values, 0) * weights), jnp.sum(weights)
     return jnp.mean(values), jnp.ones((), values.dtype)
 
@@ -136,14 +139,14 @@ BATCH_NORM = (
 )
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Inner products of the rows, in full precision on every device."""
-    a, b = (_at_least_float32(x.reshape(x.shape[0], -1)) for x in (a, b))
+    """Inner products of the rows, in full precision on every device; complex ones as real pairs."""
+    a, b = (_real_rows(at_least_float32(x.reshape(x.shape[0], -1))) for x in (a, b))
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _real_rows(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x.real, x.imag], axis=1) if jnp.iscomplexobj(x) else x
 
 
 def gram_matrix(rows: jax.Array) -> jax.Array:
@@ -157,7 +160,7 @@ def _rows_where(valid: jax.Array, rows: jax.Array) -> jax.Array:
 
 def weighted_sum(rows: jax.Array, weights: jax.Array, valid: jax.Array) -> jax.Array:
     """Sum of the valid rows of float[n, ...] times their weights; the other rows may be NaN."""
-    total = jnp.tensordot(weights, _at_least_float32(_rows_where(valid, rows)), axes=1)
+    total = jnp.tensordot(weights, at_least_float32(_rows_where(valid, rows)), axes=1)
     return total.astype(rows.dtype)
 
 
@@ -267,8 +270,9 @@ def _layer(site: _sites.Site, leaf: jax.Array, seen: list, errors: jax.Array, ma
 
     def weighted(weights, valid):
         if rows is None:
-            scaled = _rows_where(valid, d) * weights.astype(d.dtype)[:, None, None]
-            total = jnp.einsum("ntp,ntq->pq", _rows_where(valid, x), scaled)
+            wide = at_least_float32(d)
+            scaled = _rows_where(valid, wide) * weights.astype(wide.dtype)[:, None, None]
+            total = jnp.einsum("ntp,ntq->pq", at_least_float32(_rows_where(valid, x)), scaled)
         else:
             total = weighted_sum(rows, weights, valid)
         total = matrix.to_operand(total).astype(site.operand.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,12 +12,12 @@ from arbiter_jax.subset_selection import _gram, _prefixes
 from arbiter_jax.subset_selection._prefixes import Metric, Order
 
 
-def check_arguments(metric, min_size, order, groups="module") -> int:
-    """Checks the arguments that the functions of this package share; returns min_size as an int."""
+def check_arguments(metric, min_size, order, groups="module") -> Any:
+    """Checks the arguments that the functions of this package share; returns min_size."""
     _validate.one_of(_prefixes.METRICS, metric=metric)
     _validate.one_of(_prefixes.ORDERS, order=order)
     _validate.one_of(_prefixes.GROUPS, groups=groups)
-    return _validate.integer(min_size=min_size, minimum=1)
+    return _validate.int32(min_size=min_size, minimum=1)
 
 
 def select_subset(

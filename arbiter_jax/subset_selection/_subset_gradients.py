@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from arbiter_jax import _validate
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.batching import num_rows, replace_padding
-from arbiter_jax.gradients import GradientFn, stats_from_gram
+from arbiter_jax.gradients import GradientFn, Trainable, counted_leaves, stats_from_gram
 from arbiter_jax.subset_selection import _gram, _prefixes
 from arbiter_jax.subset_selection._prefixes import Groups, Metric, Order
 from arbiter_jax.subset_selection._select_subset import check_arguments
@@ -45,6 +45,7 @@ def subset_gradients(
     order: Order = "distance",
     factorize: bool = True,
     max_bytes: int = 2**28,
+    trainable: Trainable = None,
 ) -> GradientFn:
     r"""Replaces the gradient of a loss by the mean over the best subset, layer by layer.
 
@@ -74,6 +75,8 @@ def subset_gradients(
       max_bytes: Bound on the memory of per-example gradients, an integer >= 1, in bytes; those of
         two examples are always formed. Beyond it, gradients are formed in blocks, once per pair of
         blocks.
+      trainable: The parameters that `grad_stats` is about, as in
+        :func:`arbiter_jax.gradients.value_grad_and_stats`; all if None.
 
     Returns:
       ``gradient_fn(params, batch, mask=None) -> SubsetGradient``, for ``aj.fit``,
@@ -117,6 +120,8 @@ def subset_gradients(
         selection = _prefixes.select_by_group(
             examples.grams, names, mask, finite, metric=metric, order=order, min_size=min_size
         )
+        counts = counted_leaves(params, trainable) or [True] * len(examples.grams)
+        counted = [gram for gram, c in zip(examples.grams, counts, strict=True) if c]
         # The gradient of a weighted mean is the mean gradient divided by the mean weight.
         weight = jnp.sum(jnp.where(selection.valid, examples.weights, 0))
         weight = jnp.where(weight > 0, weight, 1)
@@ -128,7 +133,7 @@ def subset_gradients(
             value=jnp.where(jnp.any(selection.valid) | ~jnp.any(mask), value, jnp.nan),
             grads=jax.tree.unflatten(jax.tree.structure(params), grads),
             model_state=None,
-            grad_stats=_stats(sum(examples.grams) * scale**2, selection.valid),
+            grad_stats=_stats(sum(counted) * scale**2, selection.valid),
             gradient_noise=None,
             selected=selection.selected,
             selected_fraction=selection.selected_fraction,

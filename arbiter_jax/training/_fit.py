@@ -6,6 +6,7 @@ Before each window the host reads the rule's decision and picks the program comp
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -15,16 +16,21 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import raw_key
-from arbiter_jax.base import LossFn, PyTree, StepInfo, requests
-from arbiter_jax.batching import BlockSource, num_rows
+from arbiter_jax._count import as_count
+from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
+from arbiter_jax.batching import Block, BlockSource, check_next_block
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._checks import check_data, check_functions, check_transformation
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._next_window import next_window
-from arbiter_jax.training._state import Data, TrainState, copy_state, init_state
+from arbiter_jax.training._out_of_memory import (
+    OutOfMemoryError,
+    is_out_of_memory,
+    out_of_memory,
+)
+from arbiter_jax.training._resume import resume_state
+from arbiter_jax.training._state import Data, TrainState, init_state
 from arbiter_jax.training._window import run_window
-
-_LARGEST_BUDGET = 2**31 - 1  # that an int32 holds; a rule takes a larger one for this
 
 
 class WindowRecord(NamedTuple):
@@ -61,41 +67,118 @@ class FitResult(NamedTuple):
 
 
 Callback = Callable[[WindowRecord, TrainState], Any]
-"""Called after every window; a true result ends the run. The state is donated to the next window:
-copy what you want to keep."""
+"""Called after every window; a true result ends the run. What it sets in the state changes nothing.
+The state's arrays are donated to the next window: copy what you want to keep."""
 
 
 def _on_device(data: Any, window: int) -> Data:
     """The data as arrays on the device, except for what comes in blocks."""
+    check_data(data)
     data = Data(data.train, getattr(data, "validation", None))
+    if isinstance(data.train, Block):
+        raise ValueError(
+            "data.train must be arrays or a source of blocks, got one Block, which is the data of "
+            "one run_window: pass what made it, e.g. arbiter_jax.datasets.host_blocks(...)."
+        )
     if not isinstance(data.train, BlockSource):
-        num_rows(data.train)
-        return jax.tree.map(jnp.asarray, data)
+        return _to_device(data)
     if data.train.window != window:
         raise ValueError(
             f"window must be that of the blocks, {data.train.window}, got {window}: a block holds "
             "the batches of one window."
         )
-    return data._replace(validation=jax.tree.map(jnp.asarray, data.validation))
+    return data._replace(validation=_to_device(data.validation))
+
+
+def _to_device(data: PyTree) -> Any:
+    try:
+        return jax.tree.map(jnp.asarray, data)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            "data does not fit into the memory of the device: pass the training examples in blocks, "
+            "aj.Data(arbiter_jax.datasets.host_blocks(source, window=window), validation)."
+        ) from error
 
 
 def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) -> tuple[Data, int]:
     """What the next window trains on, and how many of its steps there are examples for."""
     if not isinstance(data.train, BlockSource):
         return data, num_steps
-    block = data.train.next_block(batch_size, bucket_size, num_steps)
+    try:
+        block = data.train.next_block(batch_size, bucket_size, num_steps)
+    except StopIteration:
+        return data, 0
+    check_next_block(block, batch_size, num_steps)
     return data._replace(train=block), int(block.num_steps)
 
 
 def _check_budget(opt_state: PyTree, num_examples: int) -> None:
     """Raises a ValueError if a rule in the chain was built for another budget than this run's."""
     for budget in jax.device_get(requests(opt_state).budgets):
-        known = int(budget.max())
+        known = int(np.max(np.asarray(budget)))
         if known not in (0, num_examples):
             raise ValueError(
                 f"num_examples must be {known}, the budget that the rule in tx was built for, got "
                 f"{num_examples}: pass the same number to both, or none to the rule."
             )
+
+
+def _as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    if callable(callbacks):
+        return (callbacks,)
+    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    for callback in callbacks:
+        if not callable(callback):
+            raise ValueError(
+                "callbacks must be functions callback(record, state), or one of them, got "
+                f"{callback!r}."
+            )
+    return callbacks
+
+
+def _smaller_batch(state: TrainState, seen: int, num_examples: int) -> int:
+    """The batch for what is left of the budget where a whole one does not fit; 0 for none.
+
+    A rule that leaps, to a batch above the mean of those so far, could leave most of a budget
+    unused. This leaves less than a tenth, unless the rule's range holds no smaller batch.
+    """
+    rule = the_rule(requests(state.opt_state))
+    least = getattr(rule, "min_batch_size", rule.batch_size)
+    size, least = (int(x.max()) for x in jax.device_get((rule.batch_size, least)))
+    left = num_examples - seen
+    if 10 * left < num_examples or size * int(state.num_steps) <= seen:
+        return 0
+    smaller = 1 << (left.bit_length() - 1)
+    return smaller if smaller >= least else 0
+
+
+def _what_went_wrong(
+    history: list[WindowRecord], source_ended: bool, seen: int, end: int, num_examples: int
+) -> list[str]:
+    """What a user should know of a run that has ended, besides its result."""
+    found = []
+    if source_ended:
+        found.append(
+            f"data.train ended after {seen} of {end} examples: pass a source that goes on, such as "
+            "arbiter_jax.datasets.epochs(...), or a smaller num_examples."
+        )
+    elif not history and (seen == 0 or 10 * (end - seen) >= num_examples) and seen < end:
+        found.append(
+            f"fit has trained nothing: the next batch is larger than the {end - seen} examples that "
+            f"are left of {end}; raise num_examples or let the rule take smaller batches."
+        )
+    losses = [record.info.loss for record in history]
+    (bad,) = np.nonzero(~np.isfinite(np.concatenate([*losses, np.zeros(0)])))
+    if bad.size:
+        num_steps = sum(record.num_steps for record in history)
+        found.append(
+            f"{bad.size} of {num_steps} steps had a loss that was not finite, the first was step "
+            f"{bad[0]} of this call: look for such numbers in data.train, lower the learning rate or "
+            "clip the gradient; optax.apply_if_finite(tx, 5) skips such steps."
+        )
+    return found
 
 
 def fit(
@@ -108,17 +191,21 @@ def fit(
     stop_at: int | None = None,
     window: int = 100,
     key: jax.Array | int = 0,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     model_state: PyTree = None,
     state: Any = None,
     num_agent_inputs: int = 32,
     gradient_fn: GradientFn | None = None,
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
+    inputs_of: Callable[[PyTree], PyTree] | None = None,
+    has_aux: bool = False,
 ) -> FitResult:
     """Trains for a number of examples, with the batch size that the rule in `tx` decides.
 
     The run ends when a whole batch no longer fits into what is left of `num_examples`, so two runs
-    with the same budget differ by less than one batch.
+    with the same budget differ by less than one batch. If that would leave a tenth of the budget or
+    more, because the rule leapt to a batch above the mean of those so far, the run goes on with the
+    largest power of two that fits and is in the rule's range.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
@@ -136,20 +223,30 @@ def fit(
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
         same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it.
-      callbacks: Called as ``callback(record, state)`` after every window; a true result ends the
-        run.
+      callbacks: Called as ``callback(record, state)`` after every window, one function or several;
+        a true result ends the run.
       model_state: State of the model that is not trained by gradients, or None.
       state: Where to resume from: a :class:`TrainState` of the same `tx`. `params` is then unused.
+        The range of batch sizes is that of `tx`, as in :func:`resume_state`.
       num_agent_inputs: Validation inputs that an agent sees at each step.
       gradient_fn: Replaces the gradient of `loss_fn`.
       transform_batch: ``transform_batch(key, batch) -> batch``, e.g. augmentation.
+      inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
+        :func:`run_window`.
+      has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
 
     Returns:
       A :class:`FitResult`.
 
     Raises:
-      ValueError: If an argument is out of its range, the data is empty, `tx` holds no rule or more
-        than one, or its rule was built for another budget.
+      ValueError: If an argument is out of its range or not what it should be, the data is empty,
+        `tx` holds no rule or more than one, or its rule was built for another budget.
+      OutOfMemoryError: If a window does not fit into the memory of the device. It carries the
+        history and, where it can still be read, the last state.
+
+    Warns:
+      UserWarning: If losses were not finite, a source of blocks ended before the budget, or nothing
+        could be trained.
 
     >>> import arbiter_jax as aj
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
@@ -164,44 +261,62 @@ def fit(
     if stop_at is not None:
         end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
     window = _validate.integer(window=window, minimum=1)
+    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    callbacks = _as_callbacks(callbacks)
+    check_transformation(tx)
     data = _on_device(data, window)
     if state is None:
-        state = init_state(params, tx, raw_key(key), model_state)
+        state = init_state(params, tx, key, model_state)
     else:
-        state = copy_state(state)
+        state = resume_state(state, tx)
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
     _check_budget(state.opt_state, num_examples)
-    callbacks = tuple(callbacks)
     history: list[WindowRecord] = []
+    source_ended = False
     num_cache_hits = 0
     step_seconds = float("nan")
     seen = int(state.num_examples)
+    budget = num_examples if num_examples < 2**31 else as_count(num_examples)
     start = time.perf_counter()
     while True:
         size, bucket_size, num_steps = next_window(state.opt_state, window)
         num_steps = min(num_steps, (end - seen) // size)
+        if num_steps < 1 and end == num_examples:
+            # The step takes no more examples than its bucket has rows.
+            size = bucket_size = _smaller_batch(state, seen, num_examples)
+            num_steps = min(size, 1)
         if num_steps < 1:
             break
+        given = state
         try:
             window_data, num_steps = _window_data(data, size, bucket_size, num_steps)
-        except StopIteration:
-            break
-        before = time.perf_counter()
-        with count_compilations() as compilations:
-            state, info = run_window(
-                state,
-                window_data,
-                num_steps,
-                step_seconds,
-                min(num_examples, _LARGEST_BUDGET),
-                loss_fn=loss_fn,
-                tx=tx,
-                bucket_size=bucket_size,
-                window=window,
-                num_agent_inputs=num_agent_inputs,
-                gradient_fn=gradient_fn,
-                transform_batch=transform_batch,
-            )
-        info = jax.tree.map(lambda x, n=num_steps: x[:n], jax.device_get(info))
+            if num_steps < 1:
+                source_ended = True
+                break
+            before = time.perf_counter()
+            with count_compilations() as compilations:
+                state, info = run_window(
+                    state,
+                    window_data,
+                    num_steps,
+                    step_seconds,
+                    budget,
+                    loss_fn=loss_fn,
+                    tx=tx,
+                    bucket_size=bucket_size,
+                    window=window,
+                    num_agent_inputs=num_agent_inputs,
+                    gradient_fn=gradient_fn,
+                    transform_batch=transform_batch,
+                    inputs_of=inputs_of,
+                    has_aux=has_aux,
+                )
+            info = jax.device_get(info)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(history, given, size, bucket_size) from error
+        info = jax.tree.map(lambda x, n=num_steps: x[:n], info)
         seconds = time.perf_counter() - before
         # A time that includes a compilation is not the time of a step.
         step_seconds = float("nan") if compilations.num_programs else seconds / num_steps
@@ -219,9 +334,12 @@ def fit(
             info=info,
         )
         history.append(record)
-        stops = [callback(record, state) for callback in callbacks]  # call all of them
+        # All of them are called, each with containers of its own.
+        stops = [callback(record, jax.tree.map(lambda x: x, state)) for callback in callbacks]
         if any(stops):
             break
+    for message in _what_went_wrong(history, source_ended, seen, end, num_examples):
+        warnings.warn(message, UserWarning, stacklevel=2)
     return FitResult(
         state=state,
         history=history,

@@ -26,7 +26,8 @@ def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
       sizes and the fewest steps.
 
     Raises:
-      ValueError: If `window` is out of its range, or the state holds no rule or more than one.
+      ValueError: If `window` is out of its range, the state holds no rule or more than one, a size
+        that no batch can have, or arrays that cannot be read.
 
     >>> import arbiter_jax as aj
     >>> next_window(aj.schedulers.constant(48).init(None), window=20)
@@ -34,8 +35,25 @@ def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
     """
     window = _validate.integer(window=window, minimum=1)
     requested = requests(opt_state)
-    the_rule(requested)
-    sizes, steps = jax.device_get((requested.bucket_sizes, requested.window_steps))
-    sizes = [int(size.max()) for size in sizes]
+    rule = the_rule(requested)
+    try:
+        sizes, steps = jax.device_get((requested.bucket_sizes, requested.window_steps))
+        sizes = [int(size.max()) for size in sizes]
+    except jax.errors.ConcretizationTypeError:
+        raise ValueError(
+            "opt_state must hold numbers, got traced ones: next_window picks the program to run, so "
+            "call it outside jit, vmap and scan."
+        ) from None
+    except RuntimeError as error:
+        if "deleted" not in str(error):
+            raise
+        raise ValueError(
+            "opt_state must hold arrays that can be read, got deleted ones: run_window donates the "
+            "state that it is given; read the one that it returned."
+        ) from error
+    if min(sizes) < 1:
+        raise ValueError(
+            f"the batch size must be an integer >= 1, got {min(sizes)} from {type(rule).__name__}."
+        )
     num_steps = min([window, *(max(1, int(n.min())) for n in steps)])
     return sizes[0], next_bucket(max(sizes)), num_steps

@@ -6,17 +6,20 @@ at which some rule is due; at the others they are zeros, and `signals_made` says
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from arbiter_jax import _jaxpr
 from arbiter_jax.base import (
     VALIDATION_SIGNALS,
     GradStats,
     PyTree,
     Requests,
+    requests,
 )
 from arbiter_jax.batching import SamplerState, advance, examples_ahead, num_rows
 from arbiter_jax.gradients import Gradient, GradientFn
@@ -33,6 +36,70 @@ def with_zero_statistics(gradient_fn: GradientFn) -> GradientFn:
         )
 
     return with_zeros
+
+
+def moved_leaves(
+    tx: optax.GradientTransformationExtraArgs,
+    opt_state: PyTree,
+    params: PyTree,
+    signals_of: Callable[[], dict[str, Any]] = dict,
+) -> PyTree | None:
+    """Which parameters a chain moves by their gradients; None if all of them.
+
+    Frozen parameters, and those that only decay, have gradients too, whose noise says nothing about
+    the size of a batch. They are found in the traced ``tx.update``; where it cannot be traced by
+    itself, all parameters count as moved, and so they do where none is.
+
+    Args:
+      tx: The whole chain.
+      opt_state: State of tx.
+      params: Parameters.
+      signals_of: Makes those of the extra arguments of ``tx.update`` that are not made here.
+
+    Returns:
+      A pytree like the parameters of bools, or None.
+    """
+
+    def update(grads, opt_state, params, value, count):
+        signals = signals_of() | {"value": value, "progress": value, "grad": grads, "probe": True}
+        signals |= dict.fromkeys(("batch_size", "num_steps", "num_examples"), count)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        measured = {
+            "grad_stats": GradStats(*(jnp.zeros((), float) for _ in GradStats._fields)),
+            "gradient_noise": zeros,
+            "update_noise": zeros,
+        }
+        asked = requests(opt_state).signals
+        signals |= {name: made for name, made in measured.items() if name in asked}
+        return tx.update(grads, opt_state, params, **signals)
+
+    structure, num_states = jax.tree.structure(params), len(jax.tree.leaves(opt_state))
+    n = structure.num_leaves
+    try:
+        closed = jax.make_jaxpr(update)(params, opt_state, params, jnp.zeros(()), jnp.int32(0))
+        states, reached = None, [False] * num_states
+        while states != reached:  # a gradient may reach an update through the state, steps later
+            states = reached
+            marks = [True] * n + states + [False] * (n + 2)
+            found = _jaxpr.dependent_outputs(closed, marks)
+            moved, reached = found[:n], [a or b for a, b in zip(states, found[n:], strict=True)]
+    except Exception:  # a transformation of somebody else may raise anything
+        return None
+    if all(moved) or not any(moved):
+        return None
+    return jax.tree.unflatten(structure, moved)
+
+
+def with_moved_grad(
+    tx: optax.GradientTransformationExtraArgs, moved: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """A chain whose signal `grad` is zero where the chain moves no parameter, as in `grad_stats`."""
+
+    def update(updates, state, params=None, *, grad=None, **signals):
+        grad = jax.tree.map(lambda g, moves: g if moves else jnp.zeros_like(g), grad, moved)
+        return tx.update(updates, state, params, grad=grad, **signals)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def update_noise(
@@ -95,6 +162,7 @@ def validation_signals(
     bucket_size: int,
     num_agent_inputs: int,
     due: bool,
+    inputs_of: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[SamplerState, dict[str, Any]]:
     """Fresh validation examples for the rules that ask for them.
 
@@ -105,6 +173,7 @@ def validation_signals(
       bucket_size: Rows of `meta_batch`.
       num_agent_inputs: Rows of `agent_inputs`.
       due: If False, the examples are zeros and the sampler stays where it is.
+      inputs_of: See :func:`run_window`.
 
     Returns:
       (sampler, signals): the sampler behind the examples that count as used.
@@ -127,11 +196,24 @@ def validation_signals(
         batch = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), validation)
     signals: dict[str, Any] = {}
     if "agent_inputs" in rows:
-        inputs = batch[0] if isinstance(batch, tuple) else batch
+        inputs = (inputs_of or _first_entry)(batch)
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
     if "meta_batch" in rows:
         signals["meta_batch"] = jax.tree.map(lambda x: x[total - bucket_size :], batch)
     return sampler, signals
+
+
+def _first_entry(batch: PyTree) -> PyTree:
+    """The inputs of a batch of the usual forms: (inputs, labels), or one array."""
+    if isinstance(batch, (tuple, list)) and len(batch):
+        return batch[0]
+    if isinstance(batch, jax.Array):
+        return batch
+    keys = f" with the keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else ""
+    raise ValueError(
+        f"inputs_of must be given where a batch is a {type(batch).__name__}{keys}: a function "
+        "batch -> inputs that returns the part of it that the agent sees."
+    )
 
 
 def check_validation(requested: Requests, validation: PyTree) -> None:
@@ -143,4 +225,4 @@ def check_validation(requested: Requests, validation: PyTree) -> None:
             "data.validation must be given, got None: a rule in the chain measures on validation "
             "examples. Use aj.Data(train, validation)."
         )
-    num_rows(validation)
+    num_rows(validation, "data.validation")

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax._numerics import raw_key
+from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import SamplerState, init_sampler
+from arbiter_jax.training._checks import check_key, check_params, check_transformation
 
 
 class Data(NamedTuple):
@@ -31,16 +32,18 @@ class TrainState(NamedTuple):
     train_sampler: SamplerState  # where the run stands in the training data
     validation_sampler: SamplerState  # and in the validation data
     key: jax.Array  # shape=(2,), dtype=uint32, for dropout and augmentation
-    num_steps: jax.Array  # shape=(), dtype=int32
-    num_examples: jax.Array  # shape=(), dtype=int32, training examples seen
-    progress: jax.Array  # shape=(), dtype=float32, scale-invariant steps; see adascale
+    num_steps: jax.Array  # shape=(), dtype=int32, stops at 2^31 - 1
+    num_examples: Count  # training examples seen; `int(state.num_examples)` reads it
+    num_accumulated: jax.Array  # shape=(), dtype=int32, of them, in the gradients of MultiSteps
+    progress: jax.Array  # shape=(), dtype=float32, scale-invariant updates; see adascale
+    progress_error: jax.Array  # shape=(), dtype=float32, what rounding has added to `progress`
     num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
 
 
 def init_state(
     params: PyTree,
     tx: optax.GradientTransformation,
-    key: jax.Array,
+    key: jax.Array | int,
     model_state: PyTree = None,
 ) -> TrainState:
     """The state at the start of a run: a pure function of the parameters and a key.
@@ -51,11 +54,15 @@ def init_state(
     Args:
       params: Parameters, any pytree of arrays.
       tx: An optax transformation, with or without a batch-size rule in it.
-      key: PRNG key, raw or typed.
+      key: One PRNG key, raw or typed, or an int in [0, 2^32).
       model_state: State of the model that is not trained by gradients, or None.
 
     Returns:
       A :class:`TrainState` in buffers of its own.
+
+    Raises:
+      ValueError: If `params` is not a pytree of arrays, `tx` not an optax transformation or `key`
+        not a PRNG key of the default implementation.
 
     >>> import arbiter_jax as aj
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
@@ -63,7 +70,9 @@ def init_state(
     >>> int(state.num_steps), int(aj.get_batch_size(state.opt_state))
     (0, 8)
     """
-    train_key, validation_key, model_key = jax.random.split(raw_key(key), 3)
+    check_transformation(tx)
+    check_params(params)
+    train_key, validation_key, model_key = jax.random.split(check_key(key), 3)
     zero = lambda dtype: jnp.zeros((), dtype)
     state = TrainState(
         params=params,
@@ -73,11 +82,19 @@ def init_state(
         validation_sampler=init_sampler(validation_key),
         key=model_key,
         num_steps=zero(jnp.int32),
-        num_examples=zero(jnp.int32),
+        num_examples=as_count(0),
+        num_accumulated=zero(jnp.int32),
         progress=zero(jnp.float32),
+        progress_error=zero(jnp.float32),
         num_nonfinite=zero(jnp.int32),
     )
     return copy_state(state)
+
+
+def abstract_state(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and dtypes of a state of `tx` with the parameters and the model state of another."""
+    make = lambda params, model_state: init_state(params, tx, 0, model_state)
+    return jax.eval_shape(make, state.params, state.model_state)
 
 
 def copy_state(state: TrainState) -> TrainState:

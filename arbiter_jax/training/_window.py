@@ -17,7 +17,8 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import cond_in_place
+from arbiter_jax._count import Count, compensated_sum
+from arbiter_jax._numerics import all_finite, cond_in_place, tree_where
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
     LossFn,
@@ -42,14 +43,27 @@ from arbiter_jax.gradients import (
     value_grad_and_stats,
 )
 from arbiter_jax.objectives import measure_persistence
+from arbiter_jax.training._checks import (
+    check_data,
+    check_functions,
+    check_gradient,
+    check_on_device,
+    check_same_chain,
+    check_state,
+    check_static_integers,
+    check_transformation,
+    explained,
+)
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
+    moved_leaves,
     update_noise,
     validation_signals,
+    with_moved_grad,
     with_zero_statistics,
 )
-from arbiter_jax.training._state import Data, TrainState
+from arbiter_jax.training._state import Data, TrainState, abstract_state
 
 
 def inner_step(
@@ -69,23 +83,28 @@ def inner_step(
       mask: bool[M], True for a real example.
       gradient_fn: See :mod:`arbiter_jax.gradients`.
       tx: The transformation; it gets `value`, `grad`, `batch_size`, the counters before the step
-        (`num_steps`, `num_examples`, `progress`), and `signals`.
+        (`num_steps`, `num_examples`, `num_accumulated`, `progress`), and `signals`.
       signals: More extra arguments of ``tx.update``. `update_noise` is computed if a rule asks for it
         and it is not among them.
 
     Returns:
-      (state, gradient).
+      (state, gradient). The model state of a batch whose loss, gradient or new model state is not
+      finite is the one before it: running averages never forget a NaN.
     """
     requested = requests(state.opt_state)
     batch_size = jnp.sum(mask, dtype=jnp.int32)
     key = jax.random.fold_in(state.key, state.num_steps)
     gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
+    check_gradient(gradient, state.params, state.model_state)
+    if state.model_state is not None:
+        gradient = _with_usable_model_state(gradient, state.model_state)
     signals = {
         **(signals or {}),
         **gradient_signals(gradient, requested.signals),
         "batch_size": batch_size,
         "num_steps": state.num_steps,
         "num_examples": state.num_examples,
+        "num_accumulated": requested.num_accumulated(state.num_accumulated),
         "progress": state.progress,
     }
     if "update_noise" in requested.signals and "update_noise" not in signals:
@@ -97,18 +116,56 @@ def inner_step(
             **signals | {"gradient_noise": gradient.gradient_noise},
         )
     updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params, **signals)
+    after = requests(opt_state)
+    progress, progress_error = compensated_sum(
+        state.progress, state.progress_error, after.progress_since(requested)
+    )
     state = state._replace(
         params=optax.apply_updates(state.params, updates),
         model_state=gradient.model_state,
         opt_state=opt_state,
-        num_steps=state.num_steps + 1,
+        num_steps=optax.safe_increment(state.num_steps),
         num_examples=state.num_examples + batch_size,
-        progress=state.progress + requests(opt_state).progress_per_step,
+        num_accumulated=after.accumulated_after(requested, state.num_accumulated, batch_size),
+        progress=progress,
+        progress_error=progress_error,
         num_nonfinite=state.num_nonfinite + ~jnp.isfinite(gradient.value),
     )
     return state, gradient
 
 
+def _with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
+    """The gradient, with the model state before the step if this batch would poison it."""
+    new = gradient.model_state
+    # A model state may hold infinities from its start; then loss and gradient alone decide.
+    usable = all_finite(gradient.value, gradient.grads) & (
+        all_finite(new) | ~all_finite(model_state)
+    )
+    return gradient._replace(model_state=tree_where(usable, new, model_state))
+
+
+def _explain(
+    state: Any, data: Any, *, tx: Any, bucket_size: Any, window: Any = 100, **options: Any
+) -> None:
+    """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
+    num_agent_inputs = options.get("num_agent_inputs", 32)
+    check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
+    functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch")]
+    _check_arguments(state, data, tx, *functions)
+    check_on_device(data)
+
+
+def _check_arguments(
+    state: TrainState, data: Any, tx: Any, loss_fn: Any, gradient_fn: Any, transform_batch: Any
+) -> None:
+    check_transformation(tx)
+    check_data(data)
+    check_state(state, TrainState)
+    check_same_chain(state, abstract_state(state, tx))
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
+
+
+@explained(_explain)
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -119,6 +176,8 @@ def inner_step(
         "num_agent_inputs",
         "gradient_fn",
         "transform_batch",
+        "inputs_of",
+        "has_aux",
     ),
     donate_argnames="state",
 )
@@ -127,7 +186,7 @@ def run_window(
     data: Data,
     num_steps: jax.typing.ArrayLike | None = None,
     step_seconds: jax.typing.ArrayLike = jnp.nan,
-    budget: jax.typing.ArrayLike | None = None,
+    budget: Count | jax.typing.ArrayLike | None = None,
     *,
     loss_fn: LossFn | None = None,
     tx: optax.GradientTransformation,
@@ -136,6 +195,8 @@ def run_window(
     num_agent_inputs: int = 32,
     gradient_fn: GradientFn | None = None,
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
+    inputs_of: Callable[[PyTree], PyTree] | None = None,
+    has_aux: bool = False,
 ) -> tuple[TrainState, StepInfo]:
     """Runs T training steps in one compiled program.
 
@@ -151,7 +212,8 @@ def run_window(
       num_steps: int32[], how many of the T steps to take; all if None. It is traced, so that the
         last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
-      budget: int32[], training examples of the whole run, for rules that plan ahead; None if unknown.
+      budget: int32[], training examples of the whole run, for rules that plan ahead, or an
+        ``aj.base.as_count(budget)`` if that is more than an int32 holds; None if unknown.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
@@ -160,6 +222,13 @@ def run_window(
       num_agent_inputs: Validation inputs that an agent sees at each step.
       gradient_fn: Replaces the gradient of loss_fn, e.g. by one over a chosen subset of examples.
       transform_batch: ``transform_batch(key, batch) -> batch``, e.g. augmentation.
+      inputs_of: ``inputs_of(batch) -> inputs``, the part of a validation batch that an agent sees;
+        by default the first entry of a tuple or list, or the batch if it is one array. A batch of
+        another form, a dict for example, needs it where the chain has an agent.
+      has_aux: Whether `loss_fn` returns ``(losses, aux)``, with a model state ``(losses,
+        model_state, aux)``; ``StepInfo.aux`` holds `aux`. At steps at which the gradient's noise is
+        measured it is that of pieces of the batch: the means of floating-point leaves, the other
+        leaves of the last piece.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
@@ -167,7 +236,8 @@ def run_window(
 
     Raises:
       ValueError: If window < 1, the bucket is not a power of two, the data is empty, ragged or a block
-        of another window or bucket, or a rule needs validation data that was not given.
+        of another window or bucket, a rule needs validation data that was not given, a function or
+        the state is not what it should be, or the state was donated before.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.
@@ -186,25 +256,37 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch)
     if isinstance(data.train, Block):
         check_block(data.train, window, bucket_size)
         wanted = window if num_steps is None else num_steps
         num_steps = jnp.minimum(wanted, data.train.num_steps)
-    else:
-        num_rows(data.train)
-    if (loss_fn is None) == (gradient_fn is None):
-        raise ValueError("run_window takes exactly one of loss_fn and gradient_fn.")
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
     batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
     batch_size = jnp.minimum(batch_size, bucket_size)
-    constants: dict[str, Any] = {} if budget is None else {"budget": jnp.asarray(budget, jnp.int32)}
+    constants: dict[str, Any] = {}
+    if budget is not None:
+        is_count = isinstance(budget, Count)
+        constants["budget"] = budget if is_count else jnp.asarray(budget, jnp.int32)
     if "step_seconds" in requested.signals:
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:
         constants["persistence"] = measure_persistence(tx, state.params)
     tx = with_extra_args(tx)
-    gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals)
+    moved = None  # all parameters
+    if requested.signals & MEASURED_SIGNALS and gradient_fn is None:
+        sampler = state.validation_sampler
+        given = lambda: (
+            constants
+            | {"model_state": state.model_state}
+            | validation_signals(
+                sampler, requested, data.validation, bucket_size, num_agent_inputs, False, inputs_of
+            )[1]
+        )
+        moved = moved_leaves(tx, state.opt_state, state.params, given)
+        tx = tx if moved is None else with_moved_grad(tx, moved)
+    gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
 
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
         if isinstance(data.train, Block):
@@ -219,6 +301,11 @@ def run_window(
             # `gradients` folds the piece index 0, 1, ... into this key; 2**32 - 1 cannot collide.
             step_key = jax.random.fold_in(state.key, state.num_steps)
             batch = transform_batch(jax.random.fold_in(step_key, 2**32 - 1), batch)
+            if num_rows(batch, "the batch that transform_batch returns") != bucket_size:
+                raise ValueError(
+                    f"transform_batch must return a batch of the {bucket_size} rows that it is given, "
+                    f"got {num_rows(batch)}: the mask marks them one by one."
+                )
         sampler, signals = validation_signals(
             state.validation_sampler,
             requests(state.opt_state),
@@ -226,6 +313,7 @@ def run_window(
             bucket_size,
             num_agent_inputs,
             due,
+            inputs_of,
         )
         state = state._replace(validation_sampler=sampler)
         signals |= {**constants, "signals_made": made}
@@ -237,10 +325,11 @@ def run_window(
         metrics = {name: getattr(gradient, name) for name in getattr(gradient, "metrics", ())}
         metrics |= requests(state.opt_state).metrics
         size = jnp.sum(mask, dtype=jnp.int32)
-        return state, StepInfo(gradient.value.astype(float), size, metrics)
+        aux = getattr(gradient, "aux", None)
+        return state, StepInfo(gradient.value.astype(float), size, metrics, aux)
 
     def no_step(state: TrainState, drawn: Any) -> StepInfo:
-        if gradient_fn is not None:  # what it reports is not known before it is traced
+        if gradient_fn is not None or has_aux:  # what it reports is not known before it is traced
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, drawn)[1])
         metrics = jax.tree.map(jnp.zeros_like, requests(state.opt_state).metrics)
         return StepInfo(jnp.zeros((), float), jnp.zeros((), jnp.int32), metrics)
@@ -266,7 +355,11 @@ def run_window(
 
 
 def _gradient_fns(
-    loss_fn: LossFn | None, given: GradientFn | None, signals: frozenset[str]
+    loss_fn: LossFn | None,
+    given: GradientFn | None,
+    signals: frozenset[str],
+    trainable: PyTree | None,
+    has_aux: bool,
 ) -> dict[bool, GradientFn]:
     """Whether a rule is due -> the gradient function of such a step."""
     if given is not None:
@@ -274,8 +367,11 @@ def _gradient_fns(
         traced_once = jax.jit(given)
         return {True: traced_once, False: traced_once}
     function: Any = loss_fn
-    plain = masked_value_and_grad(function, sampled=True)
+    plain = masked_value_and_grad(function, sampled=True, has_aux=has_aux)
+    if has_aux:  # traced once, as above
+        plain = jax.jit(plain)
     if not signals & MEASURED_SIGNALS:
         return {True: plain, False: plain}
-    full = value_grad_and_stats(function, sampled=True)
+    full = value_grad_and_stats(function, sampled=True, trainable=trainable, has_aux=has_aux)
+    full = jax.jit(full) if has_aux else full
     return {True: full, False: with_zero_statistics(plain)}

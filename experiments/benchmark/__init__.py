@@ -203,9 +203,10 @@ def _other_rows(config: Config) -> list[Row]:
 
 def run(config: Config) -> _runner.Results:
     results = _runner.Results(extra={"config": config})
-    for name, bar, make in build(config):
-        if config.only not in name:
-            continue
+    cases = [case for case in build(config) if config.only in case[0]]
+    if not cases:
+        raise _runner.UsageError(f"--only must be part of the name of a row, got {config.only!r}.")
+    for name, bar, make in cases:
         measured, reference = make()
         measured(), reference()  # compile
         pairs = np.array([(measured(), reference()) for _ in range(config.pairs)])

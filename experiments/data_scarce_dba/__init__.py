@@ -26,6 +26,7 @@ from arbiter_jax import datasets, metrics
 from experiments import _runner, _training
 from experiments.data_scarce_dba import figures, training
 
+REGIMES = ("1%", "10 per class")
 METRICS = ("signal_to_noise", "variance", "norm")
 
 
@@ -37,9 +38,11 @@ class Config:
     model: str = "mlp"
     hidden_size: int = 128
     seeds: tuple[int, ...] = _runner.flag((0, 1, 2, 3, 4), "each draws its examples and parameters")
-    regimes: tuple[str, ...] = _runner.flag(("1%", "10 per class"), "which examples are trained on")
-    optimizers: tuple[str, ...] = _runner.flag(("sgd", "adam"), "sgd, adam")
-    metrics: tuple[str, ...] = _runner.flag(METRICS, ", ".join(METRICS))
+    regimes: tuple[str, ...] = _runner.flag(REGIMES, "which examples are trained on", REGIMES)
+    optimizers: tuple[str, ...] = _runner.flag(
+        ("sgd", "adam"), "optimizers to run", ("sgd", "adam")
+    )
+    metrics: tuple[str, ...] = _runner.flag(METRICS, "what examples are chosen by", METRICS)
     min_sizes: tuple[int, ...] = _runner.flag((1, 32), "smallest subsets to try")
     batch_size: int = 64
     num_steps: int = 600

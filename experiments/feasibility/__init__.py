@@ -26,6 +26,8 @@ from arbiter_jax import plotting, progress
 from experiments import _methods, _runner, _training
 from experiments.feasibility import noise_rules
 
+METHODS = ("arbiter", *noise_rules.METHODS)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -36,9 +38,9 @@ class Config:
     learning_rate: float = 0.05
     momentum: float = 0.9
     # In 3,000 steps this rate shows what the published 1e-5 shows in about 10,000.
-    agent_learning_rate: float = _runner.flag(1e-4, "of the agent")
+    agent_learning_rate: float = _runner.flag(1e-4, "learning rate of the agent")
     window: int = 100
-    methods: tuple[str, ...] = ("arbiter", *noise_rules.METHODS)
+    methods: tuple[str, ...] = _runner.flag(METHODS, "rules to run", METHODS)
     noise_epochs: float = _runner.flag(30.0, "epochs of the rules that measure noise")
     quick: bool = _runner.flag(False, "two cases only")
 
@@ -126,11 +128,6 @@ def _method(task: _training.Task, config: Config, case: dict, optimizer) -> _met
 
 def run(config: Config) -> _runner.Results:
     task = _training.make_task(config.dataset, config.model)
-    known = ("arbiter", *noise_rules.METHODS)
-    if set(config.methods) - set(known):
-        raise _runner.UsageError(
-            f"--methods must be among {', '.join(known)}, got {', '.join(config.methods)}."
-        )
     results = _runner.Results(extra={"config": config, "fits": {}})
     with progress.live() as display:
         if "arbiter" in config.methods:

@@ -21,7 +21,7 @@ class TestNumRows:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (np.zeros((0, 3)), r"data must hold at least 1 example, got shapes \[\(0, 3\)\]"),
+            (np.zeros((0, 3)), r"data must hold at least 1 example, got shapes data: \(0, 3\)"),
             ((np.zeros(3), np.zeros(4)), r"one leading axis of equal length, got shapes"),
             (np.zeros(()), r"one leading axis of equal length, got shapes"),
             ((), r"one leading axis of equal length, got shapes"),

@@ -107,6 +107,4 @@ def test_a_warm_up_doubles_where_it_may():
 def test_a_bad_argument_is_refused(arguments, message):
     tx, state = start()
     with pytest.raises(ValueError, match=message):
-        measure_critical_batch_size(
-            loss_fn, state, tx, DATA, **{"max_batch_size": 16} | arguments
-        )
+        measure_critical_batch_size(loss_fn, state, tx, DATA, **{"max_batch_size": 16} | arguments)

@@ -98,3 +98,8 @@ class TestPadCropFlip:
             pad_crop_flip(key, jnp.ones((8, 8)))
         with pytest.raises(ValueError, match="padding must be an integer >= 0"):
             pad_crop_flip(key, jnp.ones((1, 8, 8, 1)), padding=-1)
+        with pytest.raises(ValueError, match=r"images must have the shape .*, got NoneType"):
+            pad_crop_flip(key, None)
+        for bad in (None, 3, jax.random.split(key, 2)):
+            with pytest.raises(ValueError, match="key must be one PRNG key"):
+                pad_crop_flip(bad, jnp.ones((1, 8, 8, 1)))

@@ -158,6 +158,8 @@ def changed(array, index, value):
         (((ROWS.astype(object), LABELS),), {}, "must be real numbers, got dtype object"),
         (((ROWS * 1j, LABELS),), {}, "must be real numbers, got dtype complex"),
         (((1.0, 2),), {}, "must have a leading axis of examples"),
+        ((([[1, 2], [3]], [0, 1]),), {}, "train inputs must be an array, or nested lists of equal"),
+        (((np.ma.array(ROWS, mask=True), LABELS),), {}, "train inputs must have no masked entries"),
         ((ROWS,), {}, r"train must be a pair \(inputs, labels\), got ndarray"),
         (((ROWS, LABELS, LABELS),), {}, "train must be a pair"),
         ((None,), {}, "train must be a pair"),
@@ -222,7 +224,9 @@ class TestFromNpz:
             ({"inputs": ROWS, "labels": LABELS - 1}, "labels must be in"),
             ({"inputs": changed(ROWS, (0, 0), np.nan), "labels": LABELS}, "must be finite"),
             ({"inputs": ROWS[:0], "labels": LABELS[:0]}, "must not be empty"),
-            ({"inputs": ROWS.astype(object), "labels": LABELS}, "allow_pickle"),
+            ({"inputs": ROWS.astype(object), "labels": LABELS}, "got pickled objects"),
+            ({"inputs": ROWS.astype(str), "labels": LABELS}, "must be real numbers, got dtype <U"),
+            ({"inputs": ROWS, "labels": LABELS.astype("S")}, "must be real numbers, got dtype"),
         ],
     )
     def test_bad_arrays_are_refused(self, tmp_path, arrays, message):

@@ -177,6 +177,8 @@ class TestEnd:
             ([(np.zeros((3, 2)), np.zeros(2))], "each chunk of the source must be a pytree"),
             ([np.float32(1)], "leading axis of equal length"),
             ([{}], "leading axis of equal length"),
+            ([None], "leading axis of equal length"),
+            ([np.array(["a", "b", "c"])], "source must yield chunks of numbers, got dtype <U1"),
             ([np.zeros((3, 2)), np.zeros((3, 1))], "same structure, shape and dtype"),
             ([np.zeros(3), np.zeros(3, np.int32)], "same structure, shape and dtype"),
             ([np.zeros(3), (np.zeros(3),)], "same structure, shape and dtype"),
@@ -188,6 +190,14 @@ class TestEnd:
             pytest.raises(ValueError, match=message),
         ):
             blocks.next_block(3, 4)
+
+    @pytest.mark.parametrize(
+        "source", [None, 3, "abc", np.ones((9, 3)), (np.ones(9), np.ones(9)), {"x": np.ones(9)}]
+    )
+    def test_data_is_no_source(self, source):
+        """Its rows, parts or keys would be taken for chunks."""
+        with pytest.raises(ValueError, match=r"source must be an iterator .* datasets\.epochs"):
+            datasets.host_blocks(source, window=2)
 
     def test_bad_sizes(self):
         with pytest.raises(ValueError, match="window must be an integer >= 1"):

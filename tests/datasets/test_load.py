@@ -19,6 +19,7 @@ def without_extras(monkeypatch):
 def test_paths(tmp_path):
     np.savez(tmp_path / "mine.npz", inputs=np.eye(10), labels=np.arange(10) % 2)
     assert datasets.load(str(tmp_path / "mine.npz")).input_shape == (10,)
+    assert datasets.load(tmp_path / "mine.npz").input_shape == (10,)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,22 @@ def test_bundled_sets_need_only_their_name(name, size, connections):
 def test_unknown_names(name):
     with pytest.raises(datasets.DatasetNotFoundError, match="must be one of diabetes, digits"):
         datasets.load(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"digits"])
+def test_a_name_is_a_string(name):
+    with pytest.raises(ValueError, match=r"name must be a string, one of diabetes, .*, got "):
+        datasets.load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("digit", "digits"), ("fashion-mnist", "fashion_mnist")]
+)
+def test_a_close_name_is_suggested(name, meant):
+    with pytest.raises(datasets.DatasetNotFoundError) as caught:
+        datasets.load(name)
+    assert str(caught.value).endswith(f"Did you mean {meant!r}?")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_folders_are_ignored_if_no_files_are_needed(tmp_path):

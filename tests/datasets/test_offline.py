@@ -63,6 +63,11 @@ class TestDiabetes:
 
 
 class TestSynthetic:
+    @pytest.mark.parametrize("shape", [None, 16, "16"])
+    def test_a_shape_is_a_tuple(self, shape):
+        with pytest.raises(ValueError, match="input_shape must be a tuple of integers"):
+            datasets.synthetic(100, input_shape=shape)
+
     def test_noise_determines_the_difficulty(self):
         def accuracy_of_nearest_mean(noise):
             data = datasets.synthetic(2000, 5, (8,), noise=noise)
@@ -153,3 +158,10 @@ class TestText:
     def test_bad_arguments_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             datasets.text(**options)
+
+
+@pytest.mark.parametrize("tokens", [None, 3, [-1], [10**6], [0.5], ["a"]])
+def test_what_is_no_token(tokens):
+    """A negative one would count from the end of the vocabulary."""
+    with pytest.raises(ValueError, match="tokens must be"):
+        datasets.decode_text(tokens)

@@ -100,7 +100,7 @@ class TestPrepared:
 
     def test_empty_splits_are_refused(self):
         with pytest.raises(ValueError, match="test must not be empty"):
-            _tfds._decode([], 0, ("x", "y"), "test")
+            _tfds._decode([], 0, ("x", "y"), "test", 2**30, "")
 
     def test_newest_version_is_read(self, tmp_path):
         for version in ("1.9.0", "1.10.0", "incomplete.1.11.0"):

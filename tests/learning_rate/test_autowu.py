@@ -312,7 +312,7 @@ def test_the_loss_is_required():
         ({"patience": 0}, "patience must be an integer >= 1, got 0"),
         ({"num_tests": 0}, "num_tests must be an integer >= 1, got 0"),
         ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
-        ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+        ({"seed": 0.5}, "seed must be an integer or one PRNG key .*, got 0.5"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

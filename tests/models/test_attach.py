@@ -392,6 +392,113 @@ def test_the_head_may_be_a_method(key, make):
     chex.assert_trees_all_close(outputs, np.asarray(features) @ np.asarray(table).T, atol=1e-5)
 
 
+class Attention(nnx.Module):
+    """A head of several inputs, whose signature does not begin with the one that is called first."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, values, *, scale=1.0):
+        return scale * self.linear(inputs=values)
+
+
+class Keywords(nnx.Module):
+    """Every layer is called by keyword; `jit` and `remat` of Flax stand around norm and head."""
+
+    def __init__(self, rngs):
+        self.body = nnx.Linear(4, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, momentum=0.9, rngs=rngs)
+        self.head = Attention(rngs)
+        self.table = nnx.Embed(5, 3, rngs=rngs)
+
+    def __call__(self, x, tied=False):
+        norm = nnx.jit(lambda norm, x: norm(use_running_average=None, x=x, mask=None))
+        x = norm(self.norm, self.body(inputs=x))
+        if tied:
+            return self.table.attend(query=x)
+        return nnx.remat(lambda head, x: head(scale=jnp.float32(2.0), values=x))(self.head, x)
+
+
+class KeywordHead(nn.Module):
+    @nn.compact
+    def __call__(self, *, scale=1.0, values):
+        return scale * nn.Dense(2)(inputs=values)
+
+
+class LinenKeywords(nn.Module):
+    tied: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(3)(inputs=x)
+        x = nn.BatchNorm(momentum=0.9, name="norm")(use_running_average=not train, x=x, mask=None)
+        if self.tied:
+            return nn.Embed(5, 3, name="table").attend(query=x)
+        return nn.remat(KeywordHead)(name="head")(values=x)
+
+
+class TiedKeywords(Keywords):
+    def __call__(self, x):
+        return super().__call__(x, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "head"),
+    [
+        (Keywords, "head"),
+        (Keywords, "head.linear"),
+        (TiedKeywords, "table.attend"),
+        (LinenKeywords(), "head"),
+        (LinenKeywords(), "head.Dense_0"),
+        (LinenKeywords(tied=True), "table.attend"),
+    ],
+)
+def test_layers_may_be_called_by_keyword(key, module, head):
+    """The head's input is the normalized body; the statistics are those of the unpadded batch."""
+    model = models.attach(module, head, jax.ShapeDtypeStruct((1, 4), jnp.float32))
+    params, model_state = jax.jit(model.init)(key)
+    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    mask = np.arange(6) < 4
+
+    @jax.jit
+    def run(params, model_state, x):
+        features, _ = model.features(params, model_state, x)
+        new_state = model.features(params, model_state, x, train=True, mask=mask, key=key)[1]
+        return features, model.head(params, model_state, features), new_state
+
+    features, outputs, new_state = run(params, model_state, x)
+    body = params["Dense_0" if isinstance(module, nn.Module) else "body"]
+    h = x @ np.asarray(body["kernel"]) + np.asarray(body["bias"])
+    np.testing.assert_allclose(features, h / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6)
+    if head == "table.attend":
+        expected = np.asarray(features) @ np.asarray(params["table"]["embedding"]).T
+    else:
+        linear = params["head"]["Dense_0" if isinstance(module, nn.Module) else "linear"]
+        scale = 1 if isinstance(module, nn.Module) else 2
+        expected = scale * (np.asarray(features) @ np.asarray(linear["kernel"]))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    statistics = new_state.get("batch_stats", new_state)["norm"]
+    np.testing.assert_allclose(statistics["mean"], 0.1 * h[:4].mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * h[:4].var(0), rtol=1e-4)
+
+
+def test_a_mask_of_the_network_itself_is_kept(key):
+    """One of tokens, say: a row counts if both masks say so."""
+
+    class OwnMask(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")
+            return nn.Dense(2)(norm(x, mask=x[..., :1] < 10))
+
+    model = models.attach(OwnMask(), "Dense_0", jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    params, model_state = jax.jit(model.init)(key)
+    x = jnp.array([[1.0], [3.0], [100.0], [7.0]])
+    mask = jnp.arange(4) < 3
+    _, state = jax.jit(lambda s: model.features(params, s, x, train=True, mask=mask))(model_state)
+    np.testing.assert_allclose(state["batch_stats"]["norm"]["mean"], [0.2], rtol=1e-6)
+
+
 class Branching(nnx.Module):
     def __init__(self, rngs):
         self.a = nnx.Linear(4, 4, rngs=rngs)
@@ -442,6 +549,9 @@ def test_functions_after_the_head_may_be_rebuilt():
     [
         (LateDropout, "a", {}, "head='a' must be followed by nothing that differs"),
         (LinenLateNorm(), "Dense_1", {}, "head='Dense_1' must be followed by nothing that differs"),
+        (Branching, None, {}, "head must be a path, such as .*, got None"),
+        (nn.Dense(4), 3, {}, "head must be a path, such as .*, got 3"),
+        (lambda p, x: x @ p["w"], "w", {"init": 3}, "init must be a function of a key .* got 3"),
         (Branching, "c", {}, "head must be one of a, b, unused, got 'c'"),
         (Branching, "a.kernel", {}, "head must be one of"),
         (Branching, "a", {}, "head='a' must be the only way"),
@@ -471,6 +581,11 @@ def test_a_sample_without_rows_is_an_error():
         models.attach(Branching, "a", (jnp.ones((2, 4)), jnp.ones((3, 4))))
 
 
+def test_a_sample_of_numbers_is_an_error():
+    with pytest.raises(ValueError, match=r"sample_input must be a pytree of arrays .* type float"):
+        models.attach(Branching, "a", [[1.0, 2.0]])
+
+
 def test_a_head_without_a_row_per_example_is_an_error():
     def apply(params, x):
         return x.reshape(-1) @ params["w"]
@@ -478,6 +593,24 @@ def test_a_head_without_a_row_per_example_is_an_error():
     init = lambda key: {"w": jnp.ones((8, 2))}
     with pytest.raises(ValueError, match=r"head='w' must be called with float\[M, .*shape \(8,\)"):
         models.attach(apply, "w", jnp.ones((2, 4)), init=init)
+
+
+class PairHead(nn.Module):
+    @nn.compact
+    def __call__(self, pair):
+        return nn.Dense(2)(pair[0] + pair[1])
+
+
+class WithPairHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3)(x)
+        return PairHead(name="head")(pair=(x, x))
+
+
+def test_a_head_of_a_pytree_is_an_error():
+    with pytest.raises(ValueError, match=r"head='head' must be called with one array .* a tuple"):
+        models.attach(WithPairHead(), "head", jnp.ones((2, 4)))
 
 
 def test_a_mask_must_divide_the_rows_of_batch_norm(key):

@@ -307,6 +307,28 @@ def test_transformer_learns_a_sequence(key):
         (lambda: models.vgg11(CIFAR, 0), "num_classes must be an integer >= 1"),
         (lambda: models.transformer(5, 4, width=6), "width must be a multiple of num_heads=4"),
         (lambda: models.transformer(0, 4), "vocab_size must be an integer >= 1"),
+        (lambda: models.transformer(5, 4, dtype=int), "dtype must be None or a dtype of floats"),
+        (lambda: models.vgg11(None), r"input_shape must be \(height, width, channels\), got None"),
+        (lambda: models.lenet(28), r"input_shape must be \(height, width, channels\), got 28"),
+        (lambda: models.lenet((28, 28, 1), dtype="int8"), "dtype must be .* got 'int8'"),
+        (lambda: models.wide_resnet(CIFAR, dtype="float31"), "dtype must be .* got 'float31'"),
+        (lambda: models.mlp(None), "input_shape must be a tuple of integers >= 1, got None"),
+        (lambda: models.mlp("88"), "input_shape must be a tuple of integers >= 1, got '88'"),
+        (lambda: models.mlp((4,), 128), "hidden_sizes must be a tuple of integers >= 1, got 128"),
+        (lambda: models.mlp((4,), dtype=bool), "dtype must be None or a dtype of floats"),
+        (
+            lambda: models.make_losses(None, abs),
+            "model must be an arbiter_jax.models.Model, got None",
+        ),
+        (lambda: models.make_losses(models.mlp((4,)), None), "per_example_loss must be a function"),
+        (
+            lambda: models.token_cross_entropy(jnp.ones((2, 3, 4)), jnp.ones((2, 4), int)),
+            r"logits and labels must be .* got shapes \(2, 3, 4\) and \(2, 4\)",
+        ),
+        (
+            lambda: models.token_cross_entropy(jnp.ones((2, 3, 4)), jnp.ones((2, 3))),
+            "labels of dtype float32",
+        ),
     ],
 )
 def test_errors_name_the_argument(make, message):

@@ -326,3 +326,51 @@ def test_schedules_are_jittable_and_vmap():
 def test_arguments_out_of_range(call, message):
     with pytest.raises(ValueError, match=message):
         call(problem_of("dyn"))
+
+
+ONES = NoisyQuadratic(np.ones(2), np.ones(2), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda nq: nq.rollout(None, [0.1]), "problem must be a NoisyQuadratic, got NoneType"),
+        (lambda nq: nq.rollout(tuple(ONES), [0.1]), "problem must be a NoisyQuadratic, got tuple"),
+        (
+            lambda nq: nq.rollout(ONES._replace(curvature="a"), [0.1]),
+            "curvature must be an array of real numbers, got 'a'",
+        ),
+        (
+            lambda nq: nq.rollout(ONES._replace(noise_variance=1j * np.ones(2)), [0.1]),
+            "noise_variance must be an array of real numbers",
+        ),
+        (lambda nq: nq.rollout(ONES, None), "learning_rates must be an array of real numbers"),
+        (lambda nq: nq.rollout(ONES, [np.nan]), "learning_rates must hold finite numbers, got"),
+        (lambda nq: nq.rollout(ONES, [0.1], [np.inf]), "momenta must hold finite numbers"),
+        (lambda nq: nq.greedy_schedule(ONES, 2, momentum="no"), "momentum must be one of False"),
+        (lambda nq: nq.optimal_schedule(ONES, 2, momentum=None), "momentum must be one of False"),
+        (
+            lambda nq: nq.optimal_schedule(ONES._replace(curvature=np.zeros(2)), 2),
+            "curvature must hold finite numbers > 0",
+        ),
+        (
+            lambda nq: nq.greedy_batch_sizes(ONES._replace(curvature=np.zeros(2)), 100, 0.1),
+            "curvature must have an entry > 0",
+        ),
+        (
+            lambda nq: nq.rollout_batch_sizes(ONES, None, 100, 0.1),
+            "batch_sizes must be an array of real numbers",
+        ),
+        (
+            lambda nq: nq.rollout_batch_sizes(ONES, [4.0, -4.0], 100, 0.1),
+            "batch_sizes must hold finite numbers > 0, got values from -4 to 4",
+        ),
+        (
+            lambda nq: nq.rollout_batch_sizes(ONES, [4.0, 51.0], 100, 0.1),
+            "batch_sizes must be <= num_examples / 2 = 50, .*, got 51",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(noisy_quadratic)

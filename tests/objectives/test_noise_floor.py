@@ -119,7 +119,7 @@ def test_the_persistence_is_asked_for_if_not_given():
         ({"persistence": 0.5}, "persistence must be a finite number >= 1, got 0.5; an optimizer"),
         ({"persistence": "adam"}, "persistence must be a finite number >= 1, got 'adam'"),
         ({"num_examples": 0}, "num_examples must be"),
-        ({"num_examples": 2**31}, "num_examples must be .* <= 2147483647"),
+        ({"num_examples": 2**63}, "num_examples must be .* <= 9223372036854775807"),
         ({"step_cost": "free"}, "step_cost must be"),
         (
             {"loss_fn": 100_000},

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from arbiter_jax import schedulers
+from arbiter_jax.base import as_count
 from tests.problems import sizes_of
 
 
@@ -33,12 +34,32 @@ def test_schedule_of_progress_follows_the_loop():
         rule.update(None, rule.init(None))
 
 
-def test_count_of_examples_stops_at_its_largest_value():
-    rule = schedulers.from_schedule(lambda n: 10, count="num_examples")
+@pytest.mark.parametrize("start", [2**31 - 600, 2**32 - 600, 2**33])
+def test_counts_of_examples_go_on_beyond_32_bits(start):
+    rule = schedulers.from_schedule(lambda n: jnp.where(n < 2.0**31, 10, 20), count="num_examples")
+    state = rule.init(None)._replace(count=as_count(start))
+    for step in range(1, 4):  # counted by the rule itself
+        _, state = rule.update(None, state, batch_size=jnp.int32(512))
+        assert int(state.count) == start + 512 * step
+        assert int(state.batch_size) == (10 if start + 512 * step < 2**31 else 20)
+    for seen in (start, as_count(start)):  # and read from the loop
+        _, state = rule.update(None, state, batch_size=512, num_examples=seen)
+        assert int(state.count) == start + 512
+
+
+def test_a_count_of_steps_stops_at_its_largest_value():
+    rule = schedulers.from_schedule(lambda n: 10)
     state = rule.init(None)._replace(count=jnp.int32(2**31 - 2))
     for _ in range(3):
-        _, state = rule.update(None, state, batch_size=jnp.int32(512))
+        _, state = rule.update(None, state)
         assert int(state.count) == 2**31 - 1
+
+
+def test_a_schedule_of_examples_sees_a_float():
+    seen = []
+    rule = schedulers.from_schedule(lambda n: seen.append(n.dtype) or n, count="num_examples")
+    rule.update(None, rule.init(None))
+    assert seen == [jnp.float32, jnp.float32]
 
 
 def test_schedule_starts_at_the_initial_size_if_given():

@@ -39,9 +39,7 @@ def fit(tx, num_examples=D, **options):
     ],
 )
 def test_steps_left_are_the_mean_of_the_decay(schedule, share):
-    plan = S.seesaw_schedule(
-        schedule, num_examples=D, batch_size=16, max_batch_size=D, trade=1.0
-    )
+    plan = S.seesaw_schedule(schedule, num_examples=D, batch_size=16, max_batch_size=D, trade=1.0)
     assert plan.num_steps(D) / (D / 16) == pytest.approx(share, abs=0.01)
 
 

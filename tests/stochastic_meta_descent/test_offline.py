@@ -110,9 +110,42 @@ def test_a_model_with_state_is_trained_and_evaluated(key):
         ({"hyperparameters": smd.Hyperparameters(0.1, 1.0, 0.1)}, "momentum must be in"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"time_constant": 0.0}, "time_constant must be"),
+        ({"learned": "learning_rate"}, "learned must be a tuple of names"),
+        ({"learned": None}, "learned must be a tuple of names"),
+        ({"hyperparameters": (0.1, 0.9, 0.0)}, "hyperparameters must be Hyperparameters"),
+        ({"pretraining": None}, "hyperparameters must be Hyperparameters"),
+        ({"inner_optimizer": optax.sgd(0.1)}, r"pass optax\.sgd and not optax\.sgd\(0\.1\)"),
+        ({"meta_optimizer": optax.adam}, r"pass optax\.adam\(0\.01\) and not optax\.adam"),
     ],
 )
 def test_arguments_out_of_range(options, message, key):
     params, data = regression()
     with pytest.raises(ValueError, match=message):
         smd.offline(loss_fn, params, data, key, **({"horizon": 2} | options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_fn": None}, "loss_fn must be a function"),
+        ({"params": None}, "params must be a pytree of arrays of floats, .*, got None"),
+        ({"params": {"w": np.zeros((3, 4), int)}}, "params must be .*, got int"),
+        ({"data": None}, "data must be a pytree of arrays"),
+        ({"data": np.array(["a", "b"])}, "data must be arrays of numbers, got dtype <U1"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, message, key):
+    params, data = regression()
+    given = {"loss_fn": loss_fn, "params": params, "data": data, "key": key} | arguments
+    with pytest.raises(ValueError, match=message):
+        smd.offline(**given, horizon=2)
+    with pytest.raises(ValueError, match=message):
+        smd.online(**given, num_steps=2)
+    if "params" not in arguments:
+        state = aj.init_state(params, optax.sgd(0.1, 0.9), key)
+        given = {"loss_fn": given["loss_fn"], "state": state, "data": given["data"]}
+        given["hyperparameters"] = smd.Hyperparameters(0.1, 0.9, 0.0)
+        with pytest.raises(ValueError, match=message):
+            smd.train(**given, num_steps=1)
+        with pytest.raises(ValueError, match=message):
+            smd.hypergradient(**given, evaluation=given["data"], horizon=1)
