@@ -22,7 +22,8 @@ class ScheduleState(NamedTuple):
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32
-    count: jax.Array | Count  # what a run has seen: a Count of examples, or int32[], which stops
+    # What a run has seen: of examples a Count, else an int32 that stops at its largest value.
+    count: jax.Array | Count  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
 
 
