@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax import learning_rate as L
+from arbiter_jax import learning_rate
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.1]]), "b": jnp.array([0.3, -0.2])}
 
@@ -29,13 +29,16 @@ def run(tx, sizes):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (L.scale_by_adam_in_examples(64), optax.scale_by_adam()),
+        (learning_rate.scale_by_adam_in_examples(64), optax.scale_by_adam()),
         (aj.adamw_in_examples(1e-3, 64, weight_decay=0.1), optax.adamw(1e-3, weight_decay=0.1)),
-        (L.lamb_in_examples(1e-3, 64, weight_decay=0.1), optax.lamb(1e-3, weight_decay=0.1)),
-        (L.trace_in_examples(64, 0.9), optax.trace(0.9)),
-        (L.trace_in_examples(64, 0.9, nesterov=True), optax.trace(0.9, nesterov=True)),
-        (L.ema_in_examples(64, 0.99), optax.ema(0.99)),
-        (L.ema_in_examples(64, 0.99, debias=False), optax.ema(0.99, debias=False)),
+        (
+            learning_rate.lamb_in_examples(1e-3, 64, weight_decay=0.1),
+            optax.lamb(1e-3, weight_decay=0.1),
+        ),
+        (learning_rate.trace_in_examples(64, 0.9), optax.trace(0.9)),
+        (learning_rate.trace_in_examples(64, 0.9, nesterov=True), optax.trace(0.9, nesterov=True)),
+        (learning_rate.ema_in_examples(64, 0.99), optax.ema(0.99)),
+        (learning_rate.ema_in_examples(64, 0.99, debias=False), optax.ema(0.99, debias=False)),
     ],
     ids=["adam", "adamw", "lamb", "momentum", "nesterov", "ema", "ema without debias"],
 )
@@ -46,7 +49,7 @@ def test_the_reference_is_neutral(ours, theirs):
 
 def test_the_same_half_life():
     """One step of k times the size forgets as k steps do."""
-    for tx in (L.scale_by_adam_in_examples(64), L.ema_in_examples(64, 0.9)):
+    for tx in (learning_rate.scale_by_adam_in_examples(64), learning_rate.ema_in_examples(64, 0.9)):
         zero, one = jnp.zeros(1), jnp.ones(1)
         _, state = tx.update(one, tx.init(one), batch_size=64)
         slow = fast = state
@@ -58,7 +61,7 @@ def test_the_same_half_life():
 
 def test_momentum_keeps_its_gain():
     """Of a constant gradient, the steady step is the same at any size."""
-    tx = L.trace_in_examples(64, 0.9)
+    tx = learning_rate.trace_in_examples(64, 0.9)
     for size in (16, 64, 512):
         state = tx.init(jnp.ones(()))
         for _ in range(600):
@@ -72,7 +75,7 @@ def test_decay_per_example_stays(exponent):
     taken = []
     for size in (64, 256):
         tx = optax.chain(
-            L.add_decayed_weights_in_examples(0.1, 64, exponent=exponent),
+            learning_rate.add_decayed_weights_in_examples(0.1, 64, exponent=exponent),
             aj.scale_by_batch_size(64, exponent),
         )
         updates, _ = tx.update(jnp.zeros(1), tx.init(jnp.ones(1)), jnp.ones(1), batch_size=size)
@@ -81,7 +84,7 @@ def test_decay_per_example_stays(exponent):
 
 
 def test_a_mask_keeps_weights_from_decaying():
-    tx = L.add_decayed_weights_in_examples(0.1, 64, mask={"w": True, "b": False})
+    tx = learning_rate.add_decayed_weights_in_examples(0.1, 64, mask={"w": True, "b": False})
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = tx.update(zeros, tx.init(PARAMS), PARAMS, batch_size=64)
     np.testing.assert_allclose(updates["w"], 0.1 * PARAMS["w"])
