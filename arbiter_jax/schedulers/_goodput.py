@@ -102,7 +102,8 @@ def goodput(
         min_batch_size, max_batch_size, initial_batch_size
     )
     low, high, start = _numerics.measurable_range(low, high, start)
-    options = _candidates(candidates, min_batch_size, low, high)
+    given = _candidates(candidates, min_batch_size, high)
+    options = tuple(sorted({max(size, low) for size in given}))
 
     def init_fn(params):
         del params
@@ -152,13 +153,11 @@ def goodput(
     return _rule.transformation(init_fn, update_state)
 
 
-def _candidates(
-    candidates: Sequence[int] | None, minimum: int, low: int, high: int
-) -> tuple[int, ...]:
+def _candidates(candidates: Sequence[int] | None, low: int, high: int) -> tuple[int, ...]:
     if candidates is None:
         powers = (1 << e for e in range(low.bit_length(), high.bit_length()))
         return tuple(sorted({low, high, *powers}))
-    sizes = [_validate.integer(candidates=c, minimum=minimum, maximum=high) for c in candidates]
-    if not sizes or sizes != sorted(set(sizes)):
+    sizes = tuple(_validate.integer(candidates=c, minimum=low, maximum=high) for c in candidates)
+    if not sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
-    return tuple(sorted({max(size, low) for size in sizes}))
+    return sizes
