@@ -104,9 +104,11 @@ def goodput(
         min_batch_size, max_batch_size, initial_batch_size
     )
     low, high, start = _numerics.measurable_range(low, high, start)
-    options = _candidates(candidates, min_batch_size, low, high)
+    given = _candidates(candidates, min_batch_size, high)
     if isinstance(low, jax.Array) or isinstance(high, jax.Array):
-        options = jnp.sort(jnp.clip(jnp.asarray(options, jnp.int32), low, high))
+        options = jnp.sort(jnp.clip(jnp.asarray(given, jnp.int32), low, high))
+    else:
+        options = tuple(sorted({max(size, low) for size in given}))
 
     def init_fn(params):
         del params
@@ -159,9 +161,7 @@ def goodput(
     return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _candidates(
-    candidates: Sequence[int] | None, minimum: Any, low: Any, high: Any
-) -> tuple[int, ...]:
+def _candidates(candidates: Sequence[int] | None, low: Any, high: Any) -> tuple[int, ...]:
     if candidates is None:
         if isinstance(low, jax.Array) or isinstance(high, jax.Array):
             return (0, *(1 << e for e in range(31)), _validate.LARGEST_INT32)  # to be clipped
@@ -169,10 +169,8 @@ def _candidates(
         return tuple(sorted({low, high, *powers}))
     limits = {}
     if not (_validate.is_traced(low) or _validate.is_traced(high)):
-        limits = {"minimum": int(minimum), "maximum": int(high)}
-    sizes = [_validate.integer(candidates=c, **limits) for c in candidates]
-    if not sizes or sizes != sorted(set(sizes)):
+        limits = {"minimum": int(low), "maximum": int(high)}
+    sizes = tuple(_validate.integer(candidates=c, **limits) for c in candidates)
+    if not sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
-    if isinstance(low, jax.Array) or isinstance(high, jax.Array):
-        return tuple(sizes)  # to be clipped
-    return tuple(sorted({max(size, low) for size in sizes}))
+    return sizes

@@ -20,7 +20,7 @@ def test_simigrad_equation():
 
 def test_simigrad_moves_the_smallest_sizes():
     rule = schedulers.simigrad(decide_every=1, factor=1.1, min_batch_size=1, max_batch_size=9)
-    assert run_rule(rule, cosines(0.1, 0.1, 0.9, 0.9, 0.9))[0] == [2, 3, 2, 1, 1]
+    assert run_rule(rule, cosines(0.1, 0.1, 0.9, 0.9, 0.9))[0] == [3, 4, 3, 2, 2]
 
 
 def test_one_factor_per_decision():
