@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -116,16 +117,19 @@ def measure_critical_batch_size(
         opt_state = BranchState(
             jnp.asarray(k * size, jnp.int32), jnp.asarray(float(k) ** power), state.opt_state
         )
-        result = fit(
-            loss_fn,
-            None,
-            branch,
-            data,
-            num_examples=max(end, *budgets),
-            stop_at=end,
-            window=min(100, steps * 2**doublings // k),
-            state=state._replace(opt_state=opt_state),
-        )
+        with warnings.catch_warnings():
+            # A branch that diverges has an answer: it is too large.
+            warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ steps had a loss", UserWarning)
+            result = fit(
+                loss_fn,
+                None,
+                branch,
+                data,
+                num_examples=max(end, *budgets),
+                stop_at=end,
+                window=min(100, steps * 2**doublings // k),
+                state=state._replace(opt_state=opt_state),
+            )
         sizes.append(k * size)
         losses.append(_smoothed(result, _SMOOTHING ** (k / 2**doublings)))
     return CriticalBatchSize(
