@@ -102,9 +102,9 @@ class GradStats(NamedTuple):
     batch_sq_norm: jax.Array  # float, |gbar|^2 of the mean gradient of the batch
     half_cosine: jax.Array  # float, cosine between the gradients of the two halves of the batch
     inner_product_variance: jax.Array  # float, estimate of Var_i(g_i . gbar)
-    # In the l1 norm, from pieces alone (nan from single examples and devices):
+    # The same in the l1 norm, which is what optimizers that step by the sign see:
     abs_deviation: Any = float("nan")  # float, estimate of sum sqrt(diag S)
-    abs_signal: Any = float("nan")  # float, estimate of |G|_1 from independent halves, may be < 0
+    abs_signal: Any = float("nan")  # float, |G|_1 as far as two halves agree on it; may be < 0
 
 
 class StepInfo(NamedTuple):

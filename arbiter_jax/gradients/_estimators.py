@@ -7,11 +7,12 @@ per-example gradient (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from arbiter_jax._numerics import at_least_float32, tree_dot
 from arbiter_jax.base import GradStats, PyTree
@@ -67,44 +68,56 @@ def stats_from_pieces(
     upper = {(i, j): tree_dot(pieces[i], pieces[j]) for i in range(k) for j in range(i, k)}
     gram = jnp.stack([jnp.stack([upper[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)])
     sizes = sizes.astype(gram.dtype)
-    deviation, signal = _absolute_norms(pieces, sizes)
-    return stats_from_gram(gram, sizes)._replace(abs_deviation=deviation, abs_signal=signal)
+    share = lambda part: part / jnp.maximum(jnp.sum(part), jnp.finfo(sizes.dtype).tiny)
+    half = jnp.arange(k) < k // 2
+    total = lambda weights: [_weighted(weights, leaves) for leaves in zip(*pieces, strict=True)]
+    mean = total(share(sizes))
+    first, second = total(jnp.where(half, sizes, 0)), total(jnp.where(half, 0, sizes))
+    # Of differences: it is not negative, and equal pieces have exactly none.
+    spread = [
+        _weighted(sizes, [jnp.square(jnp.abs(x - m)) for x in leaves])
+        for m, *leaves in zip(mean, *pieces, strict=True)
+    ]
+    stats, in_first = stats_from_gram(gram, sizes), jnp.sum(jnp.where(half, sizes, 0))
+    return _with_absolute_norms(stats, sizes, spread, (first, in_first), second)
 
 
-def _absolute_norms(
-    pieces: Sequence[list[jax.Array]], sizes: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    r"""What the noise scale in the l1 norm is made of, elementwise over packed gradients.
+def _weighted(weights: jax.Array, leaves: Sequence[jax.Array]) -> Any:
+    return sum(w * x for w, x in zip(weights, leaves, strict=True))
+
+
+def _with_absolute_norms(
+    stats: GradStats, sizes: jax.Array, spread: PyTree, first: Any, second_sum: PyTree
+) -> GradStats:
+    r"""With what the noise scale in the l1 norm is made of, sums over all parameters.
 
     .. math::
-      \frac{1}{c_4(k)} \sum \sqrt v, \quad v = \frac{\sum_j b_j g_j^2 - B \bar g^2}{k - 1},
+      \frac{1}{c_4(k)} \sum \sqrt{\frac{\sum_j b_j g_j^2 - B \bar g^2}{k - 1}},
       \qquad \sum G_1 \mathrm{sign}(G_2)
 
     c_4(k) is the mean of the standard deviation of k normal values over the true one, .80 for two.
-    G_1 and G_2 are the means of the two halves of the pieces: in |gbar| itself noise would look
-    like signal.
+    G_1 and G_2 are the means of the two halves of the pieces: in the norm of gbar itself noise would
+    look like signal. The sum is |G|_1 where there is little noise and 0 where there is nothing else.
+
+    Args:
+      stats: What is known already.
+      sizes: float[k], b_j.
+      spread: sum_j b_j g_j^2 - B gbar^2, elementwise.
+      first: Sums of b_j g_j and of b_j over the first half of the pieces.
+      second_sum: Sum of b_j g_j over the second half.
     """
-    k, total = len(pieces), jnp.sum(sizes)
-    count = jnp.sum(sizes > 0)
-    c4 = [
-        math.sqrt(2 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
-        if n < 100
-        else 1 - 1 / (4 * n)
-        for n in range(2, k + 1)
-    ]
-    correction = jnp.asarray([1.0, 1.0, *c4], sizes.dtype)[count]
-    share = lambda part: part / jnp.maximum(jnp.sum(part), jnp.finfo(sizes.dtype).tiny)
-    half = jnp.arange(k) < k // 2
-    shares = share(sizes), share(jnp.where(half, sizes, 0)), share(jnp.where(half, 0, sizes))
-    deviation = signal = jnp.zeros((), sizes.dtype)
-    for leaves in zip(*pieces, strict=True):
-        mean, first, second = (sum(w * x for w, x in zip(ws, leaves, strict=True)) for ws in shares)
-        # Of differences: it is not negative, and equal pieces have exactly none.
-        spread = sum(b * jnp.square(jnp.abs(x - mean)) for b, x in zip(sizes, leaves, strict=True))
-        deviation += jnp.sum(jnp.sqrt(spread / jnp.maximum(count - 1, 1)))
-        signal += jnp.sum(jnp.real(first * jnp.conj(jnp.sign(second))))
-    known = (count > 1) & (total > 0)
-    return jnp.where(known, deviation / correction, jnp.nan), jnp.where(known, signal, jnp.nan)
+    (first_sum, in_first), count = first, jnp.sum(sizes > 0)
+    n = jnp.maximum(count, 2).astype(sizes.dtype)
+    gammas = lax.lgamma(n / 2) - lax.lgamma((n - 1) / 2)
+    c4 = jnp.sqrt(2 / (n - 1)) * jnp.exp(gammas)
+    total = lambda tree: sum(jnp.sum(x) for x in jax.tree.leaves(tree))
+    deviation = total(jax.tree.map(lambda x: jnp.sqrt(jnp.maximum(x, 0) / (n - 1)), spread))
+    signs = jax.tree.map(lambda a, b: jnp.real(a * jnp.conj(jnp.sign(b))), first_sum, second_sum)
+    both = (in_first > 0) & (in_first < jnp.sum(sizes))
+    return stats._replace(
+        abs_deviation=jnp.where(count > 1, deviation / c4, jnp.nan),
+        abs_signal=jnp.where(both, total(signs) / jnp.where(both, in_first, 1), jnp.nan),
+    )
 
 
 def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
@@ -116,14 +129,29 @@ def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
     return _estimates(jnp.diagonal(gram), gram @ share, sizes, share @ gram @ share, *products)
 
 
-def stats_from_norms(norms, inner, sizes, mean, first_sum) -> GradStats:
-    """The same from |g_j|^2, g_j . gbar, gbar, and the sum of b_j g_j over the first half."""
+def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:
+    """The same from |g_j|^2, g_j . gbar, b_j, gbar, sums over the first half, and of squares.
+
+    Args:
+      norms: |g_j|^2.
+      inner: g_j . gbar.
+      sizes: b_j.
+      mean: gbar.
+      first: Sums of b_j g_j and of b_j over the first half.
+      squares: Sum of b_j g_j^2, elementwise.
+    """
+    first_sum, _ = first
     total = jnp.sum(sizes)
     mean = jax.tree.map(at_least_float32, mean)
     second_sum = jax.tree.map(lambda m, f: m * total.astype(m.dtype) - f, mean, first_sum)
     halves = (first_sum, first_sum), (first_sum, second_sum), (second_sum, second_sum)
     products = [tree_dot(a, b) for a, b in halves]
-    return _estimates(norms, inner, sizes.astype(norms.dtype), tree_dot(mean, mean), *products)
+    sizes = sizes.astype(norms.dtype)
+    stats = _estimates(norms, inner, sizes, tree_dot(mean, mean), *products)
+    spread = jax.tree.map(
+        lambda x, m: x - total.astype(x.dtype) * jnp.square(jnp.abs(m)), squares, mean
+    )
+    return _with_absolute_norms(stats, sizes, spread, first, second_sum)
 
 
 def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> GradStats:

@@ -291,20 +291,25 @@ def _per_example_stats(
             grads, weights = jax.vmap(scale)(grads), jnp.where(real, weights, 0)
             norms = jax.vmap(tree_dot)(grads, grads)
             inner = jax.vmap(lambda g: tree_dot(g, mean))(grads)
+            first, squares = carry
             first = jax.tree.map(
-                lambda acc, g: acc + _weighted_sum(weights * in_first, g),
-                carry,
-                grads,
+                lambda acc, g: acc + _weighted_sum(weights * in_first, g), first, grads
             )
-            return first, (norms, inner, weights)
+            squares = jax.tree.map(
+                lambda acc, g: acc + _weighted_sum(weights, jnp.square(jnp.abs(g))), squares, grads
+            )
+            return (first, squares), (norms, inner, weights)
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        first, rows = jax.lax.scan(group, zero, (*groups, half))
+        (first, squares), rows = jax.lax.scan(
+            group, (zero, jax.tree.map(jnp.real, zero)), (*groups, half)
+        )
         norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
-        first = jax.tree.map(lambda x: _times(x, share), first)
-        stats = stats_from_norms(norms, inner, weights * share, mean, first)
+        first, squares = jax.tree.map(lambda x: _times(x, share), (first, squares))
+        in_first = jnp.sum(weights * share * half.reshape(-1))
+        stats = stats_from_norms(norms, inner, weights * share, mean, (first, in_first), squares)
         return out._replace(grad_stats=stats)
 
     return gradient_fn
@@ -341,10 +346,17 @@ def _per_device_stats(
         size = jax.lax.psum(jnp.sum(mask), axis_name) * share
         in_first = jnp.where(device < num_devices // 2, size, 0)
         first = jax.tree.map(lambda g: jax.lax.psum(_times(g, in_first), axis_name), grad)
+        squares = jax.tree.map(
+            lambda g: jax.lax.psum(
+                _times(jnp.square(jnp.abs(at_least_float32(g))), size), axis_name
+            ),
+            grad,
+        )
         numbers = jnp.stack([tree_dot(grad, grad), tree_dot(grad, mean), size])
         rows = jnp.where(jnp.arange(num_devices)[:, None] == device, numbers, 0)
         norms, inner, sizes = jax.lax.psum(rows, axis_name).T
-        stats = stats_from_norms(norms, inner, sizes, mean, first)
+        first_half = first, jax.lax.psum(in_first, axis_name)
+        stats = stats_from_norms(norms, inner, sizes, mean, first_half, squares)
         aux = _joined_aux_of_devices(out.aux, weight, share, axis_name)
         return Gradient(value, grads, None, stats, aux=aux)
 

@@ -71,6 +71,7 @@ def sample_statistics(grads):
     trace = np.sum((grads - mean) ** 2) / (n - 1)
     inner = grads @ mean
     first, second = grads[: n // 2].sum(axis=0), grads[n // 2 :].sum(axis=0)
+    c4 = math.sqrt(2 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
     return aj.GradStats(
         mean_sq_norm=mean @ mean - trace / n,
         variance_trace=trace,
@@ -78,6 +79,8 @@ def sample_statistics(grads):
         batch_sq_norm=mean @ mean,
         half_cosine=first @ second / np.linalg.norm(first) / np.linalg.norm(second),
         inner_product_variance=np.sum((inner - inner.mean()) ** 2) / (n - 1),
+        abs_deviation=np.sum(grads.std(axis=0, ddof=1)) / c4,
+        abs_signal=np.sum(first / (n // 2) * np.sign(second)),
     )
 
 
@@ -200,7 +203,8 @@ def test_pieces_of_one_example_are_the_sample():
         stats = fn(np.zeros(3, np.float32), x, batch_mask(num_examples, 8)).grad_stats
         expected = sample_statistics(-x[:num_examples])
         if num_examples < 8:  # halves of the bucket and not of the examples
-            expected = expected._replace(half_cosine=stats.half_cosine)
+            halves = {"half_cosine": stats.half_cosine, "abs_signal": stats.abs_signal}
+            expected = expected._replace(**halves)
         chex.assert_trees_all_close(stats, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -324,7 +328,8 @@ def test_weighted_examples_are_pieces_of_their_weight():
         exact = gradient_fn_of("per_example", token_loss)(params, batch, mask).grad_stats
         pieces = pieces_fn(params, batch, mask).grad_stats
         if batch_size < 8:
-            pieces = pieces._replace(half_cosine=exact.half_cosine)
+            halves = {"half_cosine": exact.half_cosine, "abs_signal": exact.abs_signal}
+            pieces = pieces._replace(**halves)
         chex.assert_trees_all_close(exact, pieces, rtol=1e-4)
         np.testing.assert_allclose(exact.batch_size, batch_size, rtol=1e-6)
 
@@ -438,3 +443,33 @@ def test_the_name_of_an_axis_goes_with_the_devices():
     for options in ({"method": "per_device"}, {"axis_name": "data"}):
         with pytest.raises(ValueError, match="axis_name must be given where method is"):
             value_grad_and_stats(lambda w, x: x, **options)
+
+
+@pytest.mark.parametrize("num_pieces", [2, 8])
+def test_noise_and_signal_in_the_l1_norm(num_pieces):
+    """Of gradients of mean m and standard deviation s, in every coordinate."""
+    dim, rows, mean, deviation = 50, 32, 0.3, 0.7
+    loss_fn = lambda w, x: x @ w
+
+    def stats(key):
+        batch = mean + deviation * jax.random.normal(key, (rows, dim))
+        return aj.gradient_stats(loss_fn, jnp.zeros(dim), batch, num_pieces=num_pieces)
+
+    found = jax.jit(jax.vmap(stats))(jax.random.split(jax.random.key(0), 2_000))
+    np.testing.assert_allclose(np.mean(found.abs_deviation), dim * deviation, rtol=0.01)
+    # Less than |G|_1 by how often noise turns the sign of a half.
+    share = math.erf(mean / (deviation / math.sqrt(rows / 2)) / math.sqrt(2))
+    np.testing.assert_allclose(np.mean(found.abs_signal), dim * mean * share, rtol=0.02)
+
+
+def test_pure_noise_has_no_signal_in_the_l1_norm():
+    """The noise scale in the l1 norm does not follow the size of the batch that measures it."""
+    loss_fn = lambda w, x: x @ w
+    for rows in (8, 128):
+        stats = jax.vmap(
+            lambda key, rows=rows: aj.gradient_stats(
+                loss_fn, jnp.zeros(50), jax.random.normal(key, (rows, 50))
+            )
+        )(jax.random.split(jax.random.key(1), 500))
+        scale = np.mean(stats.abs_deviation**2) / np.mean(np.maximum(stats.abs_signal, 0) ** 2)
+        assert scale > 20 * rows
