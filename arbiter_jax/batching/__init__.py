@@ -8,7 +8,7 @@ from arbiter_jax.batching._blocks import (
     check_block,
     check_next_block,
 )
-from arbiter_jax.batching._buckets import all_buckets, next_bucket
+from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._masking import (
     batch_mask,
     check_losses,
@@ -33,6 +33,7 @@ __all__ = [
     "advance",
     "all_buckets",
     "batch_mask",
+    "batch_of_the_rest",
     "bit_reversed",
     "block_batch",
     "block_rows",

@@ -51,3 +51,28 @@ def all_buckets(minimum: int, maximum: int) -> tuple[int, ...]:
     if maximum < minimum:
         raise ValueError(f"maximum must be >= minimum = {minimum}, got {maximum}.")
     return tuple(1 << k for k in range(first.bit_length() - 1, last.bit_length()))
+
+
+def batch_of_the_rest(
+    batch_size: int, least: int, seen: int, num_steps: int, num_examples: int
+) -> int:
+    """The batch for what is left of a budget where a whole one does not fit; 0 for none.
+
+    A rule that leaps, to a batch above the mean of those so far, could leave most of a budget
+    unused. This leaves less than a tenth, unless the rule's range holds no smaller batch.
+
+    Args:
+      batch_size: What the rule has decided on, more than is left.
+      least: The smallest batch that the rule takes.
+      seen: Examples so far.
+      num_steps: Steps so far.
+      num_examples: The budget.
+
+    >>> batch_of_the_rest(4096, least=8, seen=1000, num_steps=10, num_examples=5000)
+    2048
+    """
+    left = num_examples - seen
+    if 10 * left < num_examples or batch_size * num_steps <= seen:
+        return 0
+    smaller = 1 << (left.bit_length() - 1)
+    return smaller if smaller >= least else 0

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax.batching import batch_of_the_rest
 from arbiter_jax.schedulers._rate import scale_by_rate
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -107,11 +108,14 @@ class BatchSchedule(NamedTuple):
         """(examples before, batch size, steps) of each stretch of windows of one size."""
         end = _validate.integer(num_examples=num_examples, minimum=1)
         window = _validate.integer(window=window, minimum=1)
-        seen = 0
+        seen = num_steps = 0
         while True:
             piece = bisect.bisect_right(self.starts, seen) - 1
             size = self.batch_sizes[piece]
             steps = (end - seen) // size
+            if steps < 1:
+                size = batch_of_the_rest(size, min(self.batch_sizes), seen, num_steps, end)
+                steps = min(size, 1)
             if steps < 1:
                 return
             if piece + 1 < len(self.starts):
@@ -119,7 +123,7 @@ class BatchSchedule(NamedTuple):
                 due = -((seen - self.starts[piece + 1]) // size)  # steps until then, rounded up
                 steps = min(steps, -(-due // length) * length)
             yield seen, size, steps
-            seen += steps * size
+            seen, num_steps = seen + steps * size, num_steps + steps
 
     def window_steps(self, batch_size: int) -> int:
         """The most steps that a window of this batch size has."""

@@ -18,7 +18,7 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
-from arbiter_jax.batching import Block, BlockSource, check_next_block
+from arbiter_jax.batching import Block, BlockSource, batch_of_the_rest, check_next_block
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._checks import check_data, check_functions, check_transformation
 from arbiter_jax.training._compilations import count_compilations
@@ -139,19 +139,11 @@ def _as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
 
 
 def _smaller_batch(state: TrainState, seen: int, num_examples: int) -> int:
-    """The batch for what is left of the budget where a whole one does not fit; 0 for none.
-
-    A rule that leaps, to a batch above the mean of those so far, could leave most of a budget
-    unused. This leaves less than a tenth, unless the rule's range holds no smaller batch.
-    """
+    """The batch for what is left of the budget where a whole one does not fit; 0 for none."""
     rule = the_rule(requests(state.opt_state))
     least = getattr(rule, "min_batch_size", rule.batch_size)
     size, least = (int(x.max()) for x in jax.device_get((rule.batch_size, least)))
-    left = num_examples - seen
-    if 10 * left < num_examples or size * int(state.num_steps) <= seen:
-        return 0
-    smaller = 1 << (left.bit_length() - 1)
-    return smaller if smaller >= least else 0
+    return batch_of_the_rest(size, least, seen, int(state.num_steps), num_examples)
 
 
 def _what_went_wrong(

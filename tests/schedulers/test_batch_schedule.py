@@ -30,7 +30,9 @@ def test_a_size_holds_from_its_count_on():
 
 
 @pytest.mark.parametrize("window", [1, 7, 100])
-@pytest.mark.parametrize("text", ["0:4", "0:4 100:8 300:32", "0:32 200:4", "0:4 10:8 11:16 500:6"])
+@pytest.mark.parametrize(
+    "text", ["0:4", "0:4 100:8 300:32", "0:32 200:4", "0:4 10:8 11:16 500:6", "0:4 100:900"]
+)
 def test_steps_are_those_of_fit(text, window):
     schedule = S.parse_schedule(text)
     result = trained(S.from_schedule(text), 1_001, window)
