@@ -31,6 +31,7 @@ from arbiter_jax.gradients._masked import (
     call_loss,
     masked_value_and_grad,
 )
+from arbiter_jax.gradients._normalization_stats import normalization_stats
 
 Trainable = Any  # a pytree of bools, a function of the parameters that returns one, or None
 
@@ -141,7 +142,9 @@ def value_grad_and_stats(
         one after the other and averaged; two halves cost about as much as the whole batch.
         "per_example": one gradient per example, `micro_batch_size` of them in memory at once.
         "per_device": within `shard_map` (or `pmap`), the part of the batch that a device holds is a
-        piece; the result is that of the whole batch, the same on all devices.
+        piece; the result is that of the whole batch, the same on all devices. "normalization": from
+        the gains of LayerNorm and RMSNorm alone, almost for free; only ratios of the statistics
+        are those of the whole model, which is what `gradient_noise_scale` needs.
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
       micro_batch_size: Per-example gradients held at once, a power of two >= 1.
       sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,
@@ -170,7 +173,7 @@ def value_grad_and_stats(
     *Guarantees*: a masked row changes no bit of the result; value and gradient are those of the
     whole batch.
     """
-    _validate.one_of(("pieces", "per_example", "per_device"), method=method)
+    _validate.one_of(("pieces", "per_example", "per_device", "normalization"), method=method)
     if (axis_name is not None) != (method == "per_device"):
         raise ValueError(
             "axis_name must be given where method is 'per_device', and only there; got "
@@ -179,6 +182,12 @@ def value_grad_and_stats(
     if _validate.power_of_two(num_pieces=num_pieces) < 2:
         raise ValueError(f"num_pieces must be a power of two >= 2, got {num_pieces}.")
     _validate.power_of_two(micro_batch_size=micro_batch_size)
+    if method == "normalization":
+        if trainable is not None or has_aux:
+            raise ValueError(
+                "method must be 'pieces' with `trainable` or `has_aux`, got 'normalization'."
+            )
+        return normalization_stats(loss_fn)
     if method == "per_example":
         return _per_example_stats(loss_fn, micro_batch_size, trainable, has_aux)
     if axis_name is not None:
@@ -403,8 +412,9 @@ def gradient_stats(
       params: Parameters of the model.
       batch: Pytree of arrays [M, ...], M a multiple of num_pieces (or of micro_batch_size).
       mask: bool[M], True for a real example; all of them if None.
-      method: "pieces" (no per-example gradients), "per_example" (exact, and slower), or
-        "per_device" (within `shard_map`, where each device holds a piece of the batch already).
+      method: "pieces" (no per-example gradients), "per_example" (exact, and slower),
+        "per_device" (within `shard_map`, where each device holds a piece of the batch already), or
+        "normalization" (of the gains of LayerNorm and RMSNorm alone).
       num_pieces: Number of pieces, a power of two >= 2. More of them make a better estimate.
       micro_batch_size: Per-example gradients held in memory at once.
       preconditioner: Optional pytree like params that multiplies every gradient first.
