@@ -62,6 +62,15 @@ def make_hysteresis(**limits):
     return S.hysteresis(S.gradient_noise_scale(decay=0.5, **limits), dwell=2)
 
 
+def make_seesaw(min_batch_size, max_batch_size, initial_batch_size=None):
+    """A linear decay to 0 after 100 examples, from a size that is not the smallest."""
+    del min_batch_size
+    rate = optax.linear_schedule(1.0, 0.0, 100)
+    return S.seesaw(
+        rate, num_examples=400, batch_size=initial_batch_size, max_batch_size=max_batch_size
+    )
+
+
 def make_shadow(**limits):
     # A shadow decides nothing, so it needs a rule beside it.
     return optax.chain(S.constant(**limits), S.shadow(S.norm_test(**limits)))
@@ -114,6 +123,7 @@ RULES = {
         ("grad_stats",),
         ("variance_trace", "batch_sq_norm"),
     ),
+    "seesaw": Case(make_seesaw, takes_limits=False),
     "shadow": Case(make_shadow, ("grad_stats",), takes_limits=False),
     "simigrad": Case(
         lambda **k: S.simigrad(decide_every=2, **k), ("grad_stats",), ("half_cosine",)

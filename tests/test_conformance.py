@@ -31,6 +31,10 @@ CASES = RULES | ARBITERS
 # Public functions of the module that are not rules, each with what it is.
 NOT_RULES = {
     "adabatch_learning_rate": "a schedule",
+    "optimal_schedule": "a schedule",
+    "parse_schedule": "reads a schedule",
+    "published_ramp": "a schedule",
+    "seesaw_schedule": "a schedule",
     "smith_learning_rate": "a schedule",
     "shadow_batch_sizes": "reads a state",
 }
