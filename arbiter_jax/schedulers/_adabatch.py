@@ -109,7 +109,7 @@ def adabatch_learning_rate(
 
 
 def _interval(dataset_size: int, epochs: float) -> Any:
-    size = _validate.int32(dataset_size=dataset_size, minimum=1)
+    size = _validate.count(dataset_size=dataset_size)
     epochs = _validate.positive(epochs=epochs)
     if isinstance(size, jax.Array) or isinstance(epochs, jax.Array):
         whole = jnp.floor(epochs)  # apart: float32 does not hold every product

@@ -91,7 +91,7 @@ def dive_batch(
     >>> int(aj.get_batch_size(state))  # 0.5 * 32 * (31 * 40 + 32 * 1) / (32 * 1)^2 = 19.875
     19
     """
-    size_of_epoch = _validate.int32(dataset_size=dataset_size, minimum=1)
+    size_of_epoch = _validate.count(dataset_size=dataset_size)
     delta = _validate.positive(delta=delta)
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
@@ -135,7 +135,7 @@ def dive_batch(
         diversity = _rule.safe_ratio(sq_norm_sum, optax.tree.norm(gradient_sum, squared=True))
         applied = jnp.clip(update.call_size, low, high)
         # An epoch of zero gradients has no diversity, and leaves the size as it is.
-        wanted = update.per_call(delta * size_of_epoch * diversity)
+        wanted = update.per_call(delta * jnp.asarray(size_of_epoch, float) * diversity)
         wanted = jnp.where(jnp.isnan(diversity), applied, wanted)
         decision = _rule.to_size(wanted, applied, high, jnp.floor)
         ended = num_examples >= size_of_epoch

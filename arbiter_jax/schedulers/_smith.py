@@ -141,7 +141,7 @@ def _smith_plan(
     )
     if list(milestones) != sorted(set(milestones)):
         raise ValueError(f"boundaries must increase, got {tuple(boundaries)!r}.")
-    size = _validate.int32(dataset_size=dataset_size, minimum=1)
+    size = _validate.count(dataset_size=dataset_size)
     ratio = _validate.greater(1, factor=factor)
     _, high, start = limits
     if any(isinstance(x, jax.Array) for x in (size, ratio, high, start)):
