@@ -151,7 +151,8 @@ def nodes_of(tree):
 def test_every_member_is_a_function_or_a_state():
     nodes = [node for name in CASES for node in nodes_of(start_of(name))]
     types = {type(node).__name__ for node in nodes}
-    assert set(aj.schedulers.__all__) - public_functions() <= types
+    others = {"BatchSchedule", "RateState"}  # a plan, and the state of the rate beside a rule
+    assert set(aj.schedulers.__all__) - public_functions() - others <= types
 
 
 def test_exports_are_sorted():
@@ -299,7 +300,7 @@ def test_a_missing_signal_is_named(name):
         ({"initial_batch_size": 8}, "initial_batch_size"),
     ],
 )
-@pytest.mark.parametrize("name", ALL_RULES)
+@pytest.mark.parametrize("name", sorted(set(ALL_RULES) - {"seesaw"}))  # which has other arguments
 def test_bad_limits_are_named(name, limits, named):
     with pytest.raises(ValueError, match=named):
         CASES[name].make(**(LIMITS | limits))

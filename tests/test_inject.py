@@ -54,6 +54,16 @@ RULES = {
     "inner_product_test": rule(S.inner_product_test, decay=0.5),
     "noise_floor": rule(S.noise_floor, num_examples=4_000, persistence=1.5, **COST),
     "norm_test": rule(S.norm_test, decay=0.5),
+    "seesaw": Case(
+        S.seesaw,
+        {
+            "schedule": optax.linear_schedule(1.0, 0.0, 100),
+            "num_examples": 400,
+            "batch_size": 32,
+            "max_batch_size": 64,
+        },
+        ("schedule", "num_examples", "batch_size", "max_batch_size", "trade"),
+    ),
     "shadow": Case(S.shadow, {"rule": S.norm_test(**LIMITS)}),
     "simigrad": rule(S.simigrad, decide_every=2),
     "smith": rule(S.smith, **PLAN),
@@ -79,6 +89,18 @@ LENGTHS = (
 )
 RATES = {
     "adam_hd": Case(L.adam_hd, {"learning_rate": 0.1, "hypergradient_learning_rate": 0.01}),
+    "adamw_in_examples": Case(
+        L.adamw_in_examples, {"learning_rate": 0.1, "batch_size": 16, "weight_decay": 0.1}
+    ),
+    "add_decayed_weights_in_examples": Case(
+        L.add_decayed_weights_in_examples, {"weight_decay": 0.1, "batch_size": 16}
+    ),
+    "ema_in_examples": Case(L.ema_in_examples, {"batch_size": 16, "decay": 0.9}),
+    "lamb_in_examples": Case(
+        L.lamb_in_examples, {"learning_rate": 0.1, "batch_size": 16, "weight_decay": 0.1}
+    ),
+    "scale_by_adam_in_examples": Case(L.scale_by_adam_in_examples, {"batch_size": 16}),
+    "trace_in_examples": Case(L.trace_in_examples, {"batch_size": 16, "decay": 0.9}),
     "adamp": Case(L.adamp, {"learning_rate": 0.1, "weight_decay": 0.1}),
     "adascale": Case(L.adascale, {"reference": 16, "decay": 0.5}),
     "autowu": Case(L.autowu, {"steps_per_epoch": 10, "num_epochs": 4}, LENGTHS),
@@ -104,7 +126,7 @@ OTHER = {
     "dataset_size": 32,
     "dwell": 2,
     "epochs": 0.25,
-    "exponent": -1.0,
+    "exponent": 1.0,
     "factor": 4.0,
     "final_growth": 64.0,
     "hyper_every": 2,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import scale_updates
 from arbiter_jax.base import PyTree, require
 
 
@@ -75,7 +76,7 @@ def scale_by_adam_in_examples(
     >>> updates.round(3).tolist()
     [1.0]
     """
-    reference = _validate.integer(batch_size=batch_size, minimum=1)
+    reference = _validate.int32(batch_size=batch_size, minimum=1)
     b1 = _validate.in_range(0, 1, closed="left", b1=b1)
     b2 = _validate.in_range(0, 1, closed="left", b2=b2)
     eps = _validate.non_negative(eps=eps)
@@ -137,7 +138,7 @@ def trace_in_examples(
     >>> updates.tolist()  # (1 - .5 ** 2) / (1 - .5)
     [1.5]
     """
-    reference = _validate.integer(batch_size=batch_size, minimum=1)
+    reference = _validate.int32(batch_size=batch_size, minimum=1)
     decay = _validate.in_range(0, 1, closed="left", decay=decay)
 
     def init_fn(params):
@@ -185,7 +186,7 @@ def add_decayed_weights_in_examples(
     0.20
     """
     decay = _validate.non_negative(weight_decay=weight_decay)
-    reference = _validate.integer(batch_size=batch_size, minimum=1)
+    reference = _validate.int32(batch_size=batch_size, minimum=1)
     exponent = _validate.in_range(0, 2, exponent=exponent)
 
     def update_fn(updates, state, params=None, *, batch_size=None, probe=None, **extra_args):
@@ -201,6 +202,14 @@ def add_decayed_weights_in_examples(
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
     return tx if mask is None else optax.masked(tx, mask)
+
+
+def _at_rate(learning_rate: float | optax.Schedule) -> optax.GradientTransformation:
+    if callable(learning_rate):
+        return optax.scale_by_learning_rate(learning_rate)
+    rate = _validate.non_negative(learning_rate=learning_rate)
+    # Not optax's, which gives updates of half precision the type of an array.
+    return optax.stateless(lambda updates, params: scale_updates(updates, -rate))
 
 
 def adamw_in_examples(
@@ -252,7 +261,7 @@ def adamw_in_examples(
     return optax.chain(
         scale_by_adam_in_examples(batch_size, b1, b2, eps),
         add_decayed_weights_in_examples(weight_decay, batch_size, exponent=exponent, mask=mask),
-        optax.scale_by_learning_rate(learning_rate),
+        _at_rate(learning_rate),
     )
 
 
@@ -295,7 +304,7 @@ def lamb_in_examples(
         scale_by_adam_in_examples(batch_size, b1, b2, eps),
         add_decayed_weights_in_examples(weight_decay, batch_size, exponent=exponent, mask=mask),
         optax.scale_by_trust_ratio(),
-        optax.scale_by_learning_rate(learning_rate),
+        _at_rate(learning_rate),
     )
 
 
@@ -326,7 +335,7 @@ def ema_in_examples(
     >>> average.tolist()
     [0.75]
     """
-    reference = _validate.integer(batch_size=batch_size, minimum=1)
+    reference = _validate.int32(batch_size=batch_size, minimum=1)
     decay = _validate.in_range(0, 1, closed="left", decay=decay)
 
     def init_fn(params):

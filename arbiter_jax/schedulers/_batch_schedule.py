@@ -132,12 +132,17 @@ class BatchSchedule(NamedTuple):
         return max(1, int(self.window_share * self.num_examples) // batch_size)
 
 
-def parse_schedule(schedule: str | Sequence[tuple[int, int]]) -> BatchSchedule:
+Pairs = str | Sequence[tuple[int, int]] | BatchSchedule
+"""A schedule of batch sizes in any of its forms."""
+
+
+def parse_schedule(schedule: Pairs) -> BatchSchedule:
     """Reads a schedule of batch sizes in either of the two forms that are used in the field.
 
     Args:
       schedule: ``"0:64 100K:128 1.5M:512"``, pairs of a number of examples and a batch size with
         the suffixes K, M, B and T for thousands to trillions; or a list of such pairs of integers.
+        A :class:`BatchSchedule` is returned as it is.
 
     Returns:
       A :class:`BatchSchedule`.
@@ -151,6 +156,8 @@ def parse_schedule(schedule: str | Sequence[tuple[int, int]]) -> BatchSchedule:
     >>> parse_schedule([(0, 64), (100_000, 128)]).batch_sizes
     (64, 128)
     """
+    if isinstance(schedule, BatchSchedule):
+        return schedule
     if isinstance(schedule, str):
         pairs: Any = [_pair(word) for word in schedule.split()]
     else:

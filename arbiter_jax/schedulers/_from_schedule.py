@@ -12,7 +12,7 @@ import optax
 from arbiter_jax import _numerics, _validate, base
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
-from arbiter_jax.schedulers._batch_schedule import BatchSchedule, parse_schedule
+from arbiter_jax.schedulers._batch_schedule import Pairs, parse_schedule
 from arbiter_jax.schedulers._planned import planned
 
 
@@ -28,7 +28,7 @@ class ScheduleState(NamedTuple):
 
 
 def from_schedule(
-    schedule: Callable[[jax.Array], jax.Array] | str | Sequence[tuple[int, int]] | BatchSchedule,
+    schedule: Callable[[jax.Array], jax.Array] | Pairs,
     *,
     count: str | None = None,
     min_batch_size: int = 1,
@@ -87,18 +87,19 @@ def from_schedule(
     >>> int(aj.get_batch_size(state))
     512
     """
-    if not callable(schedule):
+    if isinstance(schedule, Sequence):
         if count not in (None, "num_examples") or initial_batch_size is not None:
             raise ValueError(
                 "count and initial_batch_size belong to a schedule that is a function; pairs count "
                 f"examples and say the first size, got count={count!r} and "
                 f"initial_batch_size={initial_batch_size!r}."
             )
-        plan = schedule if isinstance(schedule, BatchSchedule) else parse_schedule(schedule)
+        plan = parse_schedule(schedule)
         _validate.static(min_batch_size=min_batch_size, max_batch_size=max_batch_size)
         low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size)
         low, high = max(low, min(plan.batch_sizes)), min(high, max(plan.batch_sizes))
         return planned(plan, min(low, high), max(low, high))
+    _validate.function("of a count", schedule=schedule)
     count = "num_steps" if count is None else count
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
     if count == "num_examples":

@@ -59,15 +59,19 @@ def seesaw_schedule(
     >>> plan.batch_size_at(0), plan.batch_size_at(32_000), plan.num_steps(64_000)  # of 1,000
     (64, 128, 508)
     """
-    if not callable(schedule):
-        raise ValueError(
-            f"schedule must be a function of the number of examples seen, got {schedule!r}."
-        )
+    _validate.function("of the number of examples seen", schedule=schedule)
+    _validate.static(
+        num_examples=num_examples,
+        batch_size=batch_size,
+        max_batch_size=max_batch_size,
+        trade=trade,
+    )
     budget = _validate.integer(num_examples=num_examples, minimum=1)
     low, high, trade = _checked(batch_size, max_batch_size, trade)
     counts = np.unique(np.linspace(0, budget - 1, min(budget, _GRID)).round().astype(np.int64))
     try:
-        rates = np.asarray(jax.vmap(schedule)(jnp.asarray(counts, float)), np.float64)
+        with jax.ensure_compile_time_eval():  # also where a caller traces
+            rates = np.asarray(jax.vmap(schedule)(jnp.asarray(counts, float)), np.float64)
         if rates.shape != counts.shape:
             raise TypeError
     except (TypeError, ValueError, jax.errors.JAXTypeError):
