@@ -53,6 +53,7 @@ def build(config: Config) -> list[Row]:
         *_arbiter_rows(lenet, mlp, config),
         *_engine_rows(lenet, mlp, config),
         *_noise_rows(lenet, mlp, config),
+        *_seesaw_rows(mlp, config),
         *_subset_rows(mlp, config),
         *_other_rows(config),
     ]
@@ -146,6 +147,38 @@ def _noise_rows(lenet: Network, mlp: Network, config: Config) -> list[Row]:
                 config,
             )
             for name, rule in noise_rules.items()
+        ),
+    ]
+
+
+def _seesaw_rows(mlp: Network, config: Config) -> list[Row]:
+    """What a batch that grows as the rate decays adds to a step, and the noise scale as its limit."""
+    size, window = config.batch_size, config.window
+    # At its first size throughout, so that both programs do the same work.
+    cosine = optax.cosine_decay_schedule(0.01, 10**9)
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    constant = optax.chain(
+        optimizer,
+        aj.learning_rate.scale_by_schedule(cosine),
+        aj.schedulers.constant(size),
+    )
+
+    def against_constant(limit: str | None) -> tuple[Timed, Timed]:
+        plan = {"num_examples": 10**9, "batch_size": size, "max_batch_size": 64 * size}
+        tx = aj.seesaw(optimizer, cosine, exponent=1.0, limit=limit, **plan)
+        return mlp.timed(tx, size, window), mlp.timed(constant, size, window)
+
+    return [
+        ("MLP, seesaw / the same decay at a constant size", 1.02, lambda: against_constant(None)),
+        (
+            "MLP, seesaw up to the noise scale / the same decay at a constant size",
+            1.05,
+            lambda: against_constant("noise_scale"),
+        ),
+        (
+            "Transformer, noise scale from normalization layers / plain step",
+            1.02,
+            lambda: programs.normalization(config.batch_size, window),
         ),
     ]
 

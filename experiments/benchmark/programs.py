@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import datasets, models
+from arbiter_jax import datasets, gradients, models
 from experiments.benchmark.networks import LeNet, Network, Timed, WideResNet, timed_steps
 
 
@@ -158,3 +158,38 @@ def autowu_test(num_losses: int = 1000, steps_per_epoch: int = 20) -> Timed:
         return 1e3 * (time.perf_counter() - start)
 
     return run
+
+
+def normalization(batch_size: int, window: int) -> tuple[Timed, Timed]:
+    """Steps of a transformer: with the noise scale of its normalization layers, and plain ones."""
+    model = models.transformer(96, 32, num_layers=2, num_heads=4, width=64)
+    loss_fn = models.make_losses(model, models.token_cross_entropy).loss_fn
+    tokens = jax.random.randint(jax.random.key(0), (4096, 33), 0, 96)
+    data = aj.Data((tokens[:, :-1], tokens[:, 1:]))
+    params, _ = model.init(jax.random.key(1))
+    held = {"min_batch_size": batch_size, "max_batch_size": batch_size}
+    measured = gradients.value_grad_and_stats(loss_fn, method="normalization")
+
+    def timed(rule, gradient_fn) -> Timed:
+        tx = optax.chain(optax.sgd(0.01), rule)
+        state = [aj.init_state(params, tx, jax.random.key(2))]
+
+        def run() -> float:
+            start = time.perf_counter()
+            state[0], info = aj.run_window(
+                state[0],
+                data,
+                window,
+                tx=tx,
+                gradient_fn=gradient_fn,
+                bucket_size=aj.next_bucket(batch_size),
+                window=window,
+            )
+            jax.block_until_ready((state[0], info))
+            return 1e3 * (time.perf_counter() - start) / window
+
+        return run
+
+    plain = gradients.masked_value_and_grad(loss_fn)
+    noise_scale = aj.schedulers.gradient_noise_scale(**held)
+    return timed(noise_scale, measured), timed(aj.schedulers.constant(batch_size), plain)
