@@ -20,7 +20,7 @@ class ScheduleState(NamedTuple):
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32
-    count: jax.Array | Count  # what a run has seen: a Count of examples, or int32[], which stops
+    count: jax.Array | Count  # shape=(), dtype=int32, steps up to 2^31 - 1; or a Count of examples
     num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
 
 
