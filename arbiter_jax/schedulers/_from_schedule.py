@@ -20,7 +20,8 @@ class ScheduleState(NamedTuple):
     batch_size: jax.Array  # shape=(), dtype=int32, in examples
     min_batch_size: jax.Array  # shape=(), dtype=int32
     max_batch_size: jax.Array  # shape=(), dtype=int32
-    count: jax.Array | Count  # shape=(), dtype=int32, steps up to 2^31 - 1; or a Count of examples
+    # What a run has seen: of examples a Count, else an int32 that stops at its largest value.
+    count: jax.Array | Count  # shape=(), dtype=int32
     num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not a number
 
 
