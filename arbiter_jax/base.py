@@ -342,13 +342,16 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
     return the_rule(requests(opt_state)).batch_size
 
 
-def the_rule(requested: Requests) -> Any:
-    """The state of the one rule that decides, or a ValueError that says what was found."""
+def the_rule(requested: Requests, name: str = "opt_state") -> Any:
+    """The state of the one rule that decides, or a ValueError that says what was found in `name`."""
     if len(requested.rules) != 1:
         found = ", ".join(type(rule).__name__ for rule in requested.rules) or "none"
+        hint = "aj.schedulers.constant(64), for example, is one whose size is fixed."
+        if requested.rules:
+            hint = "Wrap those that should only watch in aj.schedulers.shadow."
         raise ValueError(
-            "opt_state must hold exactly one batch-size rule (a state with a field `batch_size`), "
-            f"found {found}. aj.schedulers.constant(64), for example, is one whose size is fixed."
+            f"{name} must hold exactly one batch-size rule (a state with a field `batch_size`), "
+            f"found {found}. {hint}"
         )
     return requested.rules[0]
 
