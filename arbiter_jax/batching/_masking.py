@@ -98,7 +98,9 @@ def check_losses(losses: Any, num_examples: int, name: str = "loss_fn") -> None:
         is_pair = isinstance(values, tuple) and not weighted
         hint = ": pass has_aux=True if it returns (losses, aux)" if is_pair else ""
         is_tree = isinstance(values, tuple | list | dict)  # whose arrays are traced
-        found = f"a {type(values).__name__} of {len(values)}" if is_tree else _validate.shown(values)
+        found = (
+            f"a {type(values).__name__} of {len(values)}" if is_tree else _validate.shown(values)
+        )
         raise ValueError(f"{must}{found}{hint}.")
     shape, dtype = tuple(values.shape), values.dtype
     if not jnp.issubdtype(dtype, jnp.floating):

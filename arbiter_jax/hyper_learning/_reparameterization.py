@@ -31,7 +31,9 @@ def _as_floats(**argument: Any) -> jax.Array:
             return jnp.asarray(value, float)
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{name} must be a number or an array of numbers, got {_validate.shown(value)}.")
+    raise ValueError(
+        f"{name} must be a number or an array of numbers, got {_validate.shown(value)}."
+    )
 
 
 def to_logit(

@@ -136,7 +136,9 @@ def _smith_plan(
 ) -> tuple[tuple[int, ...], Any, Any]:
     """The checked boundaries and factor, and how often the size can grow."""
     if isinstance(boundaries, str) or not isinstance(boundaries, Iterable):
-        raise ValueError(f"boundaries must be a tuple of counts, got {_validate.shown(boundaries)}.")
+        raise ValueError(
+            f"boundaries must be a tuple of counts, got {_validate.shown(boundaries)}."
+        )
     milestones = tuple(
         _validate.integer(boundaries=b, minimum=1, maximum=_validate.LARGEST_COUNT)
         for b in boundaries

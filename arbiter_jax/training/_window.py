@@ -150,7 +150,9 @@ def _explain(
     """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
     num_agent_inputs = options.get("num_agent_inputs", 32)
     check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
-    functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch", "inputs_of")]
+    functions = [
+        options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch", "inputs_of")
+    ]
     _check_arguments(state, data, tx, *functions)
     check_on_device(data)
 
