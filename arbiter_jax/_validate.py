@@ -270,7 +270,8 @@ def boolean(**argument: Any) -> Any:
     name, value = _single(argument)
     if is_traced(value) and value.ndim == 0:
         return value
-    scalar = isinstance(value, numbers.Real | np.bool | jax.Array) and jnp.ndim(value) == 0
+    is_number = isinstance(value, numbers.Real | np.bool | jax.Array)
+    scalar = is_number and getattr(value, "ndim", 0) == 0
     if not scalar or value not in (True, False):
         raise ValueError(f"{name} must be True or False, got {shown(value)}.")
     return value

@@ -1,5 +1,7 @@
 """What a user may get wrong, one line a kind: the sentence that it gets, or the value it must give."""
 
+# ruff: noqa: E501 (a table: one line a case)
+
 import dataclasses
 import functools
 import re

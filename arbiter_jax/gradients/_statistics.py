@@ -376,6 +376,10 @@ def _joined_aux_of_devices(
     return jax.tree.map(join, aux)
 
 
+def _is_boolean(mask: Any) -> bool:
+    return hasattr(mask, "dtype") and jnp.issubdtype(mask.dtype, jnp.bool)
+
+
 def _check_preconditioner(preconditioner: PyTree, params: PyTree) -> None:
     def fits(factor: Any, leaf: Any) -> bool:
         return not isinstance(factor, str) and jnp.shape(factor) in ((), jnp.shape(leaf))
@@ -446,7 +450,7 @@ def gradient_stats(
     num_examples = num_rows(batch, "batch")
     if mask is None:
         mask = jnp.ones(num_examples, bool)
-    elif jnp.shape(mask) != (num_examples,) or getattr(mask, "dtype", None) != bool:
+    elif jnp.shape(mask) != (num_examples,) or not _is_boolean(mask):
         raise ValueError(
             f"mask must be bool[{num_examples}], one entry per row of batch, got "
             f"{_validate.shown(mask)}: weights of the examples go in an aj.WeightedLoss."
