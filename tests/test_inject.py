@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
+from arbiter_jax.base import as_count
 from tests.rules import NUM_FEATURES, loss_fn, response_loss
 from tests.test_conformance import NOT_RULES, grads_at, params_like, signals_at
 
@@ -217,7 +218,7 @@ def with_number(state, argument, value):
     if argument == "learning_rate" and isinstance(state, L.AdamPState):
         return state._replace(learning_rate=value)
     if argument == "num_examples" and hasattr(state, "statistics"):
-        return state._replace(statistics=state.statistics._replace(budget=value))
+        return state._replace(statistics=state.statistics._replace(budget=as_count(value)))
     if argument == "initial_batch_size" and isinstance(state, S.ConstantState):
         return state._replace(batch_size=value)
     return state
