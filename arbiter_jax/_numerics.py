@@ -153,7 +153,11 @@ def tree_dot(a: PyTree, b: PyTree) -> jax.Array:
 
 def check_parameters(params: PyTree) -> None:
     """Raises a ValueError that names the first leaf that has no gradient: an integer, a string."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        found = "None" if params is None else f"a {type(params).__name__} without any"
+        raise ValueError(f"params must hold floating-point arrays, got {found}.")
+    for path, leaf in leaves:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(

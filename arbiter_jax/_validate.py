@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 LARGEST_INT32 = 2**31 - 1
@@ -262,6 +263,28 @@ def in_range(minimum: Any, maximum: Any, *, closed: str = "both", **argument: An
 
     interval = f"{'[' if left else '('}{minimum}, {maximum}{']' if right else ')'}"
     return _real(value, name, holds, f"in {interval}")
+
+
+def boolean(**argument: Any) -> Any:
+    """Returns the argument, or raises if it is not True or False; the text "no" is true in Python."""
+    name, value = _single(argument)
+    if is_traced(value) and value.ndim == 0:
+        return value
+    is_number = isinstance(value, numbers.Real | np.bool | jax.Array)
+    scalar = is_number and getattr(value, "ndim", 0) == 0
+    if not scalar or value not in (True, False):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}.")
+    return value
+
+
+def transformation(**argument: Any) -> Any:
+    """Returns the argument, or raises if it is not an optax gradient transformation."""
+    name, value = _single(argument)
+    has_both = callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    if has_both and not isinstance(value, type):
+        return value
+    hint = ": call it first, e.g. optax.sgd(0.1)" if callable(value) else ""
+    raise ValueError(f"{name} must be an optax gradient transformation, got {shown(value)}{hint}.")
 
 
 def one_of(options: Collection[Any], **argument: Any) -> Any:

@@ -155,7 +155,7 @@ class Requests(NamedTuple):
     signals: frozenset[str]  # names of SIGNALS
     meta_batch_size: jax.Array | None  # int32[], validation examples that count as used
     flags: tuple[jax.Array | None, ...]  # one per state that wants costly signals; None: always
-    metrics: dict[str, jax.Array]  # of two with the same name, the later one in the chain
+    opt_state: PyTree  # the state that was read
     progress_per_step: jax.Array | float  # 1 if no state says otherwise
     num_updates: jax.Array | None  # int32[], of the state that says so, if it counts them
     accumulators: tuple[Any, ...]  # states of optax.MultiSteps
@@ -205,6 +205,28 @@ class Requests(NamedTuple):
         return jnp.where(functools.reduce(jnp.logical_and, made), self.progress_per_step, 0)
 
     @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """What the states report; of two with the same name, the later one in the chain.
+
+        Some states compute what they report: only who reads it needs arrays, and not their shapes.
+        """
+        found: dict[str, jax.Array] = {}
+
+        def visit(node: PyTree) -> None:
+            if isinstance(node, jax.Array):
+                return
+            named = getattr(node, "metrics", ())
+            if isinstance(named, dict):  # it speaks for everything inside
+                found.update(named)
+                return
+            found.update({name: getattr(node, name) for name in named})
+            for child in children(node):
+                visit(child)
+
+        visit(self.opt_state)
+        return found
+
+    @property
     def due(self) -> jax.Array | None:
         """Whether any state wants its costly signals at the next step; None: always, or never."""
         flags = [flag for flag in self.flags if flag is not None]
@@ -240,12 +262,11 @@ def requests(opt_state: PyTree) -> Requests:
     signals: set[str] = set()
     meta_batch_sizes: list[jax.Array] = []
     flags: list[jax.Array | None] = []
-    metrics: dict[str, jax.Array] = {}
     progress: list[tuple[jax.Array, jax.Array | None]] = []
     accumulators: list[Any] = []
     finite_flags: list[jax.Array] = []
 
-    def visit(node: PyTree, decides: bool, in_rule: bool, flagged: bool, reported: bool) -> None:
+    def visit(node: PyTree, decides: bool, in_rule: bool, flagged: bool) -> None:
         if isinstance(node, jax.Array):  # nearly all nodes, and a loop reads the state every window
             return
         fields = getattr(node, "_fields", ())
@@ -278,14 +299,10 @@ def requests(opt_state: PyTree) -> Requests:
             elif flag is None and asked & COSTLY_SIGNALS:
                 flags.append(None)
                 flagged = True
-        if not reported:
-            named = getattr(node, "metrics", ())
-            reported = isinstance(named, dict)
-            metrics.update(named if reported else {name: getattr(node, name) for name in named})
         for child in children(node):
-            visit(child, decides, in_rule, flagged, reported)
+            visit(child, decides, in_rule, flagged)
 
-    visit(opt_state, True, False, False, False)
+    visit(opt_state, True, False, False)
     return Requests(
         rules=tuple(rules),
         bucket_sizes=tuple(bucket_sizes),
@@ -294,7 +311,7 @@ def requests(opt_state: PyTree) -> Requests:
         signals=frozenset(signals),
         meta_batch_size=meta_batch_sizes[0] if meta_batch_sizes else None,
         flags=tuple(flags),
-        metrics=metrics,
+        opt_state=opt_state,
         progress_per_step=progress[-1][0] if progress else 1.0,
         num_updates=progress[-1][1] if progress else None,
         accumulators=tuple(accumulators),
@@ -328,13 +345,16 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
     return the_rule(requests(opt_state)).batch_size
 
 
-def the_rule(requested: Requests) -> Any:
-    """The state of the one rule that decides, or a ValueError that says what was found."""
+def the_rule(requested: Requests, name: str = "opt_state") -> Any:
+    """The state of the one rule that decides, or a ValueError that says what was found in `name`."""
     if len(requested.rules) != 1:
         found = ", ".join(type(rule).__name__ for rule in requested.rules) or "none"
+        hint = "aj.schedulers.constant(64), for example, is one whose size is fixed."
+        if requested.rules:
+            hint = "Wrap those that should only watch in aj.schedulers.shadow."
         raise ValueError(
-            "opt_state must hold exactly one batch-size rule (a state with a field `batch_size`), "
-            f"found {found}. aj.schedulers.constant(64), for example, is one whose size is fixed."
+            f"{name} must hold exactly one batch-size rule (a state with a field `batch_size`), "
+            f"found {found}. {hint}"
         )
     return requested.rules[0]
 

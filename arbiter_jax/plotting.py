@@ -94,6 +94,8 @@ def _check_limits(limits: Any) -> None:
 
 def _check_metrics(fit: Any, found: Callable[[str], bool], origin: str) -> None:
     """Raises unless the run reports what is to be drawn."""
+    if not hasattr(fit, "history"):
+        raise ValueError(f"fit must be a FitResult, got {type(fit).__name__}.")
     metrics = fit.history[0].info.metrics if fit.history else ()
     if not any(map(found, metrics)):
         raise ValueError(

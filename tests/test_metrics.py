@@ -164,7 +164,7 @@ class TestEvaluate:
             (None, 8, r"data must be a pair \(inputs, labels\), .* got NoneType"),
             ((INPUTS, LABELS, LABELS), 8, r"data must be a pair .* got 3 parts"),
             ({"x": INPUTS, "y": LABELS}, 8, r"data must be a pair .* keys \['x', 'y'\]"),
-            ((INPUTS, LABELS.astype(str)), 8, "data must be arrays of numbers, got dtype <U"),
+            ((INPUTS, LABELS.astype(str)), 8, "must be an array of numbers, got dtype <U"),
         ],
     )
     def test_bad_arguments_are_refused(self, data, chunk_size, message):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss
 
 
@@ -29,6 +30,13 @@ def num_rows(data: PyTree, name: str = "data") -> int:
     shapes = [np.shape(leaf) for _, leaf in leaves]  # arrays of other libraries have one as well
     lengths = {shape[0] if shape else None for shape in shapes}
     (length, *others) = lengths or {None}
+    for path, leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if getattr(dtype, "kind", "f") in "USOMm":
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array of numbers, got dtype {dtype}: "
+                "encode it as integers, e.g. with np.unique(x, return_inverse=True)."
+            )
     if length is not None and length >= 1 and not others:
         return length
     found = [
@@ -89,7 +97,11 @@ def check_losses(losses: Any, num_examples: int, name: str = "loss_fn") -> None:
     if not hasattr(values, "dtype") or not hasattr(values, "shape"):
         is_pair = isinstance(values, tuple) and not weighted
         hint = ": pass has_aux=True if it returns (losses, aux)" if is_pair else ""
-        raise ValueError(f"{must}{values!r}{hint}.")
+        is_tree = isinstance(values, tuple | list | dict)  # whose arrays are traced
+        found = (
+            f"a {type(values).__name__} of {len(values)}" if is_tree else _validate.shown(values)
+        )
+        raise ValueError(f"{must}{found}{hint}.")
     shape, dtype = tuple(values.shape), values.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         is_complex = jnp.issubdtype(dtype, jnp.complexfloating)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import jax.typing
 import numpy as np
 
+from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._masking import num_rows
@@ -45,6 +46,8 @@ def init_sampler(key: jax.Array) -> SamplerState:
     (0, 0)
     """
     zero = jnp.zeros((), jnp.int32)
+    if not isinstance(key, jax.Array) and np.ndim(key) == 0:
+        key = _validate.integer(key=key, minimum=0, maximum=2**32 - 1)
     raw = raw_key(key)
     if raw.ndim != 1 or raw.dtype != jnp.uint32:
         raise ValueError(
@@ -132,13 +135,22 @@ def sample_batch(
       bool[bucket_size].
 
     Raises:
-      ValueError: If there is no example, or the leading axes of the arrays differ.
+      ValueError: If there is no example, or the leading axes of the arrays differ; if `batch_size` or
+        `bucket_size` is not an integer, or `state` no sampler.
 
     >>> sampler = init_sampler(jax.random.PRNGKey(0))
     >>> sampler, batch, mask = sample_batch(sampler, jnp.arange(5), batch_size=3, bucket_size=4)
     >>> int(mask.sum()), int(sampler.cursor)
     (3, 3)
     """
+    if not isinstance(state, SamplerState):
+        raise ValueError(
+            "state must be a SamplerState, which aj.init_sampler(key) makes, got a "
+            f"{type(state).__name__}."
+        )
+    bucket_size = _validate.integer(bucket_size=bucket_size, minimum=1)
+    if not _validate.is_traced(batch_size):
+        batch_size = _validate.integer(batch_size=batch_size, minimum=0)
     batch_size = jnp.minimum(jnp.asarray(batch_size, jnp.int32), bucket_size)
     position = jnp.asarray(bit_reversed(bucket_size))
     mask = position < batch_size

@@ -53,6 +53,7 @@ def pad_crop_flip(
     batch[1])`` to :func:`arbiter_jax.fit`.
     """
     padding = _validate.integer(padding=padding, minimum=0)
+    _validate.boolean(flip=flip)
     if not hasattr(images, "dtype") or images.ndim != 4:
         got = getattr(images, "shape", type(images).__name__)
         raise ValueError(f"images must have the shape [n, height, width, channels], got {got}.")

@@ -259,6 +259,8 @@ def from_arrays(
     >>> data.input_shape, data.num_classes
     ((2,), 2)
     """
+    _validate.boolean(normalize=normalize)
+    _validate.boolean(normalize_targets=normalize_targets)
     _validate.in_range(0, 1, closed="neither", validation_fraction=validation_fraction)
     _validate.in_range(0, 1, closed="neither", test_fraction=test_fraction)
     passed = {"train": train, "validation": validation, "test": test}

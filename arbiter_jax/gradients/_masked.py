@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arbiter_jax import _validate
 from arbiter_jax._numerics import check_parameters, conjugate
 from arbiter_jax.base import GradStats, LossFn, PyTree, WeightedLoss
 from arbiter_jax.batching import check_losses, masked_mean, replace_padding, total_weight
@@ -57,6 +58,9 @@ def call_loss(
       ValueError: If the function takes other arguments, returns something else than one loss per
         example, or the parameters hold something that has no gradient.
     """
+    _validate.function("loss_fn(params, batch) -> float[M]", loss_fn=loss_fn)
+    if has_aux is not None:
+        has_aux = bool(_validate.boolean(has_aux=has_aux))
     check_parameters(params)
     has_state = model_state is not None
     arguments = (params, batch, model_state, mask, key) if has_state else (params, batch)
@@ -68,7 +72,7 @@ def call_loss(
     form = ["losses"] + ["model_state"] * has_state + ["aux"] * has_aux
     if len(form) > 1:
         if not is_tuple or len(returned) != len(form):
-            found = f"a tuple of {len(returned)}" if is_tuple else f"{type(returned).__name__}"
+            found = f"a tuple of {len(returned)}" if is_tuple else _validate.shown(returned)
             hint = ": pass has_aux=True" if is_tuple and len(returned) == len(form) + 1 else ""
             raise ValueError(f"loss_fn must return ({', '.join(form)}), got {found}{hint}.")
     else:

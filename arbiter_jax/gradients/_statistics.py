@@ -339,7 +339,13 @@ def _per_device_stats(
         if model_state is not None:
             raise ValueError("method must be 'pieces' for a model with state, got 'per_device'.")
         counts = counted_leaves(params, trainable)
-        device, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+        try:
+            device, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+        except NameError:
+            raise ValueError(
+                "axis_name must be an axis of the jax.shard_map that this is called in, got "
+                f"{axis_name!r}."
+            ) from None
         key = None if key is None else jax.random.fold_in(key, device)
         # Said to differ between devices, or shard_map adds up the gradients of all of them.
         params = jax.lax.pcast(params, axis_name, to="varying")
@@ -389,6 +395,22 @@ def _joined_aux_of_devices(
         return jax.lax.psum(jnp.where(device == last, x, 0), axis_name).astype(x.dtype)
 
     return jax.tree.map(join, aux)
+
+
+def _is_boolean(mask: Any) -> bool:
+    return hasattr(mask, "dtype") and jnp.issubdtype(mask.dtype, jnp.bool)
+
+
+def _check_preconditioner(preconditioner: PyTree, params: PyTree) -> None:
+    def fits(factor: Any, leaf: Any) -> bool:
+        return not isinstance(factor, str) and jnp.shape(factor) in ((), jnp.shape(leaf))
+
+    same = jax.tree.structure(preconditioner) == jax.tree.structure(params)
+    if not same or not all(jax.tree.leaves(jax.tree.map(fits, preconditioner, params))):
+        raise ValueError(
+            "preconditioner must be a pytree like params, of numbers or of arrays of the same shapes, "
+            f"got {jax.tree.map(jnp.shape, preconditioner) if same else 'another structure'}."
+        )
 
 
 def gradient_stats(
@@ -447,7 +469,15 @@ def gradient_stats(
         trainable=trainable,
         has_aux=has_aux,
     )
+    num_examples = num_rows(batch, "batch")
     if mask is None:
-        mask = jnp.ones(num_rows(batch), bool)
+        mask = jnp.ones(num_examples, bool)
+    elif jnp.shape(mask) != (num_examples,) or not _is_boolean(mask):
+        raise ValueError(
+            f"mask must be bool[{num_examples}], one entry per row of batch, got "
+            f"{_validate.shown(mask)}: weights of the examples go in an aj.WeightedLoss."
+        )
+    if preconditioner is not None:
+        _check_preconditioner(preconditioner, params)
     gradient = fn(params, batch, mask, preconditioner=preconditioner)
     return gradient.grad_stats

@@ -7,7 +7,7 @@ averages them over the batch, sorts them and maps them into the range of batch s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,11 +39,24 @@ def _dense(key: jax.Array, fan_in: int, shape: tuple[int, ...]) -> dict[str, jax
     }
 
 
+def _sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise ValueError(f"{name} must be a tuple of integers >= 1, got {_validate.shown(sizes)}.")
+    return tuple(_validate.integer(**{name: size}, minimum=1) for size in sizes)
+
+
 def _check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(input_shape)
+    shape = _sizes("input_shape", input_shape)
     if not shape:
         raise ValueError("input_shape must have at least one axis, got ().")
-    return tuple(_validate.integer(input_shape=size, minimum=1) for size in shape)
+    return shape
+
+
+def _check_inputs(inputs: jax.Array, shape: tuple[int, ...]) -> None:
+    if math.prod(inputs.shape[1:]) != math.prod(shape):
+        raise ValueError(
+            f"input_shape of the agent must be the shape of one input, {inputs.shape[1:]}, got {shape}."
+        )
 
 
 def mlp_agent(
@@ -68,7 +81,7 @@ def mlp_agent(
     """
     shape = _check_shape(input_shape)
     num_proposals = _validate.integer(num_proposals=num_proposals, minimum=1)
-    hidden = [_validate.integer(hidden_sizes=size, minimum=1) for size in hidden_sizes]
+    hidden = _sizes("hidden_sizes", hidden_sizes)
     sizes = [math.prod(shape), *hidden, num_proposals]
 
     def init(key):
@@ -77,6 +90,7 @@ def mlp_agent(
         return [_dense(k, fan_in, (fan_in, fan_out)) for k, fan_in, fan_out in pairs]
 
     def apply(agent_params, inputs):
+        _check_inputs(inputs, shape)
         x = inputs.reshape(inputs.shape[0], -1)
         for i, layer in enumerate(agent_params):
             x = jax.nn.relu(x) if i else x
@@ -132,6 +146,7 @@ def conv_agent(
         return [*layers, _dense(keys[-1], channels, (channels, num_proposals))]
 
     def apply(agent_params, inputs):
+        _check_inputs(inputs, shape)
         *layers, last = agent_params
         x = inputs.reshape((inputs.shape[0], *shape))
         for layer in layers:

@@ -130,8 +130,10 @@ def arbiter(
     if (response_loss is None) == (objective is None):
         raise ValueError(
             "arbiter takes exactly one of response_loss and objective, got "
-            f"{response_loss!r} and {objective!r}."
+            f"{'neither' if objective is None else 'both'}."
         )
+    if not all(hasattr(agent, field) for field in Agent._fields):
+        raise ValueError(f"agent must be an aj.Agent, e.g. of aj.mlp_agent, got {agent!r}.")
     if response_loss is not None:
         meta_objective = response_objective(response_loss, num_features, learn_response)
     elif isinstance(objective, NoiseObjective):
@@ -147,6 +149,13 @@ def arbiter(
         raise ValueError(
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to adapt."
         )
+    for name, optimizer in (
+        ("agent_optimizer", agent_optimizer),
+        ("mixture_optimizer", mixture_optimizer),
+    ):
+        if optimizer is not None:
+            _validate.transformation(**{name: optimizer})
+    _validate.boolean(learn_response=learn_response)
     seed = _validate.seed(seed)
     window = _validate.int32(window=window, minimum=1)
     config = Config(

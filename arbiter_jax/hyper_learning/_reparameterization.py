@@ -6,6 +6,8 @@ integers; :func:`to_logit` is the inverse.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.typing
@@ -20,6 +22,18 @@ def _check_range(min_batch_size: int, max_batch_size: int) -> tuple[int, int]:
             f"max_batch_size must be > min_batch_size, got {high} for both: nothing to map."
         )
     return low, high
+
+
+def _as_floats(**argument: Any) -> jax.Array:
+    ((name, value),) = argument.items()
+    try:
+        if not isinstance(value, str):
+            return jnp.asarray(value, float)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"{name} must be a number or an array of numbers, got {_validate.shown(value)}."
+    )
 
 
 def to_logit(
@@ -51,7 +65,7 @@ def to_logit(
     -2.0694
     """
     low, high = _check_range(min_batch_size, max_batch_size)
-    b = jnp.clip(jnp.asarray(batch_size, float), low, high - 1)
+    b = jnp.clip(_as_floats(batch_size=batch_size), low, high - 1)
     # Numerator and denominator are exact in float32; 1 - p would not be.
     return jnp.log(b + 0.5 - low) - jnp.log(high - b - 0.5)
 
@@ -79,5 +93,5 @@ def to_batch_size(
     [8, 260, 512]
     """
     low, high = _check_range(min_batch_size, max_batch_size)
-    size = jnp.floor((high - low) * jax.nn.sigmoid(jnp.asarray(logit, float)) + low)
+    size = jnp.floor((high - low) * jax.nn.sigmoid(_as_floats(logit=logit)) + low)
     return jnp.clip(jnp.nan_to_num(size, nan=low), low, high).astype(jnp.int32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 
+from arbiter_jax import _validate
 from arbiter_jax._count import Count
 from arbiter_jax.base import PyTree
 
@@ -67,7 +68,7 @@ def re_anchor(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
       The new optimizer state.
 
     Raises:
-      ValueError: If there is no Arbiter in the state.
+      ValueError: If there is no Arbiter in the state, or the size is not an integer in its range.
 
     >>> import arbiter_jax as aj
     >>> tx = aj.arbiter(aj.mlp_agent((3,)), lambda *args: None, num_features=3)
@@ -80,8 +81,12 @@ def re_anchor(opt_state: PyTree, batch_size: jax.typing.ArrayLike) -> PyTree:
         if not isinstance(node, ArbiterState):
             return node
         found.append(node)
+        size = batch_size
+        if not any(map(_validate.is_traced, (size, node.max_batch_size))) and jnp.ndim(size) == 0:
+            low, high = (int(jnp.max(x)) for x in (node.min_batch_size, node.max_batch_size))
+            size = _validate.integer(batch_size=size, minimum=low, maximum=high)
         # Shapes stay as they are, including those of a state that was vmapped over seeds.
-        size = jnp.broadcast_to(jnp.asarray(batch_size, jnp.int32), node.batch_size.shape)
+        size = jnp.broadcast_to(jnp.asarray(size, jnp.int32), node.batch_size.shape)
         fresh = jnp.vectorize(redraw_mixture, signature="(k),(n)->(k),(n)")
         key, mixture_logits = fresh(node.key, node.mixture_logits)
         return node._replace(

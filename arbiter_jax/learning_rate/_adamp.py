@@ -137,6 +137,7 @@ def adamp(
     follows = isinstance(learning_rate, jax.Array)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
+    _validate.boolean(nesterov=nesterov)
     b1 = _validate.in_range(0, 1, closed="left", b1=b1)
     b2 = _validate.in_range(0, 1, closed="left", b2=b2)
     eps = _validate.positive(eps=eps)

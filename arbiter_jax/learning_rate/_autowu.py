@@ -246,6 +246,7 @@ def autowu(
         0, 1, closed="right", max_warmup_fraction=max_warmup_fraction
     )
     cooldown_fraction = _validate.in_range(0, 1, cooldown_fraction=cooldown_fraction)
+    _validate.boolean(immediate_cooldown=immediate_cooldown)
     seed = _validate.seed(seed)
 
     total_steps = steps_per_epoch * num_epochs

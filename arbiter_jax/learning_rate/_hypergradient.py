@@ -166,6 +166,8 @@ def sgd_hd(
     >>> print(f"{state.learning_rate:.2f} {update:.2f}")  # .1 + .01 * 3 * 2; -.16 * 3
     0.16 -0.48
     """
+    _validate.boolean(nesterov=nesterov)
+    _validate.boolean(multiplicative=multiplicative)
     checked = _validate.in_range(0, 1, closed="left", momentum=momentum)
     # An array may become larger than 0 later.
     has_trace = isinstance(momentum, jax.Array) or checked > 0
@@ -232,6 +234,7 @@ def adam_hd(
     >>> print(f"{state.learning_rate:.2f}")  # the first direction is 1: .1 + .01 * 3 * 1
     0.13
     """
+    _validate.boolean(multiplicative=multiplicative)
     b1 = _validate.in_range(0, 1, closed="left", b1=b1)
     b2 = _validate.in_range(0, 1, closed="left", b2=b2)
     eps = _validate.positive(eps=eps)

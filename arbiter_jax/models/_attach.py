@@ -97,6 +97,7 @@ def attach(
     if init is not None and not callable(init):
         raise ValueError(f"init must be a function of a key that returns params, got {init!r}.")
     if isinstance(model, nn.Module):
+        _cut.check_sample(sample_input)
         network = _linen.network(model, head, sample_input, call_arguments)
     elif init is not None:
         network = _plain.network(model, init, head)

@@ -31,14 +31,19 @@ class Network(NamedTuple):
     run: Callable[..., tuple[PyTree, tuple[jax.Array, ...], PyTree]]
 
 
-def cut(network: Network, head: str, sample_input: PyTree) -> Model:
-    """Splits a network into `features` and `head`; see :func:`arbiter_jax.models.attach`."""
+def check_sample(sample_input: PyTree) -> None:
+    """Raises a ValueError if a leaf has no shape and dtype."""
     for leaf in jax.tree.leaves(sample_input):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise ValueError(
                 "sample_input must be a pytree of arrays or jax.ShapeDtypeStructs, got a leaf of type "
                 f"{type(leaf).__name__}."
             )
+
+
+def cut(network: Network, head: str, sample_input: PyTree) -> Model:
+    """Splits a network into `features` and `head`; see :func:`arbiter_jax.models.attach`."""
+    check_sample(sample_input)
     sample = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sample_input)
     num_rows = _num_rows(sample)
     # Abstract evaluation, which finds a wrong name of the head now and computes nothing.

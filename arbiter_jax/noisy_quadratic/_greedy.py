@@ -91,7 +91,7 @@ def greedy_schedule(
     True
     """
     problem = as_problem(problem)
-    num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=2**31 - 1)
     momentum = bool(_validate.one_of((False, True), momentum=momentum))
     dtype = problem.curvature.dtype
     # In float32, conjugate gradient loses conjugacy after about 7 steps, whatever the order of the

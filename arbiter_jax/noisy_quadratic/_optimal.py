@@ -124,7 +124,7 @@ def optimal_schedule(
     True
     """
     problem = as_problem(problem)
-    num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=2**31 - 1)
     momentum = bool(_validate.one_of((False, True), momentum=momentum))
     iterations = _validate.integer(max_iterations=max_iterations, minimum=1)
     cap = _as_cap(problem, max_learning_rate)
@@ -221,7 +221,7 @@ def receding_horizon_schedule(
     True
     """
     problem = as_problem(problem)
-    num_steps = _validate.integer(num_steps=num_steps, minimum=1)
+    num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=2**31 - 1)
     momentum = bool(_validate.one_of((False, True), momentum=momentum))
     horizon = _validate.integer(horizon=horizon, minimum=1, maximum=num_steps)
     iterations = _validate.integer(max_iterations=max_iterations, minimum=1)

@@ -73,6 +73,7 @@ def impulse_response(
     >>> round(impulse_response(optax.sgd(0.1, momentum=0.9), power=2), 2)
     2.29
     """
+    _validate.transformation(tx=tx)
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     power = _validate.one_of((1, 2), power=power)
     return _total(_follow(tx, np.ones(64), num_steps, along_gradient=True), power)

@@ -78,7 +78,7 @@ def hysteresis(
 
     def init_fn(params):
         inner_state = inner.init(params)
-        decision = base.the_rule(base.requests(inner_state))
+        decision = base.the_rule(base.requests(inner_state), "rule")
         size = decision.batch_size
         return HysteresisState(
             # Copies: two fields that share a buffer cannot both be donated.

@@ -70,7 +70,7 @@ def shadow(
 
     def init_fn(params):
         state = inner.init(params)
-        base.get_batch_size(state)  # raises unless there is one
+        base.the_rule(base.requests(state), "rule")  # raises unless there is one
         return ShadowState(watched={name or _default_name(state): state})
 
     def update_fn(updates, state, params=None, *, batch_size=None, **extra_args):

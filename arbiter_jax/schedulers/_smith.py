@@ -6,7 +6,7 @@ arXiv:1711.00489.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -135,6 +135,10 @@ def _smith_plan(
     boundaries: Sequence[int], dataset_size: int, factor: float, limits: tuple[Any, Any, Any]
 ) -> tuple[tuple[int, ...], Any, Any]:
     """The checked boundaries and factor, and how often the size can grow."""
+    if isinstance(boundaries, str) or not isinstance(boundaries, Iterable):
+        raise ValueError(
+            f"boundaries must be a tuple of counts, got {_validate.shown(boundaries)}."
+        )
     milestones = tuple(
         _validate.integer(boundaries=b, minimum=1, maximum=_validate.LARGEST_COUNT)
         for b in boundaries

@@ -34,6 +34,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     train_steps,
 )
 from arbiter_jax.training import TrainState, init_state
+from arbiter_jax.training._checks import check_key
 
 START = Hyperparameters(learning_rate=0.01, momentum=0.9, decay=0.1)
 PRETRAINING = Hyperparameters(learning_rate=0.1, momentum=0.9, decay=0.0)
@@ -127,9 +128,9 @@ def offline(
         time_constant,
         horizon,
         as_names(learned),
-        bool(effective_learning_rate),
+        bool(_validate.boolean(effective_learning_rate=effective_learning_rate)),
         meta_optimizer or DEFAULT_META_OPTIMIZER,
-        bool(reset_meta_state),
+        bool(_validate.boolean(reset_meta_state=reset_meta_state)),
     )
     if not config.learned:
         raise ValueError("learned must name at least one hyperparameter, got ().")
@@ -138,7 +139,7 @@ def offline(
         params,
         model_state,
         data,
-        key,
+        check_key(key),
         as_hyperparameters(hyperparameters),
         as_hyperparameters(pretraining),
         config=config,

@@ -37,6 +37,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     train_steps,
 )
 from arbiter_jax.training import TrainState, init_state
+from arbiter_jax.training._checks import check_key
 
 START = Hyperparameters(learning_rate=0.1, momentum=0.9, decay=0.0)
 
@@ -144,9 +145,9 @@ def online(
         time_constant,
         horizon,
         as_names(learned),
-        bool(effective_learning_rate),
+        bool(_validate.boolean(effective_learning_rate=effective_learning_rate)),
         meta_optimizer or DEFAULT_META_OPTIMIZER,
-        bool(reset_meta_state),
+        bool(_validate.boolean(reset_meta_state=reset_meta_state)),
     )
     fraction = _validate.in_range(0.0, 1.0, learning_fraction=learning_fraction)
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
@@ -166,7 +167,7 @@ def online(
         params,
         model_state,
         data,
-        key,
+        check_key(key),
         as_hyperparameters(hyperparameters),
         config=config,
         plan=plan,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.subset_selection import _gram, _prefixes
@@ -70,8 +72,14 @@ def select_subset(
       - the subset has the best score of all prefixes with min_size examples or more.
     """
     min_size = check_arguments(metric, min_size, order)
+    shape = np.shape(per_example_grads) if per_example_grads is not None else ()
+    if not shape or not math.prod(shape):
+        raise ValueError(f"per_example_grads must be float[n, ...] with n >= 1, got shape {shape}.")
+    per_example_grads = jnp.asarray(per_example_grads)
+    if mask is not None and jnp.shape(mask) != shape[:1]:
+        raise ValueError(f"mask must be bool[{shape[0]}], got shape {jnp.shape(mask)}.")
     gram = _gram.gram_matrix(per_example_grads)
     valid = jnp.isfinite(jnp.diagonal(gram))
     if mask is not None:
-        valid &= mask.astype(bool)
+        valid &= jnp.asarray(mask).astype(bool)
     return _prefixes.select(gram, valid, metric, order, min_size)

@@ -104,6 +104,8 @@ def subset_gradients(
     """
     min_size = check_arguments(metric, min_size, order, groups)
     max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
+    _validate.function("loss_fn(params, batch) -> float[M]", loss_fn=loss_fn)
+    _validate.boolean(factorize=factorize)
     _refuse_model_state(loss_fn)
 
     def gradient_fn(params, batch, mask=None, model_state=None, key=None):

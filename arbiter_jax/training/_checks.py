@@ -165,7 +165,11 @@ def _check_hashable(value: Any, name: str) -> None:
 
 
 def check_functions(
-    loss_fn: Any, gradient_fn: Any, transform_batch: Any, model_state: PyTree = None
+    loss_fn: Any,
+    gradient_fn: Any,
+    transform_batch: Any,
+    model_state: PyTree = None,
+    inputs_of: Any = None,
 ) -> None:
     """Raises a ValueError if the functions of a run cannot be what they are given as."""
     if loss_fn is None and gradient_fn is None:
@@ -182,6 +186,40 @@ def check_functions(
         _check_loss(loss_fn, model_state)
     if transform_batch is not None:
         _check_function(transform_batch, "transform_batch", "key, batch", "batch")
+    if inputs_of is not None:
+        _check_function(inputs_of, "inputs_of", "batch", "inputs")
+
+
+def check_callback(callback: Any) -> None:
+    """Raises a ValueError if this is no function of a record and a state."""
+    if not callable(callback):
+        raise ValueError(
+            "callbacks must be functions callback(record, state), or one of them, got "
+            f"{callback!r}."
+        )
+    refused = _arguments_refused(callback, 2)
+    if refused is not None:
+        raise ValueError(
+            f"callbacks must be functions callback(record, state), got one that takes {refused}."
+        )
+
+
+def check_concrete(**arguments: PyTree) -> None:
+    """Raises a ValueError if a run is started while JAX traces: its loop runs on the host."""
+    for name, tree in arguments.items():
+        if any(map(_validate.is_traced, jax.tree.leaves(tree))):
+            raise ValueError(
+                f"{name} must hold arrays with values, got traced ones: fit decides on the host, so "
+                "call it outside of jit, vmap and grad, and use aj.run_window inside of them."
+            )
+
+
+def check_model_state(model_state: PyTree) -> None:
+    """Raises a ValueError if the state of a model holds anything but arrays."""
+    for path, leaf in _leaves(model_state):
+        if not _is_array(leaf):
+            where = "model_state" + jax.tree_util.keystr(path)
+            raise ValueError(f"{where} must be an array of numbers, got {_called(leaf)}.")
 
 
 def _check_loss(loss_fn: Any, model_state: PyTree) -> None:

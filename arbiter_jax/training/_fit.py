@@ -20,7 +20,13 @@ from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import Block, BlockSource, batch_of_the_rest, check_next_block
 from arbiter_jax.gradients import GradientFn
-from arbiter_jax.training._checks import check_data, check_functions, check_transformation
+from arbiter_jax.training._checks import (
+    check_callback,
+    check_concrete,
+    check_data,
+    check_functions,
+    check_transformation,
+)
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import (
@@ -127,15 +133,21 @@ def _check_budget(opt_state: PyTree, num_examples: int) -> None:
 
 def _as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     if callable(callbacks):
-        return (callbacks,)
+        callbacks = (callbacks,)
     callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
     for callback in callbacks:
-        if not callable(callback):
-            raise ValueError(
-                "callbacks must be functions callback(record, state), or one of them, got "
-                f"{callback!r}."
-            )
+        check_callback(callback)
     return callbacks
+
+
+def _is_true(returned: Any) -> bool:
+    try:
+        return bool(returned)
+    except ValueError:  # an array
+        raise ValueError(
+            "callbacks must return True to end the run, or None, got an array of shape "
+            f"{np.shape(returned)}."
+        ) from None
 
 
 def _smaller_batch(state: TrainState, seen: int, num_examples: int) -> int:
@@ -160,6 +172,11 @@ def _what_went_wrong(
         found.append(
             f"fit has trained nothing: the next batch is larger than the {end - seen} examples that "
             f"are left of {end}; raise num_examples or let the rule take smaller batches."
+        )
+    elif seen > num_examples and not history:
+        found.append(
+            f"fit has trained nothing: state has seen {seen} examples, more than the num_examples of "
+            f"{num_examples}, which include them; raise it."
         )
     losses = [record.info.loss for record in history]
     (bad,) = np.nonzero(~np.isfinite(np.concatenate([*losses, np.zeros(0)])))
@@ -261,7 +278,9 @@ def fit(
         state = init_state(params, tx, key, model_state)
     else:
         state = resume_state(state, tx)
-    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
+    check_concrete(params=params, key=key, data=data, state=state)
+    the_rule(requests(state.opt_state), "tx")
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
     _check_budget(state.opt_state, num_examples)
     history: list[WindowRecord] = []
     source_ended = False
@@ -303,6 +322,7 @@ def fit(
                     inputs_of=inputs_of,
                     has_aux=has_aux,
                 )
+            check_concrete(tx=info)
             info = jax.device_get(info)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
@@ -327,7 +347,9 @@ def fit(
         )
         history.append(record)
         # All of them are called, each with containers of its own.
-        stops = [callback(record, jax.tree.map(lambda x: x, state)) for callback in callbacks]
+        stops = [
+            _is_true(callback(record, jax.tree.map(lambda x: x, state))) for callback in callbacks
+        ]
         if any(stops):
             break
     for message in _what_went_wrong(history, source_ended, seen, end, num_examples):

@@ -11,7 +11,12 @@ import optax
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import SamplerState, init_sampler
-from arbiter_jax.training._checks import check_key, check_params, check_transformation
+from arbiter_jax.training._checks import (
+    check_key,
+    check_model_state,
+    check_params,
+    check_transformation,
+)
 
 
 class Data(NamedTuple):
@@ -72,6 +77,7 @@ def init_state(
     """
     check_transformation(tx)
     check_params(params)
+    check_model_state(model_state)
     train_key, validation_key, model_key = jax.random.split(check_key(key), 3)
     zero = lambda dtype: jnp.zeros((), dtype)
     state = TrainState(

@@ -150,19 +150,27 @@ def _explain(
     """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
     num_agent_inputs = options.get("num_agent_inputs", 32)
     check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
-    functions = [options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch")]
+    functions = [
+        options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch", "inputs_of")
+    ]
     _check_arguments(state, data, tx, *functions)
     check_on_device(data)
 
 
 def _check_arguments(
-    state: TrainState, data: Any, tx: Any, loss_fn: Any, gradient_fn: Any, transform_batch: Any
+    state: TrainState,
+    data: Any,
+    tx: Any,
+    loss_fn: Any,
+    gradient_fn: Any,
+    transform_batch: Any,
+    inputs_of: Any,
 ) -> None:
     check_transformation(tx)
     check_data(data)
     check_state(state, TrainState)
     check_same_chain(state, abstract_state(state, tx))
-    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state)
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
 
 
 @explained(_explain)
@@ -256,7 +264,7 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
-    _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch)
+    _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
     if isinstance(data.train, Block):
         check_block(data.train, window, bucket_size)
         wanted = window if num_steps is None else num_steps

@@ -45,7 +45,7 @@ WRONG = {
     "None": (returns(lambda x: None), SHAPE + "None"),
     "a string": (returns(lambda x: "loss"), SHAPE + "'loss'"),
     "a number": (returns(lambda x: 1.0), SHAPE + "1.0"),
-    "a list": (returns(lambda x: [x]), SHAPE + r"\["),
+    "a list": (returns(lambda x: [x]), SHAPE + "a list of 1"),
     "a weight a row": (
         returns(lambda x: aj.WeightedLoss(jnp.stack([x, x], axis=1), jnp.ones(x.shape))),
         r"WeightedLoss whose weights have the shape of its losses, \(\d, 2\), got",
@@ -132,7 +132,7 @@ def call(loss_fn, model_state=None, **options):
             r"one that takes \(params, batch\)",
         ),
         (call(lambda *args: with_state(*args)[0], 1.0), r"return \(losses, model_state\), got "),
-        (call(lambda p, b: (good(p, b), 1)), SHAPE + r"\(.*\): pass has_aux=True if it"),
+        (call(lambda p, b: (good(p, b), 1)), SHAPE + r"a tuple of 2: pass has_aux=True if it"),
         (call(good, has_aux=True), r"loss_fn must return \(losses, aux\), got "),
         (
             call(lambda *args: (*with_state(*args), {}), 1.0),

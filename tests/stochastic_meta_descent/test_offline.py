@@ -131,7 +131,7 @@ def test_arguments_out_of_range(options, message, key):
         ({"params": None}, "params must be a pytree of arrays of floats, .*, got None"),
         ({"params": {"w": np.zeros((3, 4), int)}}, "params must be .*, got int"),
         ({"data": None}, "data must be a pytree of arrays"),
-        ({"data": np.array(["a", "b"])}, "data must be arrays of numbers, got dtype <U1"),
+        ({"data": np.array(["a", "b"])}, "data must be an array of numbers, got dtype <U1"),
     ],
 )
 def test_arguments_of_another_kind(arguments, message, key):

@@ -318,3 +318,13 @@ def test_the_budget_is_that_of_tx():
         ValueError, match="num_examples must be 200, the budget that the rule in tx"
     ):
         fit(tx(200), 100, state=first.state)
+
+
+def test_a_state_beyond_the_budget_is_told():
+    tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(4))
+    loss_fn = lambda w, x: (w - x) ** 2
+    data = aj.Data(jnp.ones(8))
+    state = aj.fit(loss_fn, jnp.zeros(()), tx, data, num_examples=80).state
+    with pytest.warns(UserWarning, match="state has seen 80 examples, more than the num_examples"):
+        result = aj.fit(loss_fn, None, tx, data, num_examples=40, state=state)
+    assert not result.history
