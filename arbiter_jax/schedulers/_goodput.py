@@ -169,18 +169,12 @@ def _candidates(candidates: Sequence[int] | None, low: Any, high: Any) -> tuple[
         return tuple(sorted({low, high, *powers}))
     limits = {}
     if not (_validate.is_traced(low) or _validate.is_traced(high)):
-<<<<<<< HEAD
         limits = {"minimum": int(low), "maximum": int(high)}
-    sizes = tuple(_validate.integer(candidates=c, **limits) for c in candidates)
-    if not sizes or list(sizes) != sorted(set(sizes)):
-=======
-        limits = {"minimum": int(minimum), "maximum": int(high)}
     if isinstance(candidates, str) or not isinstance(candidates, Iterable):
         raise ValueError(
             f"candidates must be a tuple of batch sizes, got {_validate.shown(candidates)}."
         )
-    sizes = [_validate.integer(candidates=c, **limits) for c in candidates]
-    if not sizes or sizes != sorted(set(sizes)):
->>>>>>> h22-misuse
+    sizes = tuple(_validate.integer(candidates=c, **limits) for c in candidates)
+    if not sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"candidates must increase and not be empty, got {tuple(candidates)!r}.")
     return sizes
