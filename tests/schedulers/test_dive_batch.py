@@ -71,10 +71,7 @@ def test_sums_low_precision_gradients_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: schedulers.dive_batch(0),
-            "dataset_size must be an integer >= 1 and <= 9223372036854775807, got 0",
-        ),
+        (lambda: schedulers.dive_batch(0), "dataset_size must be an integer >= 1 and <= .*, got 0"),
         (lambda: schedulers.dive_batch(10, delta=0), "delta must be a finite number > 0"),
     ],
 )
