@@ -185,7 +185,7 @@ def steps_of(rule, signals, num_steps):
     """The states after each step of one size."""
 
     def step(state, t):
-        state = rule.update(jnp.ones(()), state, batch_size=64, **signals(t + 1))[1]
+        state = rule.update(jnp.ones(()), state, jnp.zeros(()), batch_size=64, **signals(t + 1))[1]
         return state, state
 
     return jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(num_steps)))(rule.init(None))
