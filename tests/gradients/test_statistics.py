@@ -384,7 +384,7 @@ def test_gradient_noise_has_the_gradients_covariance(batch_size):
     [
         (
             {"method": "half"},
-            r"method must be one of .*'per_device', got 'half'",
+            r"method must be one of .*'normalization', got 'half'",
         ),
         ({"num_pieces": 1}, r"num_pieces must be a power of two >= 2, got 1"),
         ({"num_pieces": 3}, r"num_pieces must be a power of two >= 1, got 3"),
