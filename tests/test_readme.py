@@ -15,12 +15,17 @@ def test_the_code_runs(capsys):
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
         printed.append(capsys.readouterr().out)
-    quick_start, fit, run_window, own_loop = printed[:4]
+    quick_start, seesaw, fit, run_window, own_loop = printed[:5]
 
     batch_sizes = [int(size) for size in re.findall(r"\d+", quick_start.splitlines()[0])]
     assert batch_sizes[0] == 40
     assert batch_sizes[-1] == 64  # it has grown
     assert "Metrics(loss=" in quick_start
+
+    predicted, trained = seesaw.splitlines()
+    assert predicted.split()[0] == trained.split()[0]  # the steps
+    assert 150 < int(trained.split()[0]) < 200  # of 312
+    assert trained.split()[1] == "256"
 
     assert fit.startswith("[ 96")
     assert fit.split()[-1] == str(namespace["result"].num_compilations)
