@@ -159,7 +159,7 @@ def trace_in_examples(
 
 
 def add_decayed_weights_in_examples(
-    weight_decay: float, batch_size: int, *, exponent: float = 0.5, mask: Any = None
+    weight_decay: float, batch_size: int, *, exponent: float = 1.0, mask: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Decoupled weight decay that takes the same off the weights per example at any batch size.
 
@@ -220,7 +220,7 @@ def adamw_in_examples(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 1e-4,
-    exponent: float = 0.5,
+    exponent: float = 1.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose averages and weight decay are those of examples, not of steps.
@@ -273,7 +273,7 @@ def lamb_in_examples(
     b2: float = 0.999,
     eps: float = 1e-6,
     weight_decay: float = 0.0,
-    exponent: float = 0.5,
+    exponent: float = 1.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB whose averages and weight decay are those of examples: as :func:`adamw_in_examples`.

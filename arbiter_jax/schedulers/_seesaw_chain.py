@@ -17,7 +17,7 @@ def seesaw(
     num_examples: int,
     batch_size: int,
     max_batch_size: int,
-    exponent: float | str = 0.5,
+    exponent: float | str = 1.0,
     trade: float = 0.8,
     limit: str | optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,12 +40,14 @@ def seesaw(
       num_examples: D, the budget in examples, an integer >= 1.
       batch_size: B_0, the size that the schedule was tuned at, an integer >= 1.
       max_batch_size: B_max, an integer >= batch_size.
-      exponent: p, in (0, 2]: 1 for SGD and momentum, 0.5 to 1 for Adam; or "measured", which gives
-        Adam the exponent that the noise scale N of the run asks for, 0.5 where noise dominates and 1
-        where it does not: :math:`\mathrm{rate} = s \frac{B}{B_0}\sqrt{(1 + N/B)/(1 + N/B_0)}`.
+      exponent: p, in (0, 2]. 1 is the linear rule of SGD and momentum, and what ended lowest for AdamW
+        in ``experiments/fewer_steps``; 0.5 is what Adam's theory asks for where noise dominates. Or
+        "measured", which follows the noise scale N of the run from 0.5, where noise dominates, to 1:
+        :math:`\mathrm{rate} = s \frac{B}{B_0}\sqrt{(1 + N/B)/(1 + N/B_0)}`.
       trade: g, how much of the decay becomes batch size, in [0, 1]; 0 is the schedule as it was.
-      limit: None; "noise_scale", beyond which a larger batch brings little; or a batch-size rule
-        whose size is the limit.
+      limit: None; "noise_scale", beyond which a larger batch brings little, in the l2 norm for
+        exponent 1 and in the l1 norm for any other; or a batch-size rule whose size is the limit,
+        for Adam ``gradient_noise_scale(norm="l1", ...)``.
 
     Returns:
       A whole chain with one batch-size rule, for `aj.fit`, `aj.run_window` or a loop of one's own,
@@ -64,8 +66,7 @@ def seesaw(
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> cosine = optax.cosine_decay_schedule(0.1, 6_400)
-    >>> tx = aj.seesaw(optax.sgd(1.0), cosine, num_examples=6_400, batch_size=8, max_batch_size=64,
-    ...     exponent=1.0)
+    >>> tx = aj.seesaw(optax.sgd(1.0), cosine, num_examples=6_400, batch_size=8, max_batch_size=64)
     >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
     >>> result = aj.fit(loss_fn, jnp.zeros(()), tx, aj.Data(jnp.ones(64)), num_examples=6_400)
     >>> sizes = [record.batch_size for record in result.history]
