@@ -11,6 +11,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import schedulers
+from arbiter_jax.schedulers._rate import scale_by_rate
 
 S = schedulers
 D = 64_000
@@ -128,7 +129,7 @@ def test_the_measured_exponent_is_between_both_ends():
 
 def test_a_rate_that_is_not_finite_keeps_the_last():
     broken = lambda n: jnp.where(n > 1_000, jnp.nan, 0.1)
-    scale = schedulers._rate.scale_by_rate(broken, 32, 1.0)
+    scale = scale_by_rate(broken, 32, 1.0)
     state = scale.init(None)
     updates, state = scale.update(jnp.ones(()), state, batch_size=64, num_examples=0)
     assert float(updates) == pytest.approx(0.2)
