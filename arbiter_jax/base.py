@@ -102,7 +102,8 @@ class GradStats(NamedTuple):
     batch_sq_norm: jax.Array  # float, |gbar|^2 of the mean gradient of the batch
     half_cosine: jax.Array  # float, cosine between the gradients of the two halves of the batch
     inner_product_variance: jax.Array  # float, estimate of Var_i(g_i . gbar)
-    # The same in the l1 norm, which is what optimizers that step by the sign see:
+    # The same in the l1 norm, which is what optimizers that step by the sign see; nan where only
+    # inner products are known, as in `subset_gradients`:
     abs_deviation: Any = float("nan")  # float, estimate of sum sqrt(diag S)
     abs_signal: Any = float("nan")  # float, |G|_1 as far as two halves agree on it; may be < 0
 

@@ -70,16 +70,25 @@ def stats_from_pieces(
     sizes = sizes.astype(gram.dtype)
     share = lambda part: part / jnp.maximum(jnp.sum(part), jnp.finfo(sizes.dtype).tiny)
     half = jnp.arange(k) < k // 2
+    pieces = [real_parts(piece) for piece in pieces]
     total = lambda weights: [_weighted(weights, leaves) for leaves in zip(*pieces, strict=True)]
     mean = total(share(sizes))
     first, second = total(jnp.where(half, sizes, 0)), total(jnp.where(half, 0, sizes))
     # Of differences: it is not negative, and equal pieces have exactly none.
     spread = [
-        _weighted(sizes, [jnp.square(jnp.abs(x - m)) for x in leaves])
+        _weighted(sizes, [jnp.square(x - m) for x in leaves])
         for m, *leaves in zip(mean, *pieces, strict=True)
     ]
     stats, in_first = stats_from_gram(gram, sizes), jnp.sum(jnp.where(half, sizes, 0))
     return _with_absolute_norms(stats, sizes, spread, (first, in_first), second)
+
+
+def real_parts(tree: PyTree) -> PyTree:
+    """The tree in real numbers, of which a complex one is two."""
+    return jax.tree.map(
+        lambda x: jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x,
+        tree,
+    )
 
 
 def _weighted(weights: jax.Array, leaves: Sequence[jax.Array]) -> Any:
@@ -89,7 +98,7 @@ def _weighted(weights: jax.Array, leaves: Sequence[jax.Array]) -> Any:
 def _with_absolute_norms(
     stats: GradStats, sizes: jax.Array, spread: PyTree, first: Any, second_sum: PyTree
 ) -> GradStats:
-    r"""With what the noise scale in the l1 norm is made of, sums over all parameters.
+    r"""With what the noise scale in the l1 norm is made of, sums over all (real) parameters.
 
     .. math::
       \frac{1}{c_4(k)} \sum \sqrt{\frac{\sum_j b_j g_j^2 - B \bar g^2}{k - 1}},
@@ -112,7 +121,7 @@ def _with_absolute_norms(
     c4 = jnp.sqrt(2 / (n - 1)) * jnp.exp(gammas)
     total = lambda tree: sum(jnp.sum(x) for x in jax.tree.leaves(tree))
     deviation = total(jax.tree.map(lambda x: jnp.sqrt(jnp.maximum(x, 0) / (n - 1)), spread))
-    signs = jax.tree.map(lambda a, b: jnp.real(a * jnp.conj(jnp.sign(b))), first_sum, second_sum)
+    signs = jax.tree.map(lambda a, b: a * jnp.sign(b), first_sum, second_sum)
     both = (in_first > 0) & (in_first < jnp.sum(sizes))
     return stats._replace(
         abs_deviation=jnp.where(count > 1, deviation / c4, jnp.nan),
@@ -138,7 +147,7 @@ def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:
       sizes: b_j.
       mean: gbar.
       first: Sums of b_j g_j and of b_j over the first half.
-      squares: Sum of b_j g_j^2, elementwise.
+      squares: Sum of b_j g_j^2 over the real parts of g_j, elementwise.
     """
     first_sum, _ = first
     total = jnp.sum(sizes)
@@ -149,9 +158,10 @@ def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:
     sizes = sizes.astype(norms.dtype)
     stats = _estimates(norms, inner, sizes, tree_dot(mean, mean), *products)
     spread = jax.tree.map(
-        lambda x, m: x - total.astype(x.dtype) * jnp.square(jnp.abs(m)), squares, mean
+        lambda x, m: x - total.astype(x.dtype) * jnp.square(m), squares, real_parts(mean)
     )
-    return _with_absolute_norms(stats, sizes, spread, first, second_sum)
+    first_sum, second_sum = real_parts(first_sum), real_parts(second_sum)
+    return _with_absolute_norms(stats, sizes, spread, (first_sum, first[1]), second_sum)
 
 
 def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> GradStats:

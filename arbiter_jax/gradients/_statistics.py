@@ -23,7 +23,12 @@ from arbiter_jax._numerics import (
 )
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
-from arbiter_jax.gradients._estimators import scaled, stats_from_norms, stats_from_pieces
+from arbiter_jax.gradients._estimators import (
+    real_parts,
+    scaled,
+    stats_from_norms,
+    stats_from_pieces,
+)
 from arbiter_jax.gradients._masked import (
     Gradient,
     GradientFn,
@@ -305,14 +310,14 @@ def _per_example_stats(
                 lambda acc, g: acc + _weighted_sum(weights * in_first, g), first, grads
             )
             squares = jax.tree.map(
-                lambda acc, g: acc + _weighted_sum(weights, jnp.square(jnp.abs(g))), squares, grads
+                lambda acc, g: acc + _weighted_sum(weights, jnp.square(g)),
+                squares,
+                jax.vmap(real_parts)(grads),
             )
             return (first, squares), (norms, inner, weights)
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        (first, squares), rows = jax.lax.scan(
-            group, (zero, jax.tree.map(jnp.real, zero)), (*groups, half)
-        )
+        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), (*groups, half))
         norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
@@ -362,10 +367,8 @@ def _per_device_stats(
         in_first = jnp.where(device < num_devices // 2, size, 0)
         first = jax.tree.map(lambda g: jax.lax.psum(_times(g, in_first), axis_name), grad)
         squares = jax.tree.map(
-            lambda g: jax.lax.psum(
-                _times(jnp.square(jnp.abs(at_least_float32(g))), size), axis_name
-            ),
-            grad,
+            lambda g: jax.lax.psum(_times(jnp.square(at_least_float32(g)), size), axis_name),
+            real_parts(grad),
         )
         numbers = jnp.stack([tree_dot(grad, grad), tree_dot(grad, mean), size])
         rows = jnp.where(jnp.arange(num_devices)[:, None] == device, numbers, 0)

@@ -28,7 +28,7 @@ class GradientNoiseScaleState(NamedTuple):
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
-    num_steps: jax.Array | None  # shape=(), dtype=int32, with `measure_every` above 1
+    num_steps: jax.Array  # shape=(), dtype=int32
     signals_due: jax.Array | None  # shape=(), dtype=bool; None: at every step
     requires = ("grad_stats",)
     metrics = ("variance_trace", "mean_sq_norm")
@@ -120,22 +120,23 @@ def gradient_noise_scale(
             weight=_rule.zero(),
             ledger=as_count(0),
             num_skipped=_rule.int32(),
-            num_steps=None if always else _rule.int32(),
+            num_steps=_rule.int32(),
             signals_due=None if always else jnp.array(True),
         )
 
     def update_state(state, *, grad_stats: Any = None, signals_made=None, **signals):
         base.require("gradient_noise_scale", grad_stats=grad_stats)
         update = base.applied_update(state, **signals)
-        counted = state._replace(ledger=update.ledger)
+        num_steps: Any = optax.safe_increment(state.num_steps)
+        counted = state._replace(ledger=update.ledger, num_steps=num_steps)
         if always:
             return measured(counted, grad_stats, update)
+        counted = counted._replace(signals_due=num_steps % interval == 0)
         now = base.measures_now(state.signals_due, signals_made)
-        new = counted if now is False else measured(counted, grad_stats, update)
-        if not isinstance(now, bool):
-            new = _numerics.tree_where(now, new, counted)
-        num_steps: Any = optax.safe_increment(state.num_steps)
-        return new._replace(num_steps=num_steps, signals_due=num_steps % interval == 0)
+        if now is False:
+            return counted
+        new = measured(counted, grad_stats, update)
+        return new if now is True else _numerics.tree_where(now, new, counted)
 
     def measured(state, grad_stats, update):
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm
