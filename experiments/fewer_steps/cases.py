@@ -258,7 +258,7 @@ class Experiment:
         """A run with the sizes and rates of `seesaw`, from tables: (row, windows, fit)."""
         total, size = self.num_examples, batch_size or self.batch_size
         plan = self.plan(rule, size)
-        sizes = _sizes_at(plan, total * np.arange(NUM_SIZES) / NUM_SIZES)
+        sizes = _sizes_at(plan, _cells(total))
         shape = decays.sampled(self._schedule(total), total)
         tabled = sizes_by_table(sizes, total, size, float(rule.exponent))
         return self._tabled(name, shape, tabled, seed, rate, total)
@@ -269,9 +269,10 @@ class Experiment:
         counts = np.linspace(0, total - 1, decays.NUM_RATES)
         grown = _sizes_at(plan, counts) / self.batch_size
         shape = decays.sampled(self._schedule(total), total) * grown ** float(rule.exponent)
-        pieces = _sizes_at(plan, total * np.arange(NUM_WINDOWS) / NUM_WINDOWS)
-        pieces = np.random.default_rng(seed).permutation(pieces)
-        sizes = np.repeat(pieces, NUM_SIZES // NUM_WINDOWS)
+        windows = np.random.default_rng(seed).permutation(_windows(plan, total))
+        ends = np.cumsum(windows[:, 0] * windows[:, 1])
+        at = np.searchsorted(ends, _cells(total), side="right")
+        sizes = windows[np.minimum(at, len(windows) - 1), 0]
         return self._tabled(name, shape, sizes_by_table(sizes, total), seed, rate, total)
 
     def _tabled(self, name, shape, sizes, seed, rate, total, **options):
@@ -289,7 +290,9 @@ class Experiment:
         """A run of `arbiter_jax.seesaw`: (row, windows, fit)."""
 
         def begin(seed, learning_rate):
-            return _seesaw(self.case, self.share, rule, batch_size or self.batch_size, learning_rate)
+            return _seesaw(
+                self.case, self.share, rule, batch_size or self.batch_size, learning_rate
+            )
 
         tx = _seesaw_program(self.case, self.share, rule, batch_size or self.batch_size)
         return self._train(name, tx, begin, seed, rate, self.num_examples)
@@ -360,6 +363,23 @@ class Experiment:
 
 def _sizes_at(plan: schedulers.BatchSchedule, counts: np.ndarray) -> np.ndarray:
     return np.array(plan.batch_sizes)[np.searchsorted(plan.starts, counts, side="right") - 1]
+
+
+def _cells(total: int) -> np.ndarray:
+    """Counts at the ends of the cells of a table of sizes: a size begins in the cell it falls in."""
+    return total * (np.arange(NUM_SIZES) + 0.999) / NUM_SIZES
+
+
+def _windows(plan: schedulers.BatchSchedule, total: int) -> np.ndarray:
+    """(batch size, steps) of each window of a run by a plan, int[n, 2]."""
+    seen, windows = 0, []
+    while True:
+        size = plan.batch_size_at(seen)
+        steps = min(WINDOW, plan.window_steps(size), (total - seen) // size)
+        if steps < 1:
+            return np.array(windows)
+        windows.append((size, steps))
+        seen += size * steps
 
 
 @functools.cache
