@@ -191,6 +191,30 @@ def build(
     return Method(start(), start)
 
 
+def seesaw_from(
+    batch_size: int, config: Any, num_examples: int, learning_rate: float, **options: Any
+) -> Method:
+    """SGD with momentum and cosine decay over the run, of which `seesaw` makes batch size.
+
+    Args:
+      batch_size: B0, for which the rate was chosen.
+      config: Has `momentum` and `max_batch_size`.
+      num_examples: The budget.
+      learning_rate: The peak.
+      **options: Further arguments of `seesaw`.
+    """
+    tx = aj.seesaw(
+        optax.sgd(1.0, momentum=config.momentum),
+        optax.cosine_decay_schedule(learning_rate, num_examples),
+        num_examples=num_examples,
+        batch_size=batch_size,
+        max_batch_size=max(batch_size, min(16 * batch_size, config.max_batch_size)),
+        exponent=1.0,
+        **options,
+    )
+    return Method(tx, lambda **_: tx)
+
+
 @functools.cache
 def _shared_constant(make_optimizer: Callable[[float], Any], learning_rate: float):
     return optax.chain(make_optimizer(learning_rate), schedulers.constant(1))

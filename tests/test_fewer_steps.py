@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from experiments import _runner
+from experiments import _runner, _training, complement_fixed_schedule
 from experiments._learning_rates import scale_by_table
 from experiments.fewer_steps import CONFIGS, cases, compare, decays, published, regression, tables
 
@@ -125,6 +125,22 @@ def test_wrong_flags_are_named():
         config = cases.dataclasses.replace(CONFIGS["smoke"], **{flag: ("nonsense",)})
         with pytest.raises(_runner.UsageError, match=f"--{flag} must be among .* got nonsense"):
             compare.usage(config)
+
+
+def test_without_a_limit_it_is_the_fixed_schedule(monkeypatch):
+    """What `complement_fixed_schedule` limits is the schedule that it complements."""
+    config = complement_fixed_schedule.CONFIGS["smoke"]
+    task = _training.make_task("digits", "mlp")
+    given = {}
+    monkeypatch.setattr(aj, "seesaw", lambda *a, **kw: given.update(kw, decay=a[1]))
+    complement_fixed_schedule._limited(task, config, "step")
+    del given["exponent"]
+    assert given.pop("limit") == "noise_scale"
+    plan = aj.schedulers.seesaw_schedule(given.pop("decay"), **given)
+    sizes = complement_fixed_schedule._sizes(config, task.num_train, "step")
+    assert tuple(zip(plan.starts[1:], plan.batch_sizes[1:], strict=True)) == tuple(
+        (pytest.approx(start, abs=1), size) for start, size in sizes
+    )
 
 
 # Part C

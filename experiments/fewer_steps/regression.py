@@ -292,9 +292,9 @@ def tables(found: dict[str, Any]) -> list[Any]:
         "A. the same at multiples of the critical size: risk in % over the cosine's (steps, share)",
         ["B0", "trade .8", "trade 1", "trade 1, limit = noise scale"],
         lines,
-        "Each size at the best of a grid of peak rates for its cosine. Critical: the noise scale half\n"
-        f"way of the cosine from B0 = {REFERENCE}. Normalized SGD, with exponent 1/2, is what Adam is to "
-        "first order.\nAt large sizes the best peak rate is at the edge of stability: a cosine passes it,"
-        "\ntrade 1 with exponent 1 stays there.",
+        "Each size at the best of a grid of peak rates for its cosine. Critical: the noise scale\n"
+        f"half way of the cosine from B0 = {REFERENCE}. Normalized SGD, with exponent 1/2, is what\n"
+        "Adam is to first order. At large sizes the best peak rate is at the edge of\n"
+        "stability: a cosine passes it, trade 1 with exponent 1 stays there.",
     )
     return [first, second]

@@ -80,10 +80,10 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
                 "B. test loss over that of the same decay at B0, in % (share of its steps)",
                 ["", *(", ".join(case) for case, _ in part)],
                 lines,
-                "Baseline: B0, peak rate, steps. ±: 95% interval over seeds, paired. Every constant size\n"
-                "and the noise floor have their own best peak rate of a grid, by validation loss; seesaw\n"
-                "has the baseline's. p: exponent of the rate. 8 x critical: from eight times the critical\n"
-                "size, over a constant size of as many examples at its own best rate.",
+                "Baseline: B0, peak rate, steps. ±: 95% interval over seeds, paired. Every constant\n"
+                "size and the noise floor have their own best peak rate of a grid, by validation\n"
+                "loss; seesaw has the baseline's. p: exponent of the rate. 8 x critical: from eight\n"
+                "times the critical size, over that size constant at its own best rate.",
             )
         )
     return [*shown, _runner.make_table(*_verdict(found))]
@@ -154,7 +154,7 @@ def _verdict(found: dict[cases.Case, dict[str, Outcome]]) -> tuple[Any, ...]:
 
 
 SHORT = {
-    compare.BASELINE: "B0",
+    compare.BASELINE: "the same decay at B0",
     compare.SHORTER: "95% of the examples",
     compare.LARGER: "larger B",
     compare.SHAPE: "best shape",
@@ -199,10 +199,10 @@ def _panel(ax: Any, outcomes: dict[str, Outcome]) -> None:
     ax.set_xlabel("serial steps, share of the baseline's")
     ax.set_ylabel("test loss over the baseline's [%]")
     # The names stand in one column beside the panel, as far apart as they need.
-    step = 1 / max(len(points), 12)
-    at = -np.inf
-    for y, x, label, color in sorted(points):
-        at = max(at + step, (y - low) / (high - low) - 0.25)
+    points.sort()
+    step = 1 / max(len(points), 14)
+    wanted = [(point[0] - low) / (high - low) for point in points]
+    for at, (y, x, label, color) in zip(_apart(wanted, step), points, strict=True):
         ax.annotate(
             label,
             (x, y),
@@ -213,6 +213,16 @@ def _panel(ax: Any, outcomes: dict[str, Outcome]) -> None:
             va="center",
             arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.5},
         )
+
+
+def _apart(places: list[float], step: float) -> list[float]:
+    """Ascending places in [0, 1], moved as little as it takes to be `step` apart."""
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + step)
+    places[-1] = min(places[-1], 1)
+    for i in range(len(places) - 2, -1, -1):
+        places[i] = min(places[i], places[i + 1] - step)
+    return places
 
 
 def exact(found: dict[str, Any]):
