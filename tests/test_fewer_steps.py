@@ -106,7 +106,7 @@ def test_rows_are_compared_within_their_size():
     rows = [row(compare.BASELINE, 0, 1.0), row(compare.BASELINE, 1, 2.0)]
     rows += [row(compare.SHORTER, 0, 1.02), row(compare.SHORTER, 1, 2.04)]
     rows += [row(rule, 0, 1.01, 50), row(rule, 1, 2.02, 60)]
-    rows += [row(f"{compare.CRITICAL}: constant", 0, 4.0, 10)]
+    rows += [row(f"{compare.CRITICAL}: constant", 0, 4.0, 10) | {"times": 8, "critical": 1}]
     rows += [row(f"{compare.CRITICAL}: {rule}", 0, 6.0, 5)]
     [(case, found)] = tables.judge(rows).items()
     assert case == ("text", "adam", "linear")

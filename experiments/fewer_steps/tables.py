@@ -12,6 +12,7 @@ from experiments.fewer_steps import cases, compare
 
 PER_TABLE = 4  # cases side by side
 STANDARD_ERRORS = 2.3  # of the test for non-inferiority
+LARGE = f"{compare.CRITICAL}: {compare.BASELINE}"
 CLIPPED = 8.0  # %, the upper edge of the figure
 
 
@@ -73,8 +74,12 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
         lines += [
             [name, *(cell(outcomes.get(name)) for _, outcomes in part)]
             for name in names
-            if name != compare.BASELINE and any(name in outcomes for _, outcomes in part)
+            if name not in (compare.BASELINE, LARGE)
+            and any(name in outcomes for _, outcomes in part)
         ]
+        if any(LARGE in outcomes for _, outcomes in part):
+            sizes = [_large(outcomes.get(LARGE)) for _, outcomes in part]
+            lines.append([f"{compare.CRITICAL}: baseline", *sizes])
         shown.append(
             _runner.make_table(
                 "B. test loss over that of the same decay at B0, in % (share of its steps)",
@@ -101,6 +106,16 @@ def _baseline(rows: list[dict[str, Any]], case: cases.Case) -> str:
     return f"{loss:.4f} ({row['batch_size']}, {row['learning_rate']:g}, {row['num_steps']:,})"
 
 
+def _large(outcome: Outcome | None) -> str:
+    """The size, and how many times the critical one it is: 8, unless the budget is too small."""
+    if outcome is None:
+        return "-"
+    row = outcome.row
+    return (
+        f"{row['batch_size']:,} = {row['times']:g} x {row['critical']}, {row['num_steps']:,} steps"
+    )
+
+
 def is_no_worse(over: np.ndarray, margin: float) -> bool:
     """Whether the loss is at most `margin` above, by 2.3 standard errors."""
     error = np.std(over, ddof=1) / np.sqrt(len(over)) if len(over) > 1 else 0.0
@@ -112,7 +127,7 @@ def _verdict(found: dict[cases.Case, dict[str, Outcome]]) -> tuple[Any, ...]:
     lines = []
     names = dict.fromkeys(name for outcomes in found.values() for name in outcomes)
     for name in names:
-        if name == compare.BASELINE or name.endswith("x critical: constant"):
+        if name in (compare.BASELINE, LARGE):
             continue
         ours = [outcomes for outcomes in found.values() if name in outcomes]
         means = np.array([outcomes[name].mean for outcomes in ours])
