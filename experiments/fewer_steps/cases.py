@@ -419,7 +419,7 @@ def _noise_floor(case: Case, share: float, rate: float) -> Any:
         num_examples=made.num_examples,
         persistence=10.0 if case.optimizer != "sgd" else 1.0,
         max_batch_size=GROWTH * made.batch_size,
-        min_batch_size=min(8, made.batch_size),
+        min_batch_size=made.batch_size,  # below it there are no steps to save
         initial_batch_size=made.batch_size,
     )
     optimizer = make_optimizer(case.optimizer, made.batch_size)
