@@ -208,7 +208,7 @@ def seesaw_from(
         optax.cosine_decay_schedule(learning_rate, num_examples),
         num_examples=num_examples,
         batch_size=batch_size,
-        max_batch_size=max(batch_size, min(16 * batch_size, config.max_batch_size)),
+        max_batch_size=max(batch_size, min(8 * batch_size, config.max_batch_size)),
         exponent=1.0,
         **options,
     )

@@ -33,9 +33,9 @@ class Problem(NamedTuple):
 class Outcome(NamedTuple):
     """How a run ended."""
 
-    risk: float  # expected excess risk, sum_i l_i m_i / 2
+    risk: np.ndarray  # expected excess risk, sum_i l_i m_i / 2, in the shape of the peak rate
     num_steps: int
-    noise_scales: np.ndarray  # [num_steps], tr S / |G|^2 before each step, in examples
+    noise_scales: np.ndarray  # [num_steps, ...], tr S / |G|^2 before each step, in examples
     batch_sizes: np.ndarray  # [num_steps]
 
 
@@ -45,30 +45,31 @@ def power_law(dimension: int = 64, exponent: float = 1.5, noise: float = 1.0) ->
     return Problem(eigenvalues, np.ones(dimension), noise)
 
 
-def risk(problem: Problem, m: np.ndarray) -> float:
-    """The expected excess risk."""
-    return float(problem.eigenvalues @ m / 2)
+def risk(problem: Problem, m: np.ndarray) -> np.ndarray:
+    """The expected excess risk of moments [..., d]."""
+    return m @ problem.eigenvalues / 2
 
 
-def sgd_step(problem: Problem, m: np.ndarray, rate: float, batch_size: float) -> np.ndarray:
-    """The second moments after one step of SGD."""
-    scale, curvature = rate**2 / batch_size, problem.eigenvalues
+def sgd_step(problem: Problem, m: np.ndarray, rate: Any, batch_size: float) -> np.ndarray:
+    """The second moments [..., d] after one step of SGD, with rates [...]."""
+    curvature, rate = problem.eigenvalues, np.asarray(rate)[..., None]
     kept = 1 - 2 * rate * curvature + (rate * curvature) ** 2 * (1 + 1 / batch_size)
-    return kept * m + scale * curvature * (curvature @ m + problem.noise)
+    spread = (m @ curvature)[..., None] + problem.noise
+    return kept * m + rate**2 / batch_size * curvature * spread
 
 
-def signal_and_noise(problem: Problem, m: np.ndarray) -> tuple[float, float]:
+def signal_and_noise(problem: Problem, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """E |G|^2 of the full gradient, and tr S of the gradient of one example."""
     curvature = problem.eigenvalues
-    signal = curvature**2 @ m
-    return float(signal), float(signal + curvature.sum() * (curvature @ m + problem.noise))
+    signal = m @ curvature**2
+    return signal, signal + curvature.sum() * (m @ curvature + problem.noise)
 
 
 def train(
     problem: Problem,
     schedule: Callable[[Any], Any],
     *,
-    peak: float,
+    peak: Any,
     num_examples: int,
     batch_size: int,
     growth: int = 16,
@@ -82,7 +83,7 @@ def train(
     Args:
       problem: The regression.
       schedule: Share of the peak rate by examples seen.
-      peak: The largest rate.
+      peak: The largest rate; an array of several gives as many risks.
       num_examples: The budget.
       batch_size: B0.
       growth: The largest size over B0.
@@ -101,7 +102,9 @@ def train(
     starts, sizes = np.array(plan.starts), np.array(plan.batch_sizes)
     # The schedule at every count at which a step can begin, all at once.
     shape = np.asarray(schedule(np.arange(num_examples)), float)
-    m, seen, taken, scales = problem.error.copy(), 0, [], []
+    peak = np.asarray(peak, float)
+    m = np.broadcast_to(problem.error, (*peak.shape, len(problem.error)))
+    seen, taken, scales = 0, [], []
     while True:
         size = int(sizes[np.searchsorted(starts, seen, side="right") - 1])
         signal, noise = signal_and_noise(problem, m)
@@ -118,11 +121,13 @@ def train(
         scales.append(noise / signal)
 
 
-def best_peak(run: Callable[[float], Outcome], grid: np.ndarray) -> tuple[float, Outcome]:
+def best_peak(run: Callable[[np.ndarray], Outcome], grid: np.ndarray) -> tuple[float, Outcome]:
     """The rate of a grid with the least risk, and its run."""
     with np.errstate(over="ignore", invalid="ignore"):
-        runs = [(float(peak), run(float(peak))) for peak in grid]
-    return min(runs, key=lambda item: np.nan_to_num(item[1].risk, nan=np.inf))
+        found = run(grid)
+    best = int(np.argmin(np.nan_to_num(found.risk, nan=np.inf)))
+    scales = found.noise_scales[:, best]
+    return float(grid[best]), found._replace(risk=found.risk[best], noise_scales=scales)
 
 
 def brute_force(problem: Problem, rates: list[float], sizes: list[int]) -> np.ndarray:
@@ -192,8 +197,8 @@ def gaps(rates: tuple[float, ...] = RATES, time: float = 200.0) -> list[dict[str
                     "trade": trade,
                     "peak": rate,
                     "num_examples": budget,
-                    "risk": ours.risk,
-                    "gap": ours.risk / cosine.risk - 1,
+                    "risk": float(ours.risk),
+                    "gap": float(ours.risk / cosine.risk - 1),
                     "num_steps": ours.num_steps,
                     "share": ours.num_steps / cosine.num_steps,
                 }
@@ -238,7 +243,7 @@ def failures(num_examples: int = 32_768) -> list[dict[str, Any]]:
                         "batch_size": size,
                         "peak": peak,
                         "trade": trade,
-                        "gap": ours.risk / cosine.risk - 1,
+                        "gap": float(ours.risk / cosine.risk - 1),
                         "share": ours.num_steps / cosine.num_steps,
                     }
                 )
