@@ -191,17 +191,14 @@ def build(
     return Method(start(), start)
 
 
-def seesaw_from(
-    batch_size: int, config: Any, num_examples: int, learning_rate: float, **options: Any
-) -> Method:
-    """SGD with momentum and cosine decay over the run, of which `seesaw` makes batch size.
+def seesaw_from(batch_size: int, config: Any, num_examples: int, learning_rate: float) -> Method:
+    """SGD with momentum and cosine decay over the run, of which `seesaw` makes batch size, up to 8 B0.
 
     Args:
       batch_size: B0, for which the rate was chosen.
       config: Has `momentum` and `max_batch_size`.
       num_examples: The budget.
       learning_rate: The peak.
-      **options: Further arguments of `seesaw`.
     """
     tx = aj.seesaw(
         optax.sgd(1.0, momentum=config.momentum),
@@ -210,7 +207,6 @@ def seesaw_from(
         batch_size=batch_size,
         max_batch_size=max(batch_size, min(8 * batch_size, config.max_batch_size)),
         exponent=1.0,
-        **options,
     )
     return Method(tx, lambda **_: tx)
 

@@ -226,7 +226,7 @@ def _panel(ax: Any, outcomes: dict[str, Outcome]) -> None:
             fontsize=6.5,
             color=color,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.5, "relpos": (0, 0.5)},
         )
 
 
