@@ -4,7 +4,7 @@ Claim (arXiv:2510.14717, arXiv:1711.00489, and ours for the trade, the limit and
 ends a run that works today at the same loss, after the same examples, in about half of its steps,
 as long as its batch size is below the critical one.
 Command: python -m experiments.fewer_steps [--config smoke|default|paper] [--runs FOLDER]
-Time: about 12 minutes on two cores; `--parts A C` one minute. `--runs FOLDER` keeps the runs that are done.
+Time: about 12 minutes on two cores; `--parts A C` one minute. `--runs FOLDER` keeps what is done.
 Expected: within .5% of the cosine in .56 of its steps below the critical size; from 8 times that size
 worse, unless the measured noise scale is the limit.
 Measured: -.9 to +.3% in .52 of the steps (exponent 1, trade 1; momentum and AdamW, Fashion-MNIST and
