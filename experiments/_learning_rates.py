@@ -87,3 +87,43 @@ def scale_by_decay(kind: str, budget: int) -> optax.GradientTransformationExtraA
         return jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class TableState(NamedTuple):
+    """State of :func:`scale_by_table`."""
+
+    learning_rate: jax.Array  # shape=(), dtype=float32, rate of the last step
+    table: jax.Array  # shape=(n,), dtype=float32, rates at n equal distances of the budget
+    num_examples: jax.Array  # shape=(), dtype=float32, the budget
+
+    metrics = ("learning_rate",)
+
+
+def scale_by_table(table: np.ndarray, num_examples: int) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by a rate per example seen, interpolated in a table in the state.
+
+    Tables of the same length share one compiled program, whatever schedule, rate and budget.
+
+    Args:
+      table: The rates, from the first example of the budget to the last.
+      num_examples: The budget.
+    """
+
+    def init_fn(params):
+        del params
+        rates = jnp.asarray(table, jnp.float32)
+        return TableState(rates[0], rates, jnp.asarray(num_examples, jnp.float32))
+
+    def update_fn(updates, state, params=None, *, num_examples=0, probe=None, **extra_args):
+        del params, extra_args
+        if probe is not None:  # asks for the optimizer alone
+            return updates, state
+        last = len(state.table) - 1
+        at = jnp.clip(num_examples / state.num_examples, 0, 1) * last
+        low = jnp.minimum(at.astype(jnp.int32), last - 1)
+        rate = state.table[low] + (at - low) * (state.table[low + 1] - state.table[low])
+        return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state._replace(
+            learning_rate=rate.astype(jnp.float32)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

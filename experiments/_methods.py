@@ -199,6 +199,25 @@ def check_names(names: Sequence[str]) -> None:
 NAMES = f"{', '.join(RULES)}, or constant_N for any size N"
 
 
+def seesaw_from(batch_size: int, config: Any, num_examples: int, learning_rate: float) -> Method:
+    """SGD with momentum and cosine decay over the run, of which `seesaw` makes batch size, up to 8 B0.
+
+    Args:
+      batch_size: B0, for which the rate was chosen.
+      config: Has `momentum` and `max_batch_size`.
+      num_examples: The budget.
+      learning_rate: The peak.
+    """
+    tx = aj.seesaw(
+        optax.sgd(1.0, momentum=config.momentum),
+        optax.cosine_decay_schedule(learning_rate, num_examples),
+        num_examples=num_examples,
+        batch_size=batch_size,
+        max_batch_size=max(batch_size, min(8 * batch_size, config.max_batch_size)),
+    )
+    return Method(tx, lambda **_: tx)
+
+
 @functools.cache
 def _shared_constant(make_optimizer: Callable[[float], Any], learning_rate: float):
     return optax.chain(make_optimizer(learning_rate), schedulers.constant(1))

@@ -118,7 +118,8 @@ def seesaw(
       max_batch_size: B_max, an integer >= batch_size.
       trade: g, how much of the decay becomes batch size, in [0, 1].
       limit: None; "noise_scale", the gradient noise scale of the run, beyond which a larger batch
-        brings little; or a rule whose size is the limit.
+        brings little; "noise_scale_l1", the same in the l1 norm, for Adam; or a rule whose size is
+        the limit.
 
     Returns:
       A transformation that returns the updates unchanged and reads `num_examples` if given, and
@@ -153,17 +154,17 @@ def seesaw(
         trade=trade,
     )
     if isinstance(limit, str):
-        _validate.one_of(("noise_scale",), limit=limit)
-        limit = measured_noise_scale("l2", batch_size, max_batch_size)
+        _validate.one_of(("noise_scale", "noise_scale_l1"), limit=limit)
+        limit = _measured_noise_scale(limit, batch_size, max_batch_size)
     return planned(plan, int(batch_size), int(max_batch_size), limit)
 
 
-def measured_noise_scale(
-    norm: str, batch_size: int, max_batch_size: int
+def _measured_noise_scale(
+    limit: str, batch_size: int, max_batch_size: int
 ) -> optax.GradientTransformationExtraArgs:
     """The noise scale of the run, with the constants of arXiv:2602.03001, every 10th step."""
     return gradient_noise_scale(
-        norm=norm,
+        norm="l1" if limit == "noise_scale_l1" else "l2",
         scale=1 / 0.36,
         decay=0.9,
         measure_every=10,

@@ -45,9 +45,9 @@ def seesaw(
         "measured", which follows the noise scale N of the run from 0.5, where noise dominates, to 1:
         :math:`\mathrm{rate} = s \frac{B}{B_0}\sqrt{(1 + N/B)/(1 + N/B_0)}`.
       trade: g, how much of the decay becomes batch size, in [0, 1]; 0 is the schedule as it was.
-      limit: None; "noise_scale", beyond which a larger batch brings little, in the l2 norm for
-        exponent 1 and in the l1 norm for any other; or a batch-size rule whose size is the limit,
-        for Adam ``gradient_noise_scale(norm="l1", ...)``.
+      limit: None; "noise_scale", beyond which a larger batch brings little (in the l2 norm for
+        exponent 1, in the l1 norm for any other); "noise_scale_l1", in the l1 norm, which is Adam's;
+        or a batch-size rule whose size is the limit.
 
     Returns:
       A whole chain with one batch-size rule, for `aj.fit`, `aj.run_window` or a loop of one's own,
@@ -78,16 +78,14 @@ def seesaw(
             "optimizer must be an optax optimizer with a learning rate of 1, for example "
             f"optax.sgd(1.0, momentum=0.9), got {optimizer!r}."
         )
-    norm, noise = "l1", None
+    noise = None
     if isinstance(exponent, str):
         _validate.one_of(("measured",), exponent=exponent)
-        noise = gradient_noise_scale(norm=norm, decay=0.9, measure_every=10)
+        noise = gradient_noise_scale(norm="l1", decay=0.9, measure_every=10)
     else:
         exponent = _validate.in_range(0, 2, closed="right", exponent=exponent)
-        norm = "l2" if exponent == 1 else "l1"
-    if isinstance(limit, str):
-        _validate.one_of(("noise_scale",), limit=limit)
-        limit = _seesaw.measured_noise_scale(norm, batch_size, max_batch_size)
+    if limit == "noise_scale" and exponent != 1:
+        limit = "noise_scale_l1"
     rule = _seesaw.seesaw(
         schedule,
         num_examples=num_examples,

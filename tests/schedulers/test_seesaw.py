@@ -160,7 +160,7 @@ def test_a_rate_that_rises_again_takes_its_batch_back():
         ({"trade": 1.1}, "trade must be in"),
         ({"exponent": 0.0}, "exponent must be in"),
         ({"exponent": "adam"}, "exponent must be one of 'measured'"),
-        ({"limit": "critical"}, "limit must be one of 'noise_scale'"),
+        ({"limit": "critical"}, "limit must be one of 'noise_scale', 'noise_scale_l1'"),
         ({"limit": 512}, "rule must be an optax gradient transformation"),
         ({"optimizer": 0.1}, "optimizer must be an optax optimizer"),
     ],
