@@ -8,7 +8,7 @@ Time: about 12 minutes on two cores; `--parts A C` one minute. `--runs FOLDER` k
 Expected: within .5% of the cosine in .56 of its steps below the critical size; from 8 times that size
 worse, unless the measured noise scale is the limit.
 Measured: -.9 to +.3% in .52 of the steps (exponent 1, trade 1; momentum and AdamW, Fashion-MNIST and
-text); from a size beyond the critical one +1.1 to +8.8%. All numbers: the README of this folder.
+text); from a size beyond the critical one +1.1 to +21%. All numbers: the README of this folder.
 """
 
 from __future__ import annotations
