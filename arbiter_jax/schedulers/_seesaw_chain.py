@@ -30,7 +30,8 @@ def seesaw(
     with s the schedule, alpha(n) its rate over its peak so far, and B the size that the step really
     had: whatever keeps it back (the largest size, a limit, a window that is not over) leaves the
     rest of the decay to the rate. It holds while noise dominates the gradient, that is for B_0 below
-    the critical batch size. ``limit="noise_scale"`` measures where that ends.
+    the critical batch size. ``limit="noise_scale"`` measures where that ends; a batch that is
+    large already should not grow without it.
 
     Args:
       optimizer: Any optax optimizer with a learning rate of 1; its updates are scaled. Its decoupled

@@ -178,14 +178,10 @@ class TestEnd:
             ([np.float32(1)], "leading axis of equal length"),
             ([{}], "leading axis of equal length"),
             ([None], "leading axis of equal length"),
-<<<<<<< HEAD
             (
                 [np.array(["a", "b", "c"])],
                 "each chunk of the source must be an array of numbers, got dtype <U1",
             ),
-=======
-            ([np.array(["a", "b", "c"])], "each chunk of the source must be an array of numbers, got dtype <U1"),
->>>>>>> h22
             ([np.zeros((3, 2)), np.zeros((3, 1))], "same structure, shape and dtype"),
             ([np.zeros(3), np.zeros(3, np.int32)], "same structure, shape and dtype"),
             ([np.zeros(3), (np.zeros(3),)], "same structure, shape and dtype"),
