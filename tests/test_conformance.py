@@ -320,7 +320,7 @@ def test_a_batch_of_one_is_left(name):
     if name in ARBITERS:  # it starts from 64 by default, and learns slowly
         fast = {"agent_optimizer": optax.adam(0.05), "mixture_optimizer": optax.adam(0.05)}
         start = {"initial_batch_size": 1, **fast}
-    tx = optax.chain(optax.sgd(0.02), make(min_batch_size=1, max_batch_size=8, **start))
+    tx = optax.chain(optax.sgd(0.02), make(min_batch_size=1, max_batch_size=4, **start))
     params = jax.tree.map(jnp.zeros_like, params_like())  # noise is all that there is
     result = aj.fit(loss_fn, params, tx, data, num_examples=400, window=5)
     (rule,) = base.requests(result.state.opt_state).rules

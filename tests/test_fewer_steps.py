@@ -46,6 +46,7 @@ def test_seesaw_fails_beyond_the_critical_size():
 # Part B
 
 
+@pytest.mark.slow
 def test_tables_follow_seesaw():
     """Sizes, rates and steps of a plan in the state are those of the library's rule."""
     budget, data = 8_000, aj.Data(jnp.ones(64))
@@ -71,6 +72,7 @@ def test_tables_follow_seesaw():
     np.testing.assert_allclose(*(run.per_step("loss")[:short] for run in runs), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_shuffled_sizes_are_the_same_ones():
     made = cases.Experiment(cases.Case("digits", "momentum", "half cosine"), 0.1)
     rule = cases.rules("momentum")[0]
