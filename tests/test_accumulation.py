@@ -59,6 +59,7 @@ def sizes_after_updates(name, k, start=0, accumulates=True, **more):
     return sizes, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_one_call_per_update_is_no_accumulation(name):
     assert sizes_after_updates(name, 1)[0] == sizes_after_updates(name, 1, accumulates=False)[0]
@@ -270,6 +271,7 @@ def test_the_ledger_goes_on_beyond_32_bits(start):
     assert int(state.opt_state.inner_opt_state[1].count) == start + 800
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [2**31 - 100, 2**33])
 @pytest.mark.parametrize("name", sorted(set(RULES) - {*SCHEDULES, "noise_floor", "seesaw"}))
 def test_measured_rules_do_not_see_where_a_run_stands(name, start):

@@ -27,6 +27,7 @@ LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": S
 NUM_STEPS = 6
 
 CASES = RULES | ARBITERS
+slow = pytest.mark.slow  # for what the fast suite shows of two rules
 
 # Public functions of the module that are not rules, each with what it is.
 NOT_RULES = {
@@ -309,7 +310,13 @@ def test_bad_limits_are_named(name, limits, named):
 MEASURED = [name for name in ALL_RULES if set(CASES[name].signals) & base.MEASURED_SIGNALS]
 
 
-@pytest.mark.parametrize("name", sorted(set(MEASURED) - {"shadow"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("gradient_noise_scale", "norm_test") else slow)
+        for name in sorted(set(MEASURED) - {"shadow"})
+    ],
+)
 def test_a_batch_of_one_is_left(name):
     """One example says nothing about noise: a rule that could be at 1 would stay there."""
     rng = np.random.default_rng(0)

@@ -148,6 +148,7 @@ def test_without_a_limit_it_is_the_fixed_schedule(monkeypatch):
 # Part C
 
 
+@pytest.mark.slow
 def test_published_savings_are_predicted_and_met():
     for row in published.run(("quarter cosine", "WSD-20"), 4_000):
         assert row["num_steps"] == row["predicted"]

@@ -82,6 +82,7 @@ def window(loss, params, tx):
     return aj.run_window(state, data, loss_fn=loss, tx=tx, bucket_size=8, window=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -137,6 +138,7 @@ def test_adamp_projects_complex_weights():
     assert jnp.linalg.norm(updates["w"]) > 0.1
 
 
+@pytest.mark.slow
 def test_subsets_of_complex_gradients():
     rows = jax.lax.complex(draw(8, 5), draw(8, 5, seed=1))
     got = aj.select_subset(rows)

@@ -39,6 +39,7 @@ def test_below_it_nothing_is_lost():
     assert not found.is_bounded
 
 
+@pytest.mark.slow
 def test_a_branch_that_diverges_is_lost():
     tx, state = start(rate=0.5)
     options = {"max_batch_size": 64, "exponent": 2.0, "num_steps": 100, "tolerance": 0.05}
@@ -68,6 +69,7 @@ def test_the_same_examples():
     assert len(set(rows)) == 16  # two branches, each of 16 examples
 
 
+@pytest.mark.slow
 def test_a_measured_rule_is_hidden_in_a_branch():
     tx, state = start(aj.schedulers.gradient_noise_scale(initial_batch_size=8))
     found = measure_critical_batch_size(

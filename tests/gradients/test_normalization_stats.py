@@ -18,7 +18,7 @@ BATCH = TOKENS[:, :-1], jnp.where(jnp.arange(8)[None] < jnp.arange(8)[:, None], 
 
 
 def transformer():
-    model = models.transformer(12, 8, num_layers=2, num_heads=2, width=8)
+    model = models.transformer(12, 8, num_layers=1, num_heads=2, width=8)
     params, _ = model.init(jax.random.key(1))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     return models.make_losses(model, models.token_cross_entropy).loss_fn, params
@@ -29,7 +29,7 @@ def gains_of(grads):
     return [x for path, x in found if "scale" in jax.tree_util.keystr(path)]
 
 
-@pytest.mark.parametrize("num_real", [8, 5])
+@pytest.mark.parametrize("num_real", [5])
 def test_value_and_gradient_are_those_of_the_batch(num_real):
     loss_fn, params = transformer()
     mask = batch_mask(num_real, 8)
@@ -47,11 +47,11 @@ def test_statistics_are_those_of_the_gains():
     loss_fn, params = transformer()
     labels = jnp.where(BATCH[1] < 0, 0, BATCH[1])  # all tokens count: every example weighs the same
     batch = BATCH[0], labels
-    found = value_grad_and_stats(loss_fn, method="normalization")(
-        params, batch, jnp.ones(8, bool)
-    ).grad_stats
-    each = [g.reshape(8, -1) for g in gains_of(per_example_grads(loss_fn)(params, batch))]
-    assert len(each) == 5  # two in each block, and the last one
+    fn = jax.jit(value_grad_and_stats(loss_fn, method="normalization"))
+    found = fn(params, batch, jnp.ones(8, bool)).grad_stats
+    grads = jax.jit(per_example_grads(loss_fn))(params, batch)
+    each = [g.reshape(8, -1) for g in gains_of(grads)]
+    assert len(each) == 3  # two in the block, and the last one
     rows = np.concatenate(each, axis=1).astype(np.float64)
     trace = rows.var(axis=0, ddof=1).sum()
     np.testing.assert_allclose(found.variance_trace, trace, rtol=1e-3)
@@ -91,6 +91,7 @@ def test_gains_are_found_in_linen_and_nnx():
         assert float(fn(params, x, jnp.ones(8, bool)).grad_stats.variance_trace) > 0
 
 
+@pytest.mark.slow
 def test_a_run_takes_its_noise_scale_from_the_gains():
     loss_fn, params = transformer()
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale(max_batch_size=8))

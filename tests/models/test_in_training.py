@@ -46,6 +46,7 @@ def arbiter(model, losses, agent):
     return aj.arbiter(agent, losses.response_loss, num_features=model.num_features, **limits)
 
 
+@pytest.mark.slow
 def test_state_goes_through_windows_and_buckets(key):
     """As in a loop without windows, buckets and Arbiter, with the same masks and keys."""
     model = models.attach(Network, "classifier", jax.ShapeDtypeStruct((1, NUM_INPUTS), jnp.float32))

@@ -114,6 +114,7 @@ def test_greedy_without_noise_is_conjugate_gradient():
         np.testing.assert_allclose(ratio, 4.84, atol=0.005)
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_greedy_costs_a_factor_of_2_3(x64, rtol):
     """With noise and unequal curvatures."""

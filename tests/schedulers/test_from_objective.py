@@ -95,6 +95,7 @@ def test_the_cost_of_a_step_is_measured(make):
     assert float(step_cost(state.step_cost.times)) == pytest.approx(200, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [schedulers.noise_floor, schedulers.expected_gain])
 def test_a_smallest_size_of_one_is_taken_as_two(make):
     """One example carries no information about noise: a rule would stay there, and skip every step."""

@@ -108,7 +108,7 @@ def noisy(signal, tx, num_examples=D):
     return aj.fit(linear, jnp.zeros(8), tx, data, num_examples=num_examples)
 
 
-@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("exponent", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_noise_scale_is_a_limit(exponent):
     tx = aj.seesaw(optax.sgd(1e-3), COSINE, exponent=exponent, limit="noise_scale", **SMALL)
     clear, hidden = noisy(10.0, tx), noisy(0.01, tx)
@@ -116,6 +116,7 @@ def test_the_noise_scale_is_a_limit(exponent):
     assert hidden.per_step("batch_size").max() > 60
 
 
+@pytest.mark.slow
 def test_the_measured_exponent_is_between_both_ends():
     tx = aj.seesaw(optax.sgd(1e-3), COSINE, trade=1.0, exponent="measured", **SMALL)
     for signal, power in ((10.0, 1.0), (1e-3, 0.5)):

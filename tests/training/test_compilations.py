@@ -93,6 +93,7 @@ print(json.dumps([[r.num_compilations, r.num_cache_hits] for r in results]))
 """
 
 
+@pytest.mark.slow
 def test_guarantee_2_second_process_compiles_nothing(tmp_path):
     environment = dict(
         os.environ,

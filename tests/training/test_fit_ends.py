@@ -260,6 +260,7 @@ def wide(**options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [

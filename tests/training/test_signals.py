@@ -173,6 +173,7 @@ def aux_loss(params, batch):
     return errors**2 / 2, {"error": jnp.mean(errors), "vector": jnp.zeros(3), "n": (count, sign)}
 
 
+@pytest.mark.slow
 def test_aux_reaches_the_step_info():
     """Steps not taken hold zeros; every second step is measured on two pieces."""
     rule = S.noise_floor(measure_every=2, persistence=1.0, min_batch_size=8, max_batch_size=8)
