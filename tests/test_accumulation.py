@@ -280,6 +280,7 @@ def test_measured_rules_do_not_see_where_a_run_stands(name, start):
     assert there == sizes_after_updates(name, 1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, K])
 def test_a_budget_beyond_32_bits_is_used_up_alike(k):
     """The rule grows at the end of it, of which it has seen the same share."""

@@ -242,6 +242,7 @@ def test_ignores_unknown_extra_arguments(name):
     assert program() == program(an_argument_of_somebody_else=object())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL_RULES)
 def test_works_without_batch_size(name):
     """In a loop of one's own nobody passes it: the latest decision counts as applied."""

@@ -168,6 +168,7 @@ def test_small_gradients_have_a_hypergradient(multiplicative, dtype):
     np.testing.assert_allclose(state.learning_rate, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("method", ["pieces", "per_example"])
 def test_small_gradients_have_statistics(method, dtype):

@@ -72,6 +72,7 @@ def test_padding_changes_nothing():
     )
 
 
+@pytest.mark.slow
 def test_gains_are_found_in_linen_and_nnx():
     class Net(nn.Module):
         @nn.compact

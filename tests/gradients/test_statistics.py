@@ -462,6 +462,7 @@ def test_noise_and_signal_in_the_l1_norm(num_pieces):
     np.testing.assert_allclose(np.mean(found.abs_signal), dim * mean * share, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_pure_noise_has_no_signal_in_the_l1_norm():
     """The noise scale in the l1 norm does not follow the size of the batch that measures it."""
     loss_fn = lambda w, x: x @ w

@@ -11,6 +11,7 @@ import arbiter_jax as aj
 from tests.arbiter_runs import AGENT, compiled, make, problem, run, step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "starts"),
     [

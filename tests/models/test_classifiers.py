@@ -114,6 +114,7 @@ def test_parameters_depend_on_the_key(key):
     assert not np.array_equal(stacked["head"]["kernel"][0], stacked["head"]["kernel"][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [models.mlp, models.lenet])
 def test_learns_in_a_scan(make):
     model, params = small(make)

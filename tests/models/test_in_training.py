@@ -129,6 +129,7 @@ def expected_value(losses):
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("per_example_loss", "with_statistics"), [(weighted, True), (auxiliary, False)]
 )

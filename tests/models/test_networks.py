@@ -50,6 +50,7 @@ def test_has_the_published_number_of_parameters(make, num_params, num_features):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, model_state)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [models.vgg11, functools.partial(models.wide_resnet, depth=10)], ids=["vgg", "wrn"]
 )
@@ -83,6 +84,7 @@ def test_bfloat16_keeps_float32_variables(make, sample):
     assert jax.eval_shape(model.head, *variables, features).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_vgg_runs_and_normalizes(key):
     model = models.vgg11((8, 8, 1), num_classes=3)
     variables = model.init(key)
@@ -145,6 +147,7 @@ def small_wide_resnet():
     return model, model.init(jax.random.PRNGKey(0))
 
 
+@pytest.mark.slow
 def test_wide_resnet_trains_in_a_bucket(key):
     """As on the unpadded batch: loss, gradients and state of a whole network."""
     model, variables = small_wide_resnet()
@@ -268,6 +271,7 @@ def test_padding_tokens_weigh_nothing():
     np.testing.assert_array_equal(grads["positions"]["embedding"][6:], 0)
 
 
+@pytest.mark.slow
 def test_transformer_learns_a_sequence(key):
     model = models.transformer(7, 12, num_layers=1, num_heads=2, width=32, dropout_rate=0.1)
     losses = models.make_losses(model, models.token_cross_entropy)

@@ -106,6 +106,7 @@ def test_greedy_sizes_stay_within_their_limits():
     np.testing.assert_array_equal(sizes, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("learning_rate", "momentum"), [(1.0, 0.0), (0.1, 0.9)])
 def test_greedy_growth_is_short_horizon_bias(learning_rate, momentum):
     problem, examples, segments = problem_of(), 8 * 128, 8
@@ -128,6 +129,7 @@ def test_greedy_growth_is_short_horizon_bias(learning_rate, momentum):
     assert optimal.batch_sizes.max() <= 128 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_a_longer_horizon_ends_lower():
     schedules = [
         noisy_quadratic.optimal_batch_sizes(

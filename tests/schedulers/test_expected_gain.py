@@ -76,6 +76,7 @@ def fit(*rules, num_examples=320, **options):
     return run(quadratic_loss, jnp.ones(2), tx, data)
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_measure_train_alike():
     """Every tenth step: the same training, and no step is skipped."""
     states = [fit(make(measure_every=every, **EIGHT)).state for every in (1, 10)]
@@ -85,6 +86,7 @@ def test_steps_that_do_not_measure_train_alike():
         assert int(state.opt_state[1].num_skipped) == 0
 
 
+@pytest.mark.slow
 def test_a_shadow_with_another_interval_is_no_matter():
     """Each measures at its own steps."""
     states = []

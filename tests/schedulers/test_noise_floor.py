@@ -322,6 +322,7 @@ def test_adam_and_gradients_that_are_always_zero():
     assert [record.num_steps for record in result.history[:4]] == [5, 5, 5, 5]
 
 
+@pytest.mark.slow
 def test_momentum_in_the_chain_is_measured():
     """As if its persistence had been given."""
     noises = []

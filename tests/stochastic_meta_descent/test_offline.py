@@ -12,6 +12,7 @@ from arbiter_jax import stochastic_meta_descent as smd
 from tests.stochastic_meta_descent.problems import loss_fn, mean_loss, regression
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_optimizer", [optax.sgd, optax.adam])
 def test_every_look_ahead_starts_after_pretraining(inner_optimizer, key):
     """And the loss at its end descends."""
@@ -56,6 +57,7 @@ def noisy_quadratic_loss(params, batch):
     return 0.5 * (curvature * (params[None] - batch) ** 2).sum(1)
 
 
+@pytest.mark.slow
 def test_a_longer_horizon_learns_a_larger_final_rate(key):
     centers = jax.random.normal(key, (512, 2)) * jnp.array([[1.0, 10.0]])
     centers = centers - centers.mean(0, keepdims=True)

@@ -10,6 +10,7 @@ from arbiter_jax import stochastic_meta_descent as smd
 from tests.stochastic_meta_descent.problems import loss_fn, mean_loss, regression
 
 
+@pytest.mark.slow
 def test_lowers_the_rate_and_ends_worse_than_without(key):
     params, data = regression(200)
     options = {

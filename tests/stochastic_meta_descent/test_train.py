@@ -72,6 +72,7 @@ def test_train_equals_run_window(key):
     np.testing.assert_allclose(losses, info.loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 @OPTIMIZERS
 def test_hypergradient_equals_differences_and_reverse(inner_optimizer, key):
     with jax.enable_x64(True):
@@ -121,6 +122,7 @@ def gradient_memory(horizon: int, reverse: bool = False) -> int:
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_horizon():
     short, long = gradient_memory(10), gradient_memory(1000)
     assert short > 0

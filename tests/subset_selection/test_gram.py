@@ -9,6 +9,7 @@ from arbiter_jax.gradients import masked_value_and_grad
 from tests.subset_selection.problems import mlp_problem, problem
 
 
+@pytest.mark.slow
 def test_layers_examples_and_blocks_agree_in_float64():
     loss_fn, params, (x, labels) = problem("plain")
     size = 8 * sum(leaf.size for leaf in jax.tree.leaves(params))
