@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 
 from arbiter_jax import subset_selection as ss
 from arbiter_jax.gradients import masked_value_and_grad
