@@ -1,4 +1,4 @@
-"""Statistics of the gradient from its normalization layers alone, almost for free.
+"""Statistics of the gradient from its normalization layers alone.
 
 The per-example gradients of the gains of LayerNorm and RMSNorm are sums over positions that the
 gradient of the batch makes anyway, and their noise scale is nearly that of the whole model.

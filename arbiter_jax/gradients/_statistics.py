@@ -148,8 +148,8 @@ def value_grad_and_stats(
         "per_example": one gradient per example, `micro_batch_size` of them in memory at once.
         "per_device": within `shard_map` (or `pmap`), the part of the batch that a device holds is a
         piece; the result is that of the whole batch, the same on all devices. "normalization": from
-        the gains of LayerNorm and RMSNorm alone, almost for free; only ratios of the statistics
-        are those of the whole model, which is what `gradient_noise_scale` needs.
+        the gains of LayerNorm and RMSNorm alone; only ratios of the statistics are nearly those of
+        the whole model, which is what `gradient_noise_scale` needs.
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
       micro_batch_size: Per-example gradients held at once, a power of two >= 1.
       sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,

@@ -5,7 +5,7 @@ nothing to a hand-written scan.
 Command: python -m experiments.benchmark
 Time: about ten minutes on two cores; one minute with `--only "MLP, "`.
 Expected: every ratio at most its bar on an idle machine.
-Measured: 14 of 22 ratios within their bar; LeNet with Arbiter 1.56 plain steps (bar 1.50). All numbers:
+Measured: 15 of 25 ratios within their bar; LeNet with Arbiter 1.56 plain steps (bar 1.50). All numbers:
 README.md in this folder.
 """
 
