@@ -24,7 +24,7 @@ _LARGEST_INT32 = 2**31 - 1
 class Count:
     """A number of examples in two 32-bit words, ``high * 2**32 + low``: it never wraps.
 
-    It is a pytree of two arrays. ``int(count)`` reads it on the host. Inside and outside of
+    It is a pytree of two arrays, and ``int(count)`` reads it on the host. Both inside and outside
     ``jax.jit``, adding a whole number >= 0 and comparing with one of any size are exact;
     ``count // n`` is exact, an int32 that stops at 2^31 - 1; ``a - b`` is the exact difference,
     rounded once to a float. Everything else sees ``jnp.asarray(count)``, a float of the default
@@ -161,7 +161,7 @@ class Count:
     def __eq__(self, other: Any) -> Any:
         if isinstance(other, Count) and not isinstance(
             self.high, (jax.Array, np.ndarray, np.generic)
-        ):  # types or specifications, which mapping over a state leaves in the place of words
+        ):  # `jax.tree.map` may have replaced the words, for example by dtypes or shardings
             return (self.high, self.low) == (other.high, other.low)
         return _compare(self, other, _equal, operator.eq)
 

@@ -38,8 +38,8 @@ def running_mean(mean: Any, weight: jax.Array, sample: Any, decay: float) -> tup
 def measurable_range(low: Any, high: Any, start: Any) -> tuple[Any, Any, Any]:
     """The range and the first size of a rule that measures noise.
 
-    One example says nothing about noise, and a rule that is at 1 would never leave it: 1 becomes 2,
-    if the range allows.
+    Noise cannot be measured from a single example, so a rule whose size is 1 would keep it forever.
+    The smallest size becomes 2 if the range allows it.
 
     >>> measurable_range(1, 64, 1), measurable_range(1, 1, 1)
     ((2, 64, 2), (1, 1, 1))

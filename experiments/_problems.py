@@ -5,6 +5,7 @@ Each is a function `small -> Definition`: with `small` the network compiles in a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -38,6 +39,24 @@ def task_of(dataset: datasets.Dataset, model: models.Model, loss: Callable) -> _
     """A task from a data set, a model and a loss per example."""
     data = jax.tree.map(jnp.asarray, aj.Data(dataset.train, dataset.validation))
     return _training.Task(dataset, data, model, models.make_losses(model, loss), loss)
+
+
+CONTEXT = 8  # characters that `next_character` sees
+
+
+def next_character() -> _training.Task:
+    """Predicts an English character from the eight before it, with a perceptron."""
+    dataset = datasets.text(CONTEXT, form="context")
+    size = dataset.num_classes
+    one_hot = lambda tokens: jax.nn.one_hot(tokens, size).reshape(tokens.shape[0], -1)
+    model = models.mlp((CONTEXT * size,), (128,), size)
+    task = task_of(dataset, model, optax.softmax_cross_entropy_with_integer_labels)
+    plain = task.losses
+    losses = plain._replace(
+        loss_fn=lambda params, batch: plain.loss_fn(params, (one_hot(batch[0]), batch[1])),
+        predict=lambda params, tokens: plain.predict(params, one_hot(tokens)),
+    )
+    return dataclasses.replace(task, losses=losses)
 
 
 def token_agent(input_shape: tuple[int, ...], num_tokens: int) -> aj.Agent:

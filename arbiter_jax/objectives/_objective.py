@@ -75,7 +75,8 @@ def update_objective(
         if signals.get(name) is not None and found != expected:
             raise ValueError(
                 f"{name} must have the structure of the updates that the rule sees, {expected}, got "
-                f"{found}: chain the rule outside of what changes that structure, as optax.flatten."
+                f"{found}: a transformation around the rule, such as optax.flatten, changes the "
+                "structure; chain the rule after it."
             )
     measure = lambda: objective.measure(updates, params, batch_size, signals)
     if isinstance(measures, bool):

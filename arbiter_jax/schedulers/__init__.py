@@ -22,10 +22,10 @@ Inside other transformations:
   every number: name functions, and the numbers that a message asks for, in `static_args`, as
   ``optax.inject_hyperparams(expected_gain, static_args=("loss_fn",))``. It keeps numbers in the type
   of the parameters: with half precision pass ``hyperparam_dtype=jnp.float32``.
-* In `optax.masked` and in a group of `optax.multi_transform` a rule that reads scalars decides as
-  outside of it. Those that read parameters or gradients (:func:`noise_floor`,
-  :func:`expected_gain`, :func:`from_objective`, :func:`dive_batch`, and :func:`arbiter_jax.arbiter`)
-  raise an error in `init`: chain them after it.
+* Inside `optax.masked` or a group of `optax.multi_transform`, a rule that reads only scalars makes
+  the same decisions as anywhere else in a chain. Rules that read parameters or gradients
+  (:func:`noise_floor`, :func:`expected_gain`, :func:`from_objective`, :func:`dive_batch` and
+  :func:`arbiter_jax.arbiter`) raise an error in `init`: chain them after the mask or the groups.
 """
 
 from arbiter_jax.objectives import FloorState, GainState

@@ -31,7 +31,7 @@ class BatchSchedule(NamedTuple):
 
     starts: tuple[int, ...]  # in examples, increasing, the first is 0
     batch_sizes: tuple[int, ...]  # in examples, as many
-    window_share: float | None = None  # no window sees more of the budget than this; None: no limit
+    window_examples: int = _UNLIMITED  # no window sees more than this, or than one batch
     num_examples: int | None = None  # the budget, where the schedule depends on it
 
     def batch_size_at(self, num_examples: int) -> int:
@@ -127,9 +127,7 @@ class BatchSchedule(NamedTuple):
 
     def window_steps(self, batch_size: int) -> int:
         """The most steps that a window of this batch size has."""
-        if self.window_share is None or self.num_examples is None:
-            return _UNLIMITED
-        return max(1, int(self.window_share * self.num_examples) // batch_size)
+        return max(1, self.window_examples // batch_size)
 
 
 Pairs = str | Sequence[tuple[int, int]] | BatchSchedule

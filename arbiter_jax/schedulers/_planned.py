@@ -37,11 +37,7 @@ def planned(
     limiter = None if limit is None else _rule.checked_rule(limit)
 
     def window_steps(size):
-        if schedule.window_share is None or schedule.num_examples is None:
-            return _rule.int32(2**31 - 1)
-        examples = int(schedule.window_share * schedule.num_examples)
-        steps = jnp.maximum(min(examples, 2**31 - 1) // size, 1)
-        return steps.astype(jnp.int32)
+        return jnp.maximum(schedule.window_examples // size, 1).astype(jnp.int32)
 
     def size_at(count, limit_state):
         size = jnp.clip(_look_up(schedule, count), low, high)

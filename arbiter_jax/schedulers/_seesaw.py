@@ -20,8 +20,8 @@ from arbiter_jax.schedulers._batch_schedule import BatchSchedule
 from arbiter_jax.schedulers._gradient_noise_scale import gradient_noise_scale
 from arbiter_jax.schedulers._planned import planned
 
-_WINDOW_SHARE = 1 / 200  # of the budget, at most, in a window: so closely (1) is followed
-_GRID = 2**20  # counts at which a schedule is looked at: each one up to that many examples
+_WINDOWS = 200  # at least, in a run: so closely the plan is followed
+_GRID = 2**20  # A run of more examples than this is planned from a grid of as many counts.
 
 
 def seesaw_schedule(
@@ -92,7 +92,10 @@ def seesaw_schedule(
     sizes = np.rint(np.clip(wanted, low, high)).astype(np.int64)
     begins = np.flatnonzero(np.diff(sizes, prepend=-1))
     return BatchSchedule(
-        tuple(counts[begins].tolist()), tuple(sizes[begins].tolist()), _WINDOW_SHARE, budget
+        starts=tuple(counts[begins].tolist()),
+        batch_sizes=tuple(sizes[begins].tolist()),
+        window_examples=min(budget // _WINDOWS, _validate.LARGEST_INT32),
+        num_examples=budget,
     )
 
 

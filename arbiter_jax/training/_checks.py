@@ -123,7 +123,7 @@ def _check_integers(leaf: Any, where: str) -> None:
     limits, low, high = jnp.iinfo(wanted), int(leaf.min()), int(leaf.max())
     if low < limits.min or high > limits.max:
         raise ValueError(
-            f"{where} must fit into {wanted}, got numbers from {low} to {high}: number them anew, "
+            f"{where} must fit into {wanted}, got numbers from {low} to {high}: renumber them, "
             "e.g. with np.unique(x, return_inverse=True)."
         )
 

@@ -40,6 +40,27 @@ def timed_steps(step: Callable, carry: Any, window: int, scan: bool) -> Timed:
     return run
 
 
+def timed_windows(params, data: aj.Data, tx, batch_size: int, window: int, **options) -> Timed:
+    """Milliseconds of a step in windows of `run_window`; `options` are its own."""
+    state = [aj.init_state(params, tx, jax.random.PRNGKey(1))]
+
+    def run() -> float:
+        start = time.perf_counter()
+        state[0], info = aj.run_window(
+            state[0],
+            data,
+            window,  # num_steps is traced, as in `fit`, where a window may be shorter
+            tx=tx,
+            bucket_size=aj.next_bucket(batch_size),
+            window=window,
+            **options,
+        )
+        jax.block_until_ready((state[0], info))
+        return 1e3 * (time.perf_counter() - start) / window
+
+    return run
+
+
 class Network:
     """A model with random data: the time of a step does not depend on the values."""
 
@@ -67,24 +88,9 @@ class Network:
 
     def timed(self, tx, batch_size: int, window: int, **options) -> Timed:
         """Windows of `run_window` with a transformation."""
-        state = [aj.init_state(self.params, tx, jax.random.PRNGKey(1))]
-
-        def run() -> float:
-            start = time.perf_counter()
-            state[0], info = aj.run_window(
-                state[0],
-                self.data,
-                window,  # num_steps is traced, as in `fit`, where a window may be shorter
-                loss_fn=None if "gradient_fn" in options else self.losses.loss_fn,
-                tx=tx,
-                bucket_size=aj.next_bucket(batch_size),
-                window=window,
-                **options,
-            )
-            jax.block_until_ready((state[0], info))
-            return 1e3 * (time.perf_counter() - start) / window
-
-        return run
+        if "gradient_fn" not in options:
+            options["loss_fn"] = self.losses.loss_fn
+        return timed_windows(self.params, self.data, tx, batch_size, window, **options)
 
     def plain(self, batch_size: int, window: int) -> Timed:
         """Windows of `run_window` at a constant batch size."""

@@ -12,7 +12,14 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import datasets, gradients, models
-from experiments.benchmark.networks import LeNet, Network, Timed, WideResNet, timed_steps
+from experiments.benchmark.networks import (
+    LeNet,
+    Network,
+    Timed,
+    WideResNet,
+    timed_steps,
+    timed_windows,
+)
 
 
 def bucket_change(network: Network, batch_size: int) -> tuple[Timed, Timed]:
@@ -172,23 +179,7 @@ def normalization(batch_size: int, window: int) -> tuple[Timed, Timed]:
 
     def timed(rule, gradient_fn) -> Timed:
         tx = optax.chain(optax.sgd(0.01), rule)
-        state = [aj.init_state(params, tx, jax.random.key(2))]
-
-        def run() -> float:
-            start = time.perf_counter()
-            state[0], info = aj.run_window(
-                state[0],
-                data,
-                window,
-                tx=tx,
-                gradient_fn=gradient_fn,
-                bucket_size=aj.next_bucket(batch_size),
-                window=window,
-            )
-            jax.block_until_ready((state[0], info))
-            return 1e3 * (time.perf_counter() - start) / window
-
-        return run
+        return timed_windows(params, data, tx, batch_size, window, gradient_fn=gradient_fn)
 
     plain = gradients.masked_value_and_grad(loss_fn)
     noise_scale = aj.schedulers.gradient_noise_scale(**held)

@@ -16,10 +16,9 @@ import arbiter_jax as aj
 from arbiter_jax import datasets, models, schedulers
 from experiments import _methods, _training
 from experiments._learning_rates import scale_by_table
-from experiments._problems import task_of
+from experiments._problems import next_character, task_of
 from experiments.fewer_steps import decays
 
-CONTEXT = 8  # characters that the perceptron on text sees
 LENGTH = 32  # characters of a sequence of the transformer
 GROWTH = 16  # the largest size over B0
 NUM_WINDOWS = 200  # of a run whose size changes, at least
@@ -93,17 +92,7 @@ def _images(dataset: str, model: str, epochs: float, batch_size: int, rates: dic
 
 def _text(epochs: float) -> Definition:
     """Predicts a character from the eight before it, as in :mod:`experiments.noise_rules`."""
-    dataset = datasets.text(CONTEXT, form="context")
-    size = dataset.num_classes
-    one_hot = lambda tokens: jax.nn.one_hot(tokens, size).reshape(tokens.shape[0], -1)
-    model = models.mlp((CONTEXT * size,), (128,), size)
-    task = task_of(dataset, model, optax.softmax_cross_entropy_with_integer_labels)
-    plain = task.losses
-    losses = plain._replace(
-        loss_fn=lambda params, batch: plain.loss_fn(params, (one_hot(batch[0]), batch[1])),
-        predict=lambda params, tokens: plain.predict(params, one_hot(tokens)),
-    )
-    task = dataclasses.replace(task, losses=losses)
+    task = next_character()
     rates = {"sgd": 0.3, "momentum": 0.03, "adam": 0.0015, "adamw": 0.0015}
     return Definition(task, int(epochs * task.num_train), 8, rates)
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import datasets, models, objectives, schedulers
+from arbiter_jax import objectives, schedulers
 from experiments import _methods, _training
 from experiments._learning_rates import scale_by_decay
-from experiments._problems import DEFINITIONS, task_of, token_agent
+from experiments._problems import DEFINITIONS, next_character, token_agent
 
 NOISE_RULES = (
     "noise_floor",
@@ -24,7 +24,6 @@ NOISE_RULES = (
     "arbiter_noise_response",
 )
 HINDSIGHT = "best_held"  # not a rule: several sizes to hold, the best of which is known afterwards
-CONTEXT = 8  # characters that the language model sees
 
 
 class Case(NamedTuple):
@@ -62,18 +61,9 @@ def _of_name(dataset: str, model: str, epochs: float, max_batch_size: int) -> De
 
 def _language(epochs: float) -> Definition:
     """Predicts an English character from the eight before it."""
-    dataset = datasets.text(CONTEXT, form="context")
-    size = dataset.num_classes
-    one_hot = lambda tokens: jax.nn.one_hot(tokens, size).reshape(tokens.shape[0], -1)
-    model = models.mlp((CONTEXT * size,), (128,), size)
-    task = task_of(dataset, model, optax.softmax_cross_entropy_with_integer_labels)
-    plain = task.losses
-    losses = plain._replace(
-        loss_fn=lambda params, batch: plain.loss_fn(params, (one_hot(batch[0]), batch[1])),
-        predict=lambda params, tokens: plain.predict(params, one_hot(tokens)),
-    )
-    task = dataclasses.replace(task, losses=losses)
-    return Definition(task, token_agent((CONTEXT,), size), int(epochs * task.num_train), 2048)
+    task = next_character()
+    agent = token_agent(task.dataset.input_shape, task.dataset.num_classes)
+    return Definition(task, agent, int(epochs * task.num_train), 2048)
 
 
 def _regression(epochs: float) -> Definition:
