@@ -249,6 +249,9 @@ def exact(found: dict[str, Any]):
         color = plotting.COLORS[i]
         ax.loglog(rates, gaps, "o", ms=5, color=color)
         ax.loglog(rates, gaps[-1] * rates / rates[-1], color=color, lw=0.8)
+        # Written out at the rates themselves: the labels of a short logarithmic axis overlap.
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.set_xticks([], minor=True)
         ax.annotate(
             f"trade {trade:g}", (rates[0], gaps[0]), (6, 0), textcoords="offset points", color=color
         )
