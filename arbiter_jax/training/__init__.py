@@ -4,9 +4,10 @@ The loop knows no rule and no rule knows the loop; they meet in :mod:`arbiter_ja
 """
 
 from arbiter_jax.training._compilations import count_compilations
-from arbiter_jax.training._fit import Callback, FitResult, WindowRecord, fit
+from arbiter_jax.training._fit import fit
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import OutOfMemoryError
+from arbiter_jax.training._records import Callback, FitResult, WindowRecord
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._state import Data, TrainState, init_state
 from arbiter_jax.training._window import run_window

@@ -1,0 +1,109 @@
+"""What a run reports: a record of each window, the result, and what a user should know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from arbiter_jax.base import StepInfo
+from arbiter_jax.training._checks import check_callback
+from arbiter_jax.training._state import TrainState
+
+
+class WindowRecord(NamedTuple):
+    """What happened in one window, on the host."""
+
+    window_index: int
+    batch_size: int
+    bucket_size: int
+    num_steps: int  # steps in this window
+    num_examples: int  # training examples seen, up to the end of this window
+    loss: float  # mean over the steps of this window
+    seconds: float  # including compilation, if there was one
+    num_compilations: int
+    info: StepInfo  # NumPy arrays with a leading axis [num_steps]
+
+
+class FitResult(NamedTuple):
+    """What :func:`fit` returns."""
+
+    state: TrainState
+    history: list[WindowRecord]
+    num_compilations: int  # window programs that were compiled
+    num_cache_hits: int  # window programs that the persistent compilation cache had
+    seconds: float
+
+    def per_step(self, name: str) -> np.ndarray:
+        """One quantity at every step of the run: "loss", "batch_size", or any metric."""
+        infos = [record.info for record in self.history]
+        if not infos:  # a budget of less than one batch
+            return np.zeros(0)
+        return np.concatenate(
+            [getattr(i, name) if name in StepInfo._fields else i.metrics[name] for i in infos]
+        )
+
+
+Callback = Callable[[WindowRecord, TrainState], Any]
+"""Called after every window; a true result ends the run. What it sets in the state changes nothing.
+The state's arrays are donated to the next window: copy what you want to keep."""
+
+
+def as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """One callback or several as a tuple, or a ValueError for what is none."""
+    if callable(callbacks):
+        callbacks = (callbacks,)
+    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    for callback in callbacks:
+        check_callback(callback)
+    return callbacks
+
+
+def any_ends(callbacks: tuple[Callback, ...], record: WindowRecord, state: TrainState) -> bool:
+    """Calls all of them, each with containers of its own; whether one of them ends the run."""
+    stops = [_is_true(callback(record, jax.tree.map(lambda x: x, state))) for callback in callbacks]
+    return any(stops)
+
+
+def _is_true(returned: Any) -> bool:
+    try:
+        return bool(returned)
+    except ValueError:  # an array
+        raise ValueError(
+            "callbacks must return True to end the run, or None, got an array of shape "
+            f"{np.shape(returned)}."
+        ) from None
+
+
+def what_went_wrong(
+    history: list[WindowRecord], source_ended: bool, seen: int, end: int, num_examples: int
+) -> list[str]:
+    """What a user should know of a run that has ended, besides its result."""
+    found = []
+    if source_ended:
+        found.append(
+            f"data.train ended after {seen} of {end} examples: pass a source that goes on, such as "
+            "arbiter_jax.datasets.epochs(...), or a smaller num_examples."
+        )
+    elif not history and (seen == 0 or 10 * (end - seen) >= num_examples) and seen < end:
+        found.append(
+            f"fit has trained nothing: the next batch is larger than the {end - seen} examples that "
+            f"are left of {end}; raise num_examples or let the rule take smaller batches."
+        )
+    elif seen > num_examples and not history:
+        found.append(
+            f"fit has trained nothing: state has seen {seen} examples, more than the num_examples of "
+            f"{num_examples}, which include them; raise it."
+        )
+    losses = [record.info.loss for record in history]
+    (bad,) = np.nonzero(~np.isfinite(np.concatenate([*losses, np.zeros(0)])))
+    if bad.size:
+        num_steps = sum(record.num_steps for record in history)
+        found.append(
+            f"{bad.size} of {num_steps} steps had a loss that was not finite, the first was step "
+            f"{bad[0]} of this call: look for such numbers in data.train, lower the learning rate or "
+            "clip the gradient; optax.apply_if_finite(tx, 5) skips such steps."
+        )
+    return found

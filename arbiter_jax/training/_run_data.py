@@ -1,0 +1,59 @@
+"""The data of a run: checked, placed on the device, and handed out window by window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arbiter_jax.base import PyTree
+from arbiter_jax.batching import Block, BlockSource, check_next_block
+from arbiter_jax.training._checks import check_data
+from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
+from arbiter_jax.training._state import Data
+
+
+def on_device(data: Any, window: int) -> Data:
+    """The data as arrays on the device, except for what comes in blocks."""
+    check_data(data)
+    data = Data(data.train, getattr(data, "validation", None))
+    if isinstance(data.train, Block):
+        raise ValueError(
+            "data.train must be arrays or a source of blocks, got one Block, which is the data of "
+            "one run_window: pass what made it, e.g. arbiter_jax.datasets.host_blocks(...)."
+        )
+    if not isinstance(data.train, BlockSource):
+        return _to_device(data)
+    if data.train.window != window:
+        raise ValueError(
+            f"window must be that of the blocks, {data.train.window}, got {window}: a block holds "
+            "the batches of one window."
+        )
+    return data._replace(validation=_to_device(data.validation))
+
+
+def _to_device(data: PyTree) -> Any:
+    try:
+        return jax.tree.map(jnp.asarray, data)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            "data does not fit into the memory of the device: pass the training examples in blocks, "
+            "aj.Data(arbiter_jax.datasets.host_blocks(source, window=window), validation)."
+        ) from error
+
+
+def data_of_window(
+    data: Data, batch_size: int, bucket_size: int, num_steps: int
+) -> tuple[Data, int]:
+    """What the next window trains on, and how many of its steps there are examples for."""
+    if not isinstance(data.train, BlockSource):
+        return data, num_steps
+    try:
+        block = data.train.next_block(batch_size, bucket_size, num_steps)
+    except StopIteration:
+        return data, 0
+    check_next_block(block, batch_size, num_steps)
+    return data._replace(train=block), int(block.num_steps)
