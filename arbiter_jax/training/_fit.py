@@ -37,7 +37,7 @@ from arbiter_jax.training._records import (
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Plan, Run, check_budget
 from arbiter_jax.training._run_data import data_of_window, on_device
-from arbiter_jax.training._state import Data, TrainState, init_state
+from arbiter_jax.training._state import Data, init_state
 from arbiter_jax.training._window import run_window
 
 
