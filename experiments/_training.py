@@ -11,6 +11,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import metrics
+from arbiter_jax.training import no_unfinished_window
 from experiments._runner import UsageError
 
 
@@ -113,7 +114,9 @@ def train(
         )
         state = result.state
         if size is not None:
-            state = state._replace(opt_state=aj.re_anchor(state.opt_state, size))
+            # The new anchor holds from here on, also in the middle of a window.
+            opt_state = aj.re_anchor(state.opt_state, size)
+            state = state._replace(opt_state=opt_state, unfinished=no_unfinished_window())
         results.append(result)
     result = aj.FitResult(
         state=state,

@@ -14,7 +14,7 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import scale_updates
 from arbiter_jax.base import LossFn, get_batch_size, requests, with_extra_args
-from arbiter_jax.training import Data, FitResult, TrainState, fit
+from arbiter_jax.training import Data, FitResult, TrainState, fit, no_unfinished_window
 
 _SMOOTHING = 0.5  # Weight of the past in the loss, per step of the largest branch.
 
@@ -128,7 +128,8 @@ def measure_critical_batch_size(
                 num_examples=max(end, *budgets),
                 stop_at=end,
                 window=min(100, steps * 2**doublings // k),
-                state=state._replace(opt_state=opt_state),
+                # A branch has a size of its own from its first step on.
+                state=state._replace(opt_state=opt_state, unfinished=no_unfinished_window()),
             )
         sizes.append(k * size)
         losses.append(_smoothed(result, _SMOOTHING ** (k / 2**doublings)))

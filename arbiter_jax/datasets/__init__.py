@@ -4,8 +4,9 @@ from arbiter_jax.datasets._augmentation import pad_crop_flip
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
 from arbiter_jax.datasets._diabetes import diabetes
 from arbiter_jax.datasets._digits import digits
+from arbiter_jax.datasets._epochs import Epochs, epochs
 from arbiter_jax.datasets._errors import DatasetNotFoundError
-from arbiter_jax.datasets._host_blocks import HostBlocks, epochs, host_blocks
+from arbiter_jax.datasets._host_blocks import HostBlocks, host_blocks
 from arbiter_jax.datasets._load import load
 from arbiter_jax.datasets._mnist import fashion_mnist, mnist
 from arbiter_jax.datasets._mnist10k import mnist10k
@@ -17,6 +18,7 @@ from arbiter_jax.datasets._tfds import from_tfds
 __all__ = [
     "Dataset",
     "DatasetNotFoundError",
+    "Epochs",
     "HostBlocks",
     "decode_text",
     "diabetes",

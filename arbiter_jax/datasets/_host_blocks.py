@@ -21,67 +21,48 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import Block, block_rows, num_rows
+from arbiter_jax.datasets._epochs import is_resumable
 
 _JOIN_SECONDS = 5.0
-
-
-def epochs(
-    data: PyTree, *, chunk_size: int = 1024, seed: int = 0, start: int = 0
-) -> Iterator[PyTree]:
-    """Iterates endlessly over arrays in chunks, reshuffled in every epoch.
-
-    Args:
-      data: Pytree of arrays [n, ...]. They may be memory-mapped, ``np.load(path, mmap_mode="r")``,
-        and larger than memory.
-      chunk_size: Number of examples per chunk, an integer >= 1. A chunk may cross the end of an
-        epoch.
-      seed: An integer in [0, 2**32). Seed and epoch number determine the permutation of an epoch.
-      start: Number of examples to skip, an integer >= 0, to resume an interrupted run.
-
-    Returns:
-      An iterator over pytrees of arrays [chunk_size, ...].
-
-    Raises:
-      ValueError: If the arrays are empty or differ in length, or an argument is out of range.
-
-    >>> import numpy as np
-    >>> from arbiter_jax import datasets
-    >>> chunks = datasets.epochs(np.arange(4), chunk_size=3)
-    >>> sorted(np.concatenate([next(chunks) for _ in range(4)]).tolist())
-    [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    """
-    count = num_rows(data)
-    chunk_size = _validate.integer(chunk_size=chunk_size, minimum=1)
-    seed = _validate.integer(seed=seed, minimum=0, maximum=2**32 - 1)
-    start = _validate.integer(start=start, minimum=0)
-
-    def order(epoch: int) -> np.ndarray:
-        return np.random.RandomState([seed, epoch]).permutation(count)
-
-    def chunks() -> Iterator[PyTree]:
-        epoch, offset = divmod(start, count)
-        rest = order(epoch)[offset:]
-        while True:
-            while len(rest) < chunk_size:
-                epoch += 1
-                rest = np.concatenate([rest, order(epoch)])
-            rows, rest = rest[:chunk_size], rest[chunk_size:]
-            yield jax.tree.map(lambda x, rows=rows: np.asarray(x[rows]), data)
-
-    return chunks()
 
 
 class _Buffer:
     """Queue of the examples that were read from the source and not yet used."""
 
-    def __init__(self, source: Iterator[PyTree]):
-        self._source = source
+    def __init__(self, source: Any):
+        self._source = source  # an iterator, perhaps with get_state and set_state
         self._chunks: deque[PyTree] = deque()
         self._num_rows = 0
         self._kind: Any = None
         self._error: BaseException | None = None
+        self._dropped = 0  # rows of the first chunk
+        self._states: deque[Any] = deque()  # of the source, before each of the chunks
+
+    def position(self) -> dict[str, Any] | None:
+        """Where the next row comes from; None if the source cannot say."""
+        if not is_resumable(self._source):
+            return None
+        states = self._states or (self._source.get_state(),)
+        return {"source": states[0], "skip": self._dropped if self._states else 0}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Goes on at a position."""
+        self._chunks.clear()
+        self._states.clear()
+        self._num_rows = self._dropped = 0
+        self._error, skip = None, position["skip"]
+        try:
+            self._source.set_state(position["source"])
+            if self.fill(skip) < skip:
+                raise ValueError(
+                    "source must hold what it held when it was saved, but it has ended before."
+                )
+            self.drop(skip)
+        except BaseException as error:  # raised when rows are requested
+            self._error = error
 
     def _read(self) -> None:
+        state = self._source.get_state() if is_resumable(self._source) else None
         chunk = jax.tree.map(np.asarray, next(self._source))
         count, kind = num_rows(chunk, name="each chunk of the source"), _kind(chunk)
         if self._kind not in (None, kind):
@@ -94,6 +75,7 @@ class _Buffer:
                 raise ValueError(f"source must yield chunks of numbers, got dtype {leaf.dtype}.")
         self._kind = kind
         self._chunks.append(chunk)
+        self._states.append(state)
         self._num_rows += count
 
     def fill(self, wanted: int) -> int:
@@ -129,9 +111,12 @@ class _Buffer:
         while count:
             length = len(jax.tree.leaves(self._chunks[0])[0])
             if length > count:
+                self._dropped += count
                 self._chunks[0] = jax.tree.map(lambda x, n=count: x[n:], self._chunks[0])
                 return
             self._chunks.popleft()
+            self._states.popleft()
+            self._dropped = 0
             count -= length
 
 
@@ -167,15 +152,21 @@ def _serve(
 
     request, guess, result = requests.get(), None, None
     while request is not None:
+        if isinstance(request, dict):
+            result = None
+            buffer.go_to(request)
+            request = requests.get()
+            continue
         *sizes, num_steps = request
         if isinstance(result, Block) and sizes == guess and num_steps <= result.num_steps:
             result = result._replace(num_steps=np.int32(num_steps))
         else:
             result = make(request)
-        results.put(result)
         if isinstance(result, Block):
             batch_size, bucket_size = guess = sizes
             buffer.drop(int(result.num_steps) * batch_size)
+        results.put((result, buffer.position()))
+        if isinstance(result, Block):
             # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
             # every batch size in the same bucket still finds all its rows in the buffer.
             result = make((batch_size, bucket_size, window))
@@ -206,11 +197,13 @@ class HostBlocks:
             )
         self.num_examples = 0  # examples in all blocks so far, without padding
         self.window = _validate.integer(window=window, minimum=1)
+        iterator = iter(source)
+        self._position = _Buffer(iterator).position()
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_serve,
-            args=(iter(source), self.window, sharding, self._requests, self._results),
+            args=(iterator, self.window, sharding, self._requests, self._results),
             name="arbiter_jax.host_blocks",
             daemon=True,
         )
@@ -243,11 +236,32 @@ class HostBlocks:
         if not self._finalizer.alive:
             raise ValueError("the blocks are closed; make new ones with host_blocks(...).")
         self._requests.put((batch_size, bucket_size, num_steps))
-        result = self._results.get()
+        result, self._position = self._results.get()
         if isinstance(result, BaseException):
             raise result
         self.num_examples += int(result.num_steps) * batch_size
         return result
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next block begins, made of what the source's own ``get_state()`` returns.
+
+        Raises:
+          ValueError: If the source has no ``get_state()`` and ``set_state(state)``.
+        """
+        if self._position is None:
+            raise ValueError(
+                "source must be an iterator with get_state() and set_state(state) to go on where a "
+                "run was saved, got one without, such as a generator: use datasets.epochs(data), "
+                "or a dataset of grain."
+            )
+        return {**self._position, "num_examples": self.num_examples}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`get_state` was called, perhaps in another process."""
+        self.get_state()  # raises
+        self._position = {"source": state["source"], "skip": state["skip"]}
+        self.num_examples = state["num_examples"]
+        self._requests.put(self._position)
 
     def close(self) -> None:
         """Ends the thread and closes the source if it has a method ``close``; idempotent."""
@@ -280,8 +294,9 @@ def host_blocks(
 
     Args:
       source: Iterable over chunks, pytrees of arrays [n, ...] with any n >= 1, used only by the
-        thread. :func:`epochs` makes an endless one from arrays, and with
-        ``start=int(state.num_examples)`` one that resumes where a checkpoint was written.
+        thread. :func:`epochs` makes an endless one from arrays. Where its iterator has
+        ``get_state()`` and ``set_state(state)``, as that of :func:`epochs` and grain's have, the
+        blocks have them too, and a run is saved with its place in the data.
       window: T, number of steps per block, an integer >= 1; pass the same to training.
       sharding: Where to put the blocks; their second axis is that of the examples. If None, on the
         default device.

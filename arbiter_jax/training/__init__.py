@@ -9,7 +9,13 @@ from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import OutOfMemoryError
 from arbiter_jax.training._records import Callback, FitResult, WindowRecord
 from arbiter_jax.training._resume import resume_state
-from arbiter_jax.training._state import Data, TrainState, init_state
+from arbiter_jax.training._state import (
+    Data,
+    TrainState,
+    Unfinished,
+    init_state,
+    no_unfinished_window,
+)
 from arbiter_jax.training._window import run_window
 
 __all__ = [
@@ -18,11 +24,13 @@ __all__ = [
     "FitResult",
     "OutOfMemoryError",
     "TrainState",
+    "Unfinished",
     "WindowRecord",
     "count_compilations",
     "fit",
     "init_state",
     "next_window",
+    "no_unfinished_window",
     "resume_state",
     "run_window",
 ]

@@ -346,7 +346,8 @@ def _is_leaf(node: PyTree) -> bool:
     return structure.num_leaves == 1 and jax.tree_util.treedef_is_leaf(structure)
 
 
-def _parts(node: PyTree) -> dict[str, PyTree]:
+def node_parts(node: PyTree) -> dict[str, PyTree]:
+    """The parts of a node of a pytree by how they are written after its name; none of a leaf."""
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         names: Any = node
         return {f".{name}": getattr(node, name) for name in names._fields}
@@ -365,7 +366,7 @@ def difference(found: PyTree, expected: PyTree, *, types: bool = True) -> str | 
       expected: What is needed: arrays, or shapes and dtypes.
       types: Whether the dtypes of the arrays are compared as well.
     """
-    parts, wanted = _parts(found), _parts(expected)
+    parts, wanted = node_parts(found), node_parts(expected)
     if jax.tree.structure(found) == jax.tree.structure(expected) and not wanted:
         if not _is_leaf(expected):  # an empty node
             return None
@@ -401,7 +402,7 @@ def _restored_without_target(found: PyTree, expected: PyTree) -> bool:
     """Whether a dict or list stands where a tuple was saved, as in a checkpoint read as it is."""
     if isinstance(expected, tuple) and isinstance(found, dict | list):
         return True
-    parts, wanted = _parts(found), _parts(expected)
+    parts, wanted = node_parts(found), node_parts(expected)
     return any(_restored_without_target(parts[k], wanted[k]) for k in wanted.keys() & parts.keys())
 
 

@@ -5,6 +5,7 @@ Before each window the host reads the rule's decision and picks the program comp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import warnings
@@ -12,24 +13,24 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._checkpointing import Checkpoints, Keeper
 from arbiter_jax.training._checks import (
     check_concrete,
     check_functions,
     check_transformation,
 )
 from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._out_of_memory import is_out_of_memory, out_of_memory
 from arbiter_jax.training._records import (
     Callback,
     FitResult,
-    WindowRecord,
     any_ends,
     as_callbacks,
     what_went_wrong,
@@ -41,16 +42,26 @@ from arbiter_jax.training._state import Data, init_state
 from arbiter_jax.training._window import run_window
 
 
-def _train_window(run: Run, plan: Plan, data: Data, advance: Callable[..., Any]) -> bool:
+def _train_window(
+    run: Run,
+    plan: Plan,
+    data: Data,
+    advance: Callable[..., Any],
+    clock: Callable[[], float] | None,
+    keeper: Keeper,
+) -> bool:
     """Trains one window and records it; False if there are no examples left for it."""
-    size, bucket_size, num_steps = plan
+    size, bucket_size, wanted = plan
+    now = time.perf_counter if clock is None else clock
     given = run.state
     try:
-        window_data, num_steps = data_of_window(data, size, bucket_size, num_steps)
+        window_data, num_steps = data_of_window(data, size, bucket_size, wanted)
+        if num_steps < wanted:  # the source has ended, and the rule decides on what is left
+            run.rest, run.is_cut = None, False
         if num_steps < 1:
             run.source_ended = True
             return False
-        before = time.perf_counter()
+        before = now()
         with count_compilations() as compilations:
             run.state, info = advance(
                 given, window_data, num_steps, run.step_seconds, bucket_size=bucket_size
@@ -60,26 +71,14 @@ def _train_window(run: Run, plan: Plan, data: Data, advance: Callable[..., Any])
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory(run.history, given, size, bucket_size) from error
+        raise out_of_memory(run.history, given, size, bucket_size, keeper.latest()) from error
     info = jax.tree.map(lambda x: x[:num_steps], info)
-    seconds = time.perf_counter() - before
-    # A time that includes a compilation is not the time of a step.
-    run.step_seconds = float("nan") if compilations.num_programs else seconds / num_steps
-    run.num_cache_hits += compilations.num_cache_hits
-    run.seen += num_steps * size
-    run.history.append(
-        WindowRecord(
-            window_index=len(run.history),
-            batch_size=size,
-            bucket_size=bucket_size,
-            num_steps=num_steps,
-            num_examples=run.seen,
-            loss=float(np.mean(info.loss)),
-            seconds=seconds,
-            num_compilations=compilations.num_compilations,
-            info=info,
-        )
-    )
+    seconds = float(now() - before)
+    run.record(plan._replace(num_steps=num_steps), info, seconds, compilations)
+    # A time that includes a compilation is not the time of a step. A given clock counts as it is:
+    # what was compiled before, and what was not, is no part of the run.
+    compiled = clock is None and compilations.num_programs
+    run.measured(float("nan") if compiled else seconds / num_steps)
     return True
 
 
@@ -101,6 +100,9 @@ def fit(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
+    clock: Callable[[], float] | None = None,
 ) -> FitResult:
     """Trains for a number of examples, with the batch size that the rule in `tx` decides.
 
@@ -121,7 +123,8 @@ def fit(
         already seen. Rules that plan ahead are given it.
       stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,
         num_examples]: to change something and go on with `state`. Rules still plan for
-        `num_examples`.
+        `num_examples`. If that is in the middle of a window, the next call finishes it first: two
+        calls train as one does.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
         same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it.
@@ -136,15 +139,25 @@ def fit(
       inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
         :func:`run_window`.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
+      checkpoints: ``aj.checkpoints(directory)``: where the run is saved, every few windows and at
+        its end. SIGTERM and Ctrl-C then wait for the running window, save the run, and end the
+        program as usual: with exit code 143, or with a KeyboardInterrupt. A second Ctrl-C does not
+        wait.
+      resume: Whether to go on from the newest complete checkpoint; without one the run starts from
+        the beginning. The result is that of a run which was never stopped, bit for bit, if rules
+        do not go by measured times.
+      clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes a run that goes by
+        measured times repeatable. All that it measures counts, compilation included.
 
     Returns:
-      A :class:`FitResult`.
+      A :class:`FitResult`; of a resumed run with the whole history.
 
     Raises:
       ValueError: If an argument is out of its range or not what it should be, the data is empty,
-        `tx` holds no rule or more than one, or its rule was built for another budget.
+        `tx` holds no rule or more than one, its rule was built for another budget, or the
+        checkpoints are those of another run.
       OutOfMemoryError: If a window does not fit into the memory of the device. It carries the
-        history and, where it can still be read, the last state.
+        history and, where it can still be read, the last state; it names the last checkpoint.
 
     Warns:
       UserWarning: If losses were not finite, a source of blocks ended before the budget, or nothing
@@ -187,14 +200,21 @@ def fit(
         inputs_of=inputs_of,
         has_aux=has_aux,
     )
-    run = Run(state, num_examples, end, window, seen=int(state.num_examples))
+    if clock is not None:
+        _validate.function("clock() -> seconds", clock=clock)
+    run = Run(state, num_examples, end, window)
     del state  # donated to the first window
-    start = time.perf_counter()
-    while (plan := run.next_plan()) is not None:
-        if not _train_window(run, plan, data, advance):
-            break
-        if any_ends(callbacks, run.history[-1], run.state):
-            break
+    keeper = Keeper(checkpoints, resume, run, data.train)
+    now = time.perf_counter if clock is None else clock
+    start = now()
+    with Interrupts(enabled=checkpoints is not None) as interrupts, contextlib.closing(keeper):
+        is_ended = keeper.resume(tx, callbacks)
+        while not is_ended and not interrupts.received and (plan := run.next_plan()) is not None:
+            if not _train_window(run, plan, data, advance, clock, keeper):
+                break
+            is_ended = any_ends(callbacks, run.history[-1], run.whole_state())
+            keeper.after_window(is_ended)
+        keeper.finish(interrupts)
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=2)
-    return run.result(time.perf_counter() - start)
+    return run.result(float(now() - start))

@@ -27,7 +27,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def out_of_memory(history: list[Any], state: Any, size: int, bucket_size: int) -> OutOfMemoryError:
+def out_of_memory(
+    history: list[Any], state: Any, size: int, bucket_size: int, checkpoint: str | None = None
+) -> OutOfMemoryError:
     """The error for a window of this size that did not fit.
 
     Args:
@@ -35,6 +37,7 @@ def out_of_memory(history: list[Any], state: Any, size: int, bucket_size: int) -
       state: What the window was given.
       size: Its batch size.
       bucket_size: Its rows per step.
+      checkpoint: Path of the last checkpoint, if there is one.
     """
     before = ""
     if history:
@@ -42,10 +45,11 @@ def out_of_memory(history: list[Any], state: Any, size: int, bucket_size: int) -
         before = f" The window before it took {last.batch_size} in a bucket of {last.bucket_size}."
     deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     kept = "history" if deleted else "history and the last state"
+    where = "" if checkpoint is None else f"; the last checkpoint is {checkpoint}"
     return OutOfMemoryError(
         f"A window with batch size {size} in a bucket of {bucket_size} rows does not fit into the "
         f"memory of the device.{before} Give the rule a max_batch_size of at most "
-        f"{max(1, bucket_size // 2)}; this error carries the {kept}.",
+        f"{max(1, bucket_size // 2)}; this error carries the {kept}{where}.",
         history,
         None if deleted else state,
     )

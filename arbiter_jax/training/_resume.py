@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax.base import PyTree
+from arbiter_jax.base import PyTree, requests
 from arbiter_jax.training._checks import check_same_chain, check_state, check_transformation
-from arbiter_jax.training._state import TrainState, abstract_state, copy_state
+from arbiter_jax.training._state import TrainState, Unfinished, abstract_state, copy_state
 
 _LIMITS = ("min_batch_size", "max_batch_size", "budget")
 _SIZES = ("batch_size", "meta_batch_size")
@@ -21,7 +21,8 @@ def resume_state(state: TrainState, tx: optax.GradientTransformation) -> TrainSt
 
     A state carries the range that its rule was built with. If it was saved under another one, what
     `tx` says holds from the first window on: a decision outside its range becomes the nearest size
-    inside. :func:`fit` does this with the state that it is given; call it in a loop of your own.
+    inside, and a window that was left unfinished with another size is dropped. :func:`fit` does this
+    with the state that it is given; call it in a loop of your own.
 
     Args:
       state: Of a chain of the same structure, e.g. restored from a checkpoint.
@@ -43,7 +44,18 @@ def resume_state(state: TrainState, tx: optax.GradientTransformation) -> TrainSt
     check_transformation(tx)
     check_state(state, TrainState)
     check_same_chain(state, abstract_state(state, tx))
-    return copy_state(state._replace(opt_state=_with_limits_of(tx, state.opt_state, state.params)))
+    opt_state = _with_limits_of(tx, state.opt_state, state.params)
+    unfinished = _within_range(state.unfinished, opt_state)
+    return copy_state(state._replace(opt_state=opt_state, unfinished=unfinished))
+
+
+def _within_range(unfinished: Unfinished, opt_state: PyTree) -> Unfinished:
+    for rule in requests(opt_state).rules:
+        size = unfinished.batch_size
+        low, high = (getattr(rule, name, size) for name in _LIMITS[:2])
+        inside = (low <= size) & (size <= high)
+        unfinished = jax.tree.map(lambda x, inside=inside: jnp.where(inside, x, 0), unfinished)
+    return unfinished
 
 
 def _with_limits_of(tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> PyTree:

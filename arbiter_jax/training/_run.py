@@ -6,13 +6,15 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from arbiter_jax.base import PyTree, requests, the_rule
+from arbiter_jax.base import PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import batch_of_the_rest
+from arbiter_jax.training._compilations import Compilations
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._records import FitResult, WindowRecord
-from arbiter_jax.training._state import TrainState
+from arbiter_jax.training._state import TrainState, Unfinished, no_unfinished_window
 
 
 class Plan(NamedTuple):
@@ -21,6 +23,10 @@ class Plan(NamedTuple):
     batch_size: int
     bucket_size: int
     num_steps: int
+
+    def steps_until(self, limit: int, seen: int) -> int:
+        """How many of its steps fit into what is left of a number of examples."""
+        return min(self.num_steps, (limit - seen) // self.batch_size)
 
 
 @dataclasses.dataclass
@@ -31,30 +37,99 @@ class Run:
     num_examples: int  # the budget
     end: int  # examples at which this call ends, at most the budget
     window: int  # T
-    seen: int  # examples so far
+    seen: int = 0  # examples so far
     history: list[WindowRecord] = dataclasses.field(default_factory=list)
     step_seconds: float = float("nan")  # measured time of a step of the last window
     num_cache_hits: int = 0
+    seconds: float = 0.0  # of the calls before, of a run that was resumed
     source_ended: bool = False
+    rest: Plan | None = None  # steps of the last window that it was not let take
+    is_cut: bool = False  # whether this call ends in the middle of a window
+    measures: bool = False  # whether a rule asks for the measured time of a step
+
+    def __post_init__(self) -> None:
+        self.go_on_from(self.state)
+
+    def go_on_from(self, state: TrainState) -> None:
+        """Takes a state over, with what it says for the host."""
+        carried = jax.device_get((state.num_examples, state.step_seconds, state.unfinished))
+        self.state, self.seen, self.step_seconds = state, int(carried[0]), float(carried[1])
+        self.measures = "step_seconds" in requests(state.opt_state).signals
+        rest = Plan(*map(int, carried[2]))
+        self.rest = rest if rest.num_steps > 0 else None
 
     def next_plan(self) -> Plan | None:
-        """The next window, or None where this call ends."""
-        size, bucket_size, num_steps = next_window(self.state.opt_state, self.window)
-        num_steps = min(num_steps, (self.end - self.seen) // size)
-        if num_steps < 1 and self.end == self.num_examples:
-            # The step takes no more examples than its bucket has rows.
-            size = bucket_size = _smaller_batch(self.state, self.seen, self.num_examples)
-            num_steps = min(size, 1)
-        return Plan(size, bucket_size, num_steps) if num_steps > 0 else None
+        """The next window, or None where this call ends.
+
+        A window that an earlier call was stopped in is finished first. One that the budget has cut
+        is not: the rule decides on what is left.
+        """
+        if self.is_cut:
+            return None
+        whole = self.rest
+        if whole is None or whole.steps_until(self.num_examples, self.seen) < 1:
+            whole = Plan(*next_window(self.state.opt_state, self.window))
+            too_large = whole.steps_until(self.end, self.seen) < 1
+            if too_large and self.end == self.num_examples:
+                # The step takes no more examples than its bucket has rows.
+                size = _smaller_batch(self.state, self.seen, self.num_examples)
+                whole = Plan(size, size, 1)
+            if whole.batch_size < 1 or whole.steps_until(self.end, self.seen) < 1:
+                return None
+            if self.rest is not None:
+                self.state = self.state._replace(unfinished=no_unfinished_window())
+        num_steps = whole.steps_until(self.end, self.seen)
+        if num_steps < 1:
+            return None
+        self.is_cut = num_steps < whole.steps_until(self.num_examples, self.seen)
+        left = whole.num_steps - num_steps
+        self.rest = whole._replace(num_steps=left) if left else None
+        return whole._replace(num_steps=num_steps)
+
+    def record(
+        self, plan: Plan, info: StepInfo, seconds: float, compilations: Compilations
+    ) -> None:
+        """Adds a window that has run to the history, on the host."""
+        self.num_cache_hits += compilations.num_cache_hits
+        self.seen += plan.num_steps * plan.batch_size
+        self.history.append(
+            WindowRecord(
+                window_index=len(self.history),
+                batch_size=plan.batch_size,
+                bucket_size=plan.bucket_size,
+                num_steps=plan.num_steps,
+                num_examples=self.seen,
+                loss=float(np.mean(info.loss)),
+                seconds=seconds,
+                num_compilations=compilations.num_compilations,
+                info=info,
+            )
+        )
+
+    def measured(self, step_seconds: float) -> None:
+        """Takes over what a step of the last window has taken."""
+        # All steps of a window are given the same time, also those that are left of it.
+        if self.measures and not self.is_cut:
+            self.step_seconds = step_seconds
+
+    def whole_state(self) -> TrainState:
+        """The state, with what only the host knows: a run goes on from it as if it had not ended."""
+        state = self.state
+        if self.measures:
+            state = state._replace(step_seconds=jnp.asarray(self.step_seconds, jnp.float32))
+        if self.rest is not None:
+            unfinished = Unfinished(*(jnp.asarray(x, jnp.int32) for x in self.rest))
+            state = state._replace(unfinished=unfinished)
+        return state
 
     def result(self, seconds: float) -> FitResult:
         """What :func:`fit` returns."""
         return FitResult(
-            state=self.state,
+            state=self.whole_state(),
             history=self.history,
             num_compilations=sum(record.num_compilations for record in self.history),
             num_cache_hits=self.num_cache_hits,
-            seconds=seconds,
+            seconds=self.seconds + seconds,
         )
 
 

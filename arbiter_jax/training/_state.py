@@ -28,6 +28,14 @@ class Data(NamedTuple):
     validation: PyTree = None  # the same, for rules that measure on validation examples
 
 
+class Unfinished(NamedTuple):
+    """The rest of a window that a run was stopped in; the next window finishes it."""
+
+    batch_size: jax.Array  # shape=(), dtype=int32, that the window began with
+    bucket_size: jax.Array  # shape=(), dtype=int32
+    num_steps: jax.Array  # shape=(), dtype=int32, steps left, 0 if there is no such window
+
+
 class TrainState(NamedTuple):
     """Everything that a run carries from one step to the next, all of it arrays."""
 
@@ -43,6 +51,10 @@ class TrainState(NamedTuple):
     progress: jax.Array  # shape=(), dtype=float32, scale-invariant updates; see adascale
     progress_error: jax.Array  # shape=(), dtype=float32, what rounding has added to `progress`
     num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
+    step_seconds: (
+        jax.Array
+    )  # shape=(), dtype=float32, measured by `fit` for a rule that asks, or nan
+    unfinished: Unfinished  # what `fit` has left of a window that it was stopped in
 
 
 def init_state(
@@ -93,8 +105,21 @@ def init_state(
         progress=zero(jnp.float32),
         progress_error=zero(jnp.float32),
         num_nonfinite=zero(jnp.int32),
+        step_seconds=jnp.full((), jnp.nan, jnp.float32),
+        unfinished=no_unfinished_window(),
     )
     return copy_state(state)
+
+
+def no_unfinished_window() -> Unfinished:
+    """What a state holds after a whole window: the rule decides on the next one.
+
+    Put it into a state whose decision you change by hand, so that it holds from the next step on.
+
+    >>> int(no_unfinished_window().num_steps)
+    0
+    """
+    return Unfinished(*(jnp.zeros((), jnp.int32) for _ in Unfinished._fields))
 
 
 def abstract_state(state: TrainState, tx: optax.GradientTransformation) -> TrainState:

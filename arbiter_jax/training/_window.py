@@ -63,7 +63,12 @@ from arbiter_jax.training._signals import (
     with_moved_grad,
     with_zero_statistics,
 )
-from arbiter_jax.training._state import Data, TrainState, abstract_state
+from arbiter_jax.training._state import (
+    Data,
+    TrainState,
+    abstract_state,
+    no_unfinished_window,
+)
 
 
 def inner_step(
@@ -210,7 +215,8 @@ def run_window(
 
     Each step samples a batch, computes the masked gradient and the signals that the rules in the
     chain ask for, and applies the updates. The batch size is ``get_batch_size`` of the state at the
-    start, at most `bucket_size`. The state is donated: use the returned one.
+    start, or that of a window which :func:`fit` left unfinished, ``state.unfinished``; at most
+    `bucket_size`. The state is donated: use the returned one.
 
     Args:
       state: From :func:`init_state` or a window before.
@@ -271,7 +277,12 @@ def run_window(
         num_steps = jnp.minimum(wanted, data.train.num_steps)
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
-    batch_size = get_batch_size(state.opt_state) if requested.rules else bucket_size
+    batch_size = bucket_size
+    if requested.rules:
+        unfinished = state.unfinished
+        decided = get_batch_size(state.opt_state)
+        batch_size = jnp.where(unfinished.num_steps > 0, unfinished.batch_size, decided)
+    state = state._replace(unfinished=no_unfinished_window())
     batch_size = jnp.minimum(batch_size, bucket_size)
     constants: dict[str, Any] = {}
     if budget is not None:

@@ -1,0 +1,5 @@
+"""What a run does besides training: it is saved, so that it can be killed and gone on with."""
+
+from arbiter_jax.callbacks._checkpoints import Checkpoints, checkpoints
+
+__all__ = ["Checkpoints", "checkpoints"]
