@@ -9,6 +9,7 @@ import numpy as np
 
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._blocks import Block
+from arbiter_jax.batching._buckets import next_bucket
 from arbiter_jax.batching._sampling import SamplerState, bit_reversed, examples_ahead
 
 
@@ -82,6 +83,17 @@ def take_group(
 
         return jax.tree.map(take, train.batches), mask
     return examples_ahead(sampler, train, jnp.where(mask, start + position, 0)), mask
+
+
+def block_shape(window: int, batch_size: int, bucket_size: int) -> tuple[int, int]:
+    """(slots of `bucket_size` rows, steps) of the block of a window; a step may take several slots.
+
+    >>> [block_shape(8, batch_size, 16) for batch_size in (7, 16, 33, 1000)]
+    [(8, 8), (8, 8), (8, 2), (64, 1)]
+    """
+    n = -(-batch_size // bucket_size)
+    num_slots = window if n <= window else next_bucket(n)
+    return num_slots, num_slots // n
 
 
 def group_rows(

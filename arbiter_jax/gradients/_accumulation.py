@@ -60,7 +60,7 @@ def accumulated_value_and_grad(
 
     .. math::
       \sum_{i \le j} b_i |g_i - \bar g_j|^2 =
-        \sum_{i < j} b_i |g_i - \bar g_{j-1}|^2 + \frac{b_j W_{j-1}}{W_j} |g_j - \bar g_{j-1}|^2,
+        \sum_{i < j} b_i |g_i - \bar g_{j-1}|^2 + \frac{b_j W_j}{W_{j-1}} |g_j - \bar g_j|^2,
 
     with :math:`W_j = b_1 + ... + b_j`. Unlike a difference of sums of squares, it is never negative.
     The noise vector, the cosine, and the variance of inner products (which would need a second pass)
@@ -91,19 +91,20 @@ def accumulated_value_and_grad(
             batch, mask = groups.take(j, key)
             return weighted(params, batch, mask, model_state, _folded(key, j))
 
-        def moments_after(moments, j, out, mean, new_mean, weight, before):
-            grads, mean, new_mean = (_counted(x.grads, counts) for x in (out, mean, new_mean))
+        def moments_after(moments, j, out, mean, weight, before):
+            grads, mean = (_counted(x.grads, counts) for x in (out, mean))
+            # From the mean after the group alone, so that the one before it needs no memory.
             delta = jax.tree.map(lambda g, m: at_least_float32(g) - m, grads, mean)
             in_first = j < groups.num_groups // 2
-            # Zero for an empty group, whose gradient may be 0 / 0.
-            factor = weight * before / _or_one(before + weight)
+            # Zero for the first group, and for an empty one, whose gradient may be 0 / 0.
+            factor = jnp.where(before > 0, weight * (before + weight) / _or_one(before), 0)
             spread = lambda total, x: (
                 total + jnp.where(factor > 0, factor * x, 0).astype(total.dtype)
             )
             return _Moments(
                 moments.count + (weight > 0),
                 moments.in_first + jnp.where(in_first, weight, 0),
-                tree_where(in_first, new_mean, moments.first),
+                tree_where(in_first, mean, moments.first),
                 spread(moments.sq_deviation, tree_dot(delta, delta)),
                 jax.tree.map(
                     lambda total, x: spread(total, jnp.square(x)), moments.spread, real_parts(delta)
@@ -206,7 +207,7 @@ def _mean(
 
         new = jax.tree.map(update, mean, out._replace(model_state=None))
         if moments_after is not None:
-            moments = moments_after(moments, j, out, mean, new, weight, before)
+            moments = moments_after(moments, j, out, new, weight, before)
         if model_state is not None:
             model_state = tree_where(real, out.model_state, model_state)
         return new, model_state, after, moments

@@ -5,6 +5,7 @@ Before each window the host reads the rule's decision and picks the program comp
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import Block, BlockSource, batch_of_the_rest, check_next_block
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._auto_micro_batch import MicroBatch, shapes_of_window
 from arbiter_jax.training._checks import (
     check_callback,
     check_concrete,
@@ -208,6 +210,7 @@ def fit(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    micro_batch_size: int | str | None = None,
 ) -> FitResult:
     """Trains for a number of examples, with the batch size that the rule in `tx` decides.
 
@@ -243,6 +246,11 @@ def fit(
       inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
         :func:`run_window`.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
+      micro_batch_size: A power of two, the most rows that are computed at once; larger batches take
+        them in groups, in one program for all sizes: see :func:`run_window`. It bounds the memory of
+        a window and the number of programs, ``max(1, log2(micro_batch_size /
+        next_bucket(min_batch_size)) + 1)``. "auto" for the largest whose program fits into .8 of the
+        device's memory, and half of it whenever that runs out; None for no limit.
 
     Returns:
       A :class:`FitResult`.
@@ -282,24 +290,45 @@ def fit(
     the_rule(requests(state.opt_state), "tx")
     check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
     _check_budget(state.opt_state, num_examples)
+    micro = MicroBatch(micro_batch_size)
     history: list[WindowRecord] = []
     source_ended = False
+    window_data = None
     num_cache_hits = 0
     step_seconds = float("nan")
     seen = int(state.num_examples)
     budget = num_examples if num_examples < 2**31 else as_count(num_examples)
     start = time.perf_counter()
     while True:
-        size, bucket_size, num_steps = next_window(state.opt_state, window)
+        size, bucket_size, num_steps = next_window(state.opt_state, window, micro.size)
         num_steps = min(num_steps, (end - seen) // size)
         if num_steps < 1 and end == num_examples:
-            # The step takes no more examples than its bucket has rows.
-            size = bucket_size = _smaller_batch(state, seen, num_examples)
-            num_steps = min(size, 1)
+            # The step takes no more examples than its bucket has rows, or than `micro.options` say.
+            size = _smaller_batch(state, seen, num_examples)
+            bucket_size, num_steps = min(size, micro.size or size), min(size, 1)
         if num_steps < 1:
             break
         given = state
+        options = {
+            "step_seconds": step_seconds,
+            "budget": budget,
+            "loss_fn": loss_fn,
+            "tx": tx,
+            "window": window,
+            "num_agent_inputs": num_agent_inputs,
+            "gradient_fn": gradient_fn,
+            "transform_batch": transform_batch,
+            "inputs_of": inputs_of,
+            "has_aux": has_aux,
+        }
         try:
+            with count_compilations() as searched:
+                bucket_size = micro.fitting_bucket(
+                    size,
+                    bucket_size,
+                    functools.partial(shapes_of_window, data, window_data, window, size),
+                    functools.partial(run_window, state, num_steps=num_steps, **options),
+                )
             window_data, num_steps = _window_data(data, size, bucket_size, num_steps)
             if num_steps < 1:
                 source_ended = True
@@ -309,30 +338,24 @@ def fit(
                 state, info = run_window(
                     state,
                     window_data,
-                    num_steps,
-                    step_seconds,
-                    budget,
-                    loss_fn=loss_fn,
-                    tx=tx,
+                    num_steps=num_steps,
                     bucket_size=bucket_size,
-                    window=window,
-                    num_agent_inputs=num_agent_inputs,
-                    gradient_fn=gradient_fn,
-                    transform_batch=transform_batch,
-                    inputs_of=inputs_of,
-                    has_aux=has_aux,
+                    **options,
+                    **micro.options(size, bucket_size),
                 )
             check_concrete(tx=info)
             info = jax.device_get(info)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if micro.halve(bucket_size, given, data):
+                continue
             raise out_of_memory(history, given, size, bucket_size) from error
         info = jax.tree.map(lambda x, n=num_steps: x[:n], info)
         seconds = time.perf_counter() - before
         # A time that includes a compilation is not the time of a step.
         step_seconds = float("nan") if compilations.num_programs else seconds / num_steps
-        num_cache_hits += compilations.num_cache_hits
+        num_cache_hits += compilations.num_cache_hits + searched.num_cache_hits
         seen += num_steps * size
         record = WindowRecord(
             window_index=len(history),
@@ -342,7 +365,7 @@ def fit(
             num_examples=seen,
             loss=float(np.mean(info.loss)),
             seconds=seconds,
-            num_compilations=compilations.num_compilations,
+            num_compilations=compilations.num_compilations + searched.num_compilations,
             info=info,
         )
         history.append(record)
