@@ -9,6 +9,7 @@ from arbiter_jax.batching._blocks import (
     check_next_block,
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
+from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
 from arbiter_jax.batching._masking import (
     batch_mask,
     check_losses,
@@ -37,15 +38,19 @@ __all__ = [
     "bit_reversed",
     "block_batch",
     "block_rows",
+    "block_shape",
     "check_block",
     "check_losses",
     "check_next_block",
     "examples_ahead",
+    "group_rows",
     "init_sampler",
     "masked_mean",
     "next_bucket",
+    "num_groups",
     "num_rows",
     "replace_padding",
     "sample_batch",
+    "take_group",
     "total_weight",
 ]

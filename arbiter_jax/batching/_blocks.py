@@ -15,7 +15,10 @@ from arbiter_jax.batching._sampling import bit_reversed
 
 
 class Block(NamedTuple):
-    """The batches of one window; `run_window` takes it instead of the training data."""
+    """The batches of one window; `run_window` takes it instead of the training data.
+
+    With micro-batches it holds groups of rows, in the order of `group_rows`, instead of steps.
+    """
 
     batches: PyTree  # leaves [T, bucket_size, ...], rows in the order of `block_rows`
     batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples per step
@@ -53,9 +56,10 @@ def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, j
     return jax.tree.map(take, block.batches), mask
 
 
-def check_block(block: Block, window: int, bucket_size: int) -> None:
-    """Raises a ValueError if the block was not made for a window of this shape."""
+def check_block(block: Block, window: int | None, bucket_size: int) -> None:
+    """Raises a ValueError if the block was not made for a window of this shape; None: of any length."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block.batches)]
+    window = shapes[0][0] if window is None and shapes[0] else window
     if {shape[:2] for shape in shapes} != {(window, bucket_size)}:
         raise ValueError(
             f"data.train must be a block of shape [window, bucket_size, ...] = [{window}, "

@@ -20,7 +20,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, block_rows, num_rows
+from arbiter_jax.batching import Block, block_rows, block_shape, group_rows, num_rows
 from arbiter_jax.datasets._epochs import is_resumable
 
 _JOIN_SECONDS = 5.0
@@ -97,12 +97,17 @@ class _Buffer:
         return min(self._num_rows, wanted)
 
     def block(self, window: int, batch_size: int, bucket_size: int, num_steps: int) -> PyTree:
-        """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer."""
+        """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer.
+
+        Steps of more rows than the bucket are split into groups; see :func:`group_rows`.
+        """
         missing, parts, chunks = num_steps * batch_size, [], iter(self._chunks)
         while missing:
             parts.append(jax.tree.map(lambda x, n=missing: x[:n], next(chunks)))
             missing -= len(jax.tree.leaves(parts[-1])[0])
-        rows = block_rows(window, batch_size, bucket_size, num_steps)
+        num_slots, _ = block_shape(window, batch_size, bucket_size)
+        arrange = block_rows if batch_size <= bucket_size else group_rows
+        rows = arrange(num_slots, batch_size, bucket_size, num_steps)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *parts)
 
     def drop(self, count: int) -> None:
@@ -169,9 +174,10 @@ def _serve(
         if isinstance(result, Block):
             # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
             # every batch size in the same bucket still finds all its rows in the buffer.
-            result = make((batch_size, bucket_size, window))
+            num_slots, num_steps = block_shape(window, batch_size, bucket_size)
+            result = make((batch_size, bucket_size, num_steps))
             with contextlib.suppress(BaseException):  # raised when these rows are requested
-                buffer.fill(window * bucket_size)
+                buffer.fill(num_slots * bucket_size)
         request = requests.get()
     close = getattr(source, "close", None)
     if close is not None:
@@ -216,7 +222,10 @@ class HostBlocks:
 
         Args:
           batch_size: B, number of real examples per step, an integer >= 1.
-          bucket_size: Number of rows per step, a power of two >= batch_size.
+          bucket_size: Number of rows per step, a power of two. A step of more examples than that is
+            split into groups of so many rows, n of them, as `run_window` takes it where this is the
+            `micro_batch_size`; the block then holds T groups, of T // n steps, and more than T only
+            if a single step has more: the next power of two.
           num_steps: Number of steps, an integer in [1, T]. If None, T.
 
         Returns:
@@ -230,9 +239,10 @@ class HostBlocks:
           Exception: Whatever the source raises.
         """
         bucket_size = _validate.power_of_two(bucket_size=bucket_size)
-        batch_size = _validate.integer(batch_size=batch_size, minimum=1, maximum=bucket_size)
+        batch_size = _validate.integer(batch_size=batch_size, minimum=1)
         num_steps = self.window if num_steps is None else num_steps
         num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=self.window)
+        num_steps = min(num_steps, block_shape(self.window, batch_size, bucket_size)[1])
         if not self._finalizer.alive:
             raise ValueError("the blocks are closed; make new ones with host_blocks(...).")
         self._requests.put((batch_size, bucket_size, num_steps))

@@ -1,5 +1,10 @@
 """From a masked batch to a gradient, and to an estimate of its noise."""
 
+from arbiter_jax.gradients._accumulation import (
+    Groups,
+    accumulated_gradient,
+    accumulated_value_and_grad,
+)
 from arbiter_jax.gradients._estimators import stats_from_gram
 from arbiter_jax.gradients._masked import Gradient, GradientFn, call_loss, masked_value_and_grad
 from arbiter_jax.gradients._statistics import (
@@ -13,7 +18,10 @@ from arbiter_jax.gradients._statistics import (
 __all__ = [
     "Gradient",
     "GradientFn",
+    "Groups",
     "Trainable",
+    "accumulated_gradient",
+    "accumulated_value_and_grad",
     "call_loss",
     "counted_leaves",
     "gradient_stats",

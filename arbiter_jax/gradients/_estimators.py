@@ -80,7 +80,8 @@ def stats_from_pieces(
         for m, *leaves in zip(mean, *pieces, strict=True)
     ]
     stats, in_first = stats_from_gram(gram, sizes), jnp.sum(jnp.where(half, sizes, 0))
-    return _with_absolute_norms(stats, sizes, spread, (first, in_first), second)
+    known = jnp.sum(sizes > 0), jnp.sum(sizes)
+    return _with_absolute_norms(stats, known, spread, (first, in_first), second)
 
 
 def real_parts(tree: PyTree) -> PyTree:
@@ -96,7 +97,7 @@ def _weighted(weights: jax.Array, leaves: Sequence[jax.Array]) -> Any:
 
 
 def _with_absolute_norms(
-    stats: GradStats, sizes: jax.Array, spread: PyTree, first: Any, second_sum: PyTree
+    stats: GradStats, known: Any, spread: PyTree, first: Any, second_sum: PyTree
 ) -> GradStats:
     r"""With what the noise scale in the l1 norm is made of, sums over all (real) parameters.
 
@@ -110,19 +111,19 @@ def _with_absolute_norms(
 
     Args:
       stats: What is known already.
-      sizes: float[k], b_j.
+      known: k, the number of pieces that are not empty, and B.
       spread: sum_j b_j g_j^2 - B gbar^2, elementwise.
       first: Sums of b_j g_j and of b_j over the first half of the pieces.
       second_sum: Sum of b_j g_j over the second half.
     """
-    (first_sum, in_first), count = first, jnp.sum(sizes > 0)
-    n = jnp.maximum(count, 2).astype(sizes.dtype)
+    (first_sum, in_first), (count, size) = first, known
+    n = jnp.maximum(count, 2).astype(size.dtype)
     gammas = lax.lgamma(n / 2) - lax.lgamma((n - 1) / 2)
     c4 = jnp.sqrt(2 / (n - 1)) * jnp.exp(gammas)
     total = lambda tree: sum(jnp.sum(x) for x in jax.tree.leaves(tree))
     deviation = total(jax.tree.map(lambda x: jnp.sqrt(jnp.maximum(x, 0) / (n - 1)), spread))
     signs = jax.tree.map(lambda a, b: a * jnp.sign(b), first_sum, second_sum)
-    both = (in_first > 0) & (in_first < jnp.sum(sizes))
+    both = (in_first > 0) & (in_first < size)
     return stats._replace(
         abs_deviation=jnp.where(count > 1, deviation / c4, jnp.nan),
         abs_signal=jnp.where(both, total(signs) / jnp.where(both, in_first, 1), jnp.nan),
@@ -161,16 +162,60 @@ def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:
         lambda x, m: x - total.astype(x.dtype) * jnp.square(m), squares, real_parts(mean)
     )
     first_sum, second_sum = real_parts(first_sum), real_parts(second_sum)
-    return _with_absolute_norms(stats, sizes, spread, (first_sum, first[1]), second_sum)
+    known = jnp.sum(sizes > 0), jnp.sum(sizes)
+    return _with_absolute_norms(stats, known, spread, (first_sum, first[1]), second_sum)
 
 
-def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> GradStats:
+def stats_from_moments(count, sizes, mean, first, sq_deviation, spread) -> GradStats:
+    """The same from sums that a loop over any number of pieces keeps.
+
+    What would need a second pass over the pieces, the variance of g_j . gbar, is estimated from the
+    two halves, with one degree of freedom.
+
+    Args:
+      count: Number of pieces that are not empty.
+      sizes: B and the number of examples in the first half.
+      mean: gbar.
+      first: Mean gradient of the first half of the pieces.
+      sq_deviation: sum_j b_j |g_j - gbar|^2.
+      spread: Its terms, a pytree of the real parts of the parameters.
+    """
+    total, in_first = sizes
+    in_second = total - in_first
+    both = (in_first > 0) & (in_second > 0)
+    ratio = in_first / jnp.where(both, in_second, 1)
+    away = jax.tree.map(jnp.subtract, first, mean)
+    second = jax.tree.map(lambda m, d: m - ratio.astype(d.real.dtype) * d, mean, away)
+    halves = (first, first), (first, second), (second, second)
+    products = [tree_dot(a, b) for a, b in halves]
+    # Both terms of the sum over the halves: the second is -b_1 / b_2 times as far away as the first.
+    inner = in_first * (1 + ratio) * jnp.square(tree_dot(away, mean))
+    stats = _debiased(sq_deviation, inner, count, total, tree_dot(mean, mean), *products)
+    stats = stats._replace(
+        half_cosine=jnp.where(both, stats.half_cosine, jnp.nan),
+        inner_product_variance=jnp.where(both, inner, jnp.nan),
+    )
+    scaled_by = lambda size, tree: jax.tree.map(lambda x: x * size.astype(x.dtype), tree)
+    first, second = real_parts(first), real_parts(second)
+    halves = (scaled_by(in_first, first), in_first), scaled_by(in_second, second)
+    return _with_absolute_norms(stats, (count, total), spread, *halves)
+
+
+def _estimates(norms, inner, sizes, batch_sq_norm, *products) -> GradStats:
     """From |g_j|^2, g_j . gbar, b_j, |gbar|^2, and the products of the sums of the two halves."""
     total, count = jnp.sum(sizes), jnp.sum(sizes > 0)
+    sq_deviation = jnp.sum(sizes * norms) - total * batch_sq_norm
+    # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.
+    inner = jnp.sum(sizes * (inner - batch_sq_norm) ** 2)
+    return _debiased(sq_deviation, inner, count, total, batch_sq_norm, *products)
+
+
+def _debiased(sq_deviation, inner, count, total, batch_sq_norm, first, across, second) -> GradStats:
+    """From sums over the pieces of b_j |g_j - gbar|^2 and of b_j (g_j . gbar - |gbar|^2)^2."""
     known = lambda x: jnp.where(count > 1, x, jnp.nan)
     # Never negative but for rounding, where all pieces agree.
     unbiased = lambda spread: known(jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1))
-    variance_trace = unbiased(jnp.sum(sizes * norms) - total * batch_sq_norm)
+    variance_trace = unbiased(sq_deviation)
     return GradStats(
         mean_sq_norm=batch_sq_norm - variance_trace / total,
         variance_trace=variance_trace,
@@ -178,6 +223,5 @@ def _estimates(norms, inner, sizes, batch_sq_norm, first, across, second) -> Gra
         batch_sq_norm=batch_sq_norm,
         # The product of the squared norms may over- or underflow; rounding may exceed 1.
         half_cosine=known(jnp.clip(across / (jnp.sqrt(first) * jnp.sqrt(second)), -1, 1)),
-        # The same estimator for the scalars g_j . gbar, whose mean is |gbar|^2.
-        inner_product_variance=unbiased(jnp.sum(sizes * (inner - batch_sq_norm) ** 2)),
+        inner_product_variance=unbiased(inner),
     )

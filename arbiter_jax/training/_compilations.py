@@ -23,6 +23,11 @@ class Compilations:
         """Programs that were really compiled."""
         return self.num_programs - self.num_cache_hits
 
+    def __add__(self, other: Compilations) -> Compilations:
+        return Compilations(
+            self.num_programs + other.num_programs, self.num_cache_hits + other.num_cache_hits
+        )
+
 
 _counting = threading.local()  # a program is compiled on the thread that calls it
 

@@ -19,6 +19,7 @@ from arbiter_jax import _validate
 from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._checkpointing import Checkpoints, Keeper
 from arbiter_jax.training._checks import (
     check_concrete,
@@ -46,35 +47,57 @@ def _train_window(
     run: Run,
     plan: Plan,
     data: Data,
-    advance: Callable[..., Any],
+    advance: functools.partial[Any],
     clock: Callable[[], float] | None,
     keeper: Keeper,
 ) -> bool:
     """Trains one window and records it; False if there are no examples left for it."""
     size, bucket_size, wanted = plan
+    micro = run.micro
     now = time.perf_counter if clock is None else clock
     given = run.state
     try:
+        with count_compilations() as searched:
+            arguments = functools.partial(
+                advance, given, num_steps=wanted, step_seconds=run.step_seconds
+            )
+            bucket_size = micro.fitting_bucket(size, bucket_size, data, run.window, arguments)
         window_data, num_steps = data_of_window(data, size, bucket_size, wanted)
         if num_steps < wanted:  # the source has ended, and the rule decides on what is left
             run.rest, run.is_cut = None, False
         if num_steps < 1:
             run.source_ended = True
             return False
+        micro.saw(window_data)
         before = now()
         with count_compilations() as compilations:
             run.state, info = advance(
-                given, window_data, num_steps, run.step_seconds, bucket_size=bucket_size
+                given,
+                window_data,
+                num_steps=num_steps,
+                step_seconds=run.step_seconds,
+                bucket_size=bucket_size,
+                **micro.options(size, bucket_size),
             )
         check_concrete(tx=info)
         info = jax.device_get(info)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        if micro.halve(bucket_size, given, data):
+            return _train_window(
+                run,
+                plan._replace(bucket_size=micro.limited(bucket_size)),
+                data,
+                advance,
+                clock,
+                keeper,
+            )
         raise out_of_memory(run.history, given, size, bucket_size, keeper.latest()) from error
     info = jax.tree.map(lambda x: x[:num_steps], info)
     seconds = float(now() - before)
-    run.record(plan._replace(num_steps=num_steps), info, seconds, compilations)
+    plan = plan._replace(bucket_size=bucket_size, num_steps=num_steps)
+    run.record(plan, info, seconds, searched + compilations)
     # A time that includes a compilation is not the time of a step. A given clock counts as it is:
     # what was compiled before, and what was not, is no part of the run.
     compiled = clock is None and compilations.num_programs
@@ -100,6 +123,7 @@ def fit(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    micro_batch_size: int | str | None = None,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     clock: Callable[[], float] | None = None,
@@ -139,6 +163,11 @@ def fit(
       inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
         :func:`run_window`.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
+      micro_batch_size: A power of two, the most rows that are computed at once; larger batches take
+        them in groups, in one program for all sizes: see :func:`run_window`. It bounds the memory of
+        a window and the number of programs, ``max(1, log2(micro_batch_size /
+        next_bucket(min_batch_size)) + 1)``. "auto" for the largest whose program fits into .8 of the
+        device's memory, and half of it whenever that runs out; None for no limit.
       checkpoints: ``aj.checkpoints(directory)``: where the run is saved, every few windows and at
         its end. SIGTERM and Ctrl-C then wait for the running window, save the run, and end the
         program as usual: with exit code 143, or with a KeyboardInterrupt. A second Ctrl-C does not
@@ -202,7 +231,7 @@ def fit(
     )
     if clock is not None:
         _validate.function("clock() -> seconds", clock=clock)
-    run = Run(state, num_examples, end, window)
+    run = Run(state, num_examples, end, window, MicroBatch(micro_batch_size))
     del state  # donated to the first window
     keeper = Keeper(checkpoints, resume, run, data.train)
     now = time.perf_counter if clock is None else clock

@@ -9,7 +9,9 @@ from arbiter_jax.base import PyTree, requests, the_rule
 from arbiter_jax.batching import next_bucket
 
 
-def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
+def next_window(
+    opt_state: PyTree, window: int = 100, micro_batch_size: int | None = None
+) -> tuple[int, int, int]:
     """What the rule in an optimizer state has decided for the next window. Host side.
 
     One bucket serves the training batch and the validation batch of a window: that of the larger
@@ -19,21 +21,27 @@ def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
     Args:
       opt_state: State of a chain with exactly one batch-size rule.
       window: T, steps of a whole window, an integer >= 1.
+      micro_batch_size: The most rows of a bucket, a power of two, for :func:`run_window` with the
+        same `micro_batch_size`; None for any number.
 
     Returns:
-      (batch_size, bucket_size, num_steps): examples per step, rows per step (a power of two), and
-      steps of the next window, in [1, window]. Of a state that was vmapped over seeds, the largest
+      (batch_size, bucket_size, num_steps): examples per step, rows per step or per group of it (a
+      power of two), and steps of the next window, in [1, window]. Of a state that was vmapped over seeds, the largest
       sizes and the fewest steps.
 
     Raises:
-      ValueError: If `window` is out of its range, the state holds no rule or more than one, a size
+      ValueError: If `window` or `micro_batch_size` is out of its range, the state holds no rule or more than one, a size
         that no batch can have, or arrays that cannot be read.
 
     >>> import arbiter_jax as aj
     >>> next_window(aj.schedulers.constant(48).init(None), window=20)
     (48, 64, 20)
+    >>> next_window(aj.schedulers.constant(4096).init(None), micro_batch_size=64)
+    (4096, 64, 100)
     """
     window = _validate.integer(window=window, minimum=1)
+    if micro_batch_size is not None:
+        micro_batch_size = _validate.power_of_two(micro_batch_size=micro_batch_size)
     requested = requests(opt_state)
     rule = the_rule(requested)
     try:
@@ -56,4 +64,7 @@ def next_window(opt_state: PyTree, window: int = 100) -> tuple[int, int, int]:
             f"the batch size must be an integer >= 1, got {min(sizes)} from {type(rule).__name__}."
         )
     num_steps = min([window, *(max(1, int(n.min())) for n in steps)])
-    return sizes[0], next_bucket(max(sizes)), num_steps
+    bucket_size = next_bucket(max(sizes))
+    if micro_batch_size is not None:
+        bucket_size = min(bucket_size, micro_batch_size)
+    return sizes[0], bucket_size, num_steps

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax.base import PyTree, StepInfo, requests, the_rule
-from arbiter_jax.batching import batch_of_the_rest
+from arbiter_jax.batching import batch_of_the_rest, next_bucket
+from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._compilations import Compilations
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._records import FitResult, WindowRecord
@@ -37,6 +38,7 @@ class Run:
     num_examples: int  # the budget
     end: int  # examples at which this call ends, at most the budget
     window: int  # T
+    micro: MicroBatch  # the most rows that are computed at once, if there is a limit
     seen: int = 0  # examples so far
     history: list[WindowRecord] = dataclasses.field(default_factory=list)
     step_seconds: float = float("nan")  # measured time of a step of the last window
@@ -56,7 +58,11 @@ class Run:
         self.state, self.seen, self.step_seconds = state, int(carried[0]), float(carried[1])
         self.measures = "step_seconds" in requests(state.opt_state).signals
         rest = Plan(*map(int, carried[2]))
-        self.rest = rest if rest.num_steps > 0 else None
+        self.rest = None
+        if rest.num_steps > 0:
+            # The call before may have had another limit.
+            rows = max(rest.bucket_size, next_bucket(rest.batch_size))
+            self.rest = rest._replace(bucket_size=self.micro.limited(rows))
 
     def next_plan(self) -> Plan | None:
         """The next window, or None where this call ends.
@@ -68,12 +74,12 @@ class Run:
             return None
         whole = self.rest
         if whole is None or whole.steps_until(self.num_examples, self.seen) < 1:
-            whole = Plan(*next_window(self.state.opt_state, self.window))
+            whole = Plan(*next_window(self.state.opt_state, self.window, self.micro.size))
             too_large = whole.steps_until(self.end, self.seen) < 1
             if too_large and self.end == self.num_examples:
-                # The step takes no more examples than its bucket has rows.
+                # The step takes no more examples than its bucket has rows, or than it is told.
                 size = _smaller_batch(self.state, self.seen, self.num_examples)
-                whole = Plan(size, size, 1)
+                whole = Plan(size, self.micro.limited(size), 1)
             if whole.batch_size < 1 or whole.steps_until(self.end, self.seen) < 1:
                 return None
             if self.rest is not None:

@@ -31,6 +31,7 @@ from arbiter_jax.base import (
 from arbiter_jax.batching import (
     Block,
     SamplerState,
+    advance,
     block_batch,
     check_block,
     num_rows,
@@ -53,6 +54,12 @@ from arbiter_jax.training._checks import (
     check_static_integers,
     check_transformation,
     explained,
+)
+from arbiter_jax.training._micro_batches import (
+    check_micro_batch_size,
+    gradient_fns_of_groups,
+    steps_of_groups,
+    transformed,
 )
 from arbiter_jax.training._signals import (
     check_validation,
@@ -84,8 +91,8 @@ def inner_step(
 
     Args:
       state: Where to start from.
-      batch: Pytree of arrays [M, ...].
-      mask: bool[M], True for a real example.
+      batch: Pytree of arrays [M, ...], or what else `gradient_fn` takes for a batch.
+      mask: bool[M], True for a real example; or their number, int32[], for a batch in groups.
       gradient_fn: See :mod:`arbiter_jax.gradients`.
       tx: The transformation; it gets `value`, `grad`, `batch_size`, the counters before the step
         (`num_steps`, `num_examples`, `num_accumulated`, `progress`), and `signals`.
@@ -155,6 +162,7 @@ def _explain(
     """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
     num_agent_inputs = options.get("num_agent_inputs", 32)
     check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
+    check_micro_batch_size(options.get("micro_batch_size"), bucket_size)
     functions = [
         options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch", "inputs_of")
     ]
@@ -191,6 +199,7 @@ def _check_arguments(
         "transform_batch",
         "inputs_of",
         "has_aux",
+        "micro_batch_size",
     ),
     donate_argnames="state",
 )
@@ -200,6 +209,7 @@ def run_window(
     num_steps: jax.typing.ArrayLike | None = None,
     step_seconds: jax.typing.ArrayLike = jnp.nan,
     budget: Count | jax.typing.ArrayLike | None = None,
+    batch_size: jax.typing.ArrayLike | None = None,
     *,
     loss_fn: LossFn | None = None,
     tx: optax.GradientTransformation,
@@ -210,13 +220,14 @@ def run_window(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    micro_batch_size: int | None = None,
 ) -> tuple[TrainState, StepInfo]:
     """Runs T training steps in one compiled program.
 
     Each step samples a batch, computes the masked gradient and the signals that the rules in the
     chain ask for, and applies the updates. The batch size is ``get_batch_size`` of the state at the
     start, or that of a window which :func:`fit` left unfinished, ``state.unfinished``; at most
-    `bucket_size`. The state is donated: use the returned one.
+    `bucket_size` unless that is the `micro_batch_size`. The state is donated: use the returned one.
 
     Args:
       state: From :func:`init_state` or a window before.
@@ -228,6 +239,8 @@ def run_window(
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
       budget: int32[], training examples of the whole run, for rules that plan ahead, or an
         ``aj.base.as_count(budget)`` if that is more than an int32 holds; None if unknown.
+      batch_size: int32[], takes at most this many examples a step, for the last batch of a budget;
+        what the rule has decided if None.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
@@ -243,6 +256,10 @@ def run_window(
         model_state, aux)``; ``StepInfo.aux`` holds `aux`. At steps at which the gradient's noise is
         measured it is that of pieces of the batch: the means of floating-point leaves, the other
         leaves of the last piece.
+      micro_batch_size: Static, a power of two, at least `bucket_size`, or None. In the program of the
+        bucket that equals it, a batch of any size is computed in groups of so many rows, one of
+        which is in memory at a time: their number is traced. The result is that of one large bucket,
+        but BatchNorm and dropout see each group by itself. Pass it to :func:`next_window` as well.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
@@ -270,20 +287,27 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    check_micro_batch_size(micro_batch_size, bucket_size)
+    in_groups = bucket_size == micro_batch_size
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
     if isinstance(data.train, Block):
-        check_block(data.train, window, bucket_size)
+        check_block(data.train, None if in_groups else window, bucket_size)
         wanted = window if num_steps is None else num_steps
         num_steps = jnp.minimum(wanted, data.train.num_steps)
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
-    batch_size = bucket_size
+    decided: Any = bucket_size
     if requested.rules:
         unfinished = state.unfinished
         decided = get_batch_size(state.opt_state)
-        batch_size = jnp.where(unfinished.num_steps > 0, unfinished.batch_size, decided)
+        decided = jnp.where(unfinished.num_steps > 0, unfinished.batch_size, decided)
     state = state._replace(unfinished=no_unfinished_window())
-    batch_size = jnp.minimum(batch_size, bucket_size)
+    batch_size = decided if batch_size is None else jnp.minimum(decided, batch_size)
+    if not in_groups:
+        batch_size = jnp.minimum(batch_size, bucket_size)
+    elif isinstance(data.train, Block):
+        batch_size = jnp.asarray(data.train.batch_size, jnp.int32)
+        num_steps = steps_of_groups(data.train, num_steps)
     constants: dict[str, Any] = {}
     if budget is not None:
         is_count = isinstance(budget, Count)
@@ -306,8 +330,24 @@ def run_window(
         moved = moved_leaves(tx, state.opt_state, state.params, given)
         tx = tx if moved is None else with_moved_grad(tx, moved)
     gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
+    if in_groups:
+        gradient_fns = gradient_fns_of_groups(
+            data.train,
+            bucket_size,
+            transform_batch,
+            loss_fn=loss_fn,
+            gradient_fn=gradient_fn,
+            signals=requested.signals,
+            trainable=moved,
+            has_aux=has_aux,
+        )
 
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
+        if in_groups:  # drawn group by group, where their gradients are computed
+            sampler = state.train_sampler
+            if not isinstance(data.train, Block):
+                sampler = advance(sampler, batch_size, num_rows(data.train))
+            return sampler, (state.train_sampler, t), batch_size
         if isinstance(data.train, Block):
             return state.train_sampler, *block_batch(data.train, t, bucket_size)
         return sample_batch(state.train_sampler, data.train, batch_size, bucket_size)
@@ -316,15 +356,9 @@ def run_window(
         due = made is not False
         sampler, batch, mask = drawn
         state = state._replace(train_sampler=sampler)
-        if transform_batch is not None:
-            # `gradients` folds the piece index 0, 1, ... into this key; 2**32 - 1 cannot collide.
+        if transform_batch is not None and not in_groups:
             step_key = jax.random.fold_in(state.key, state.num_steps)
-            batch = transform_batch(jax.random.fold_in(step_key, 2**32 - 1), batch)
-            if num_rows(batch, "the batch that transform_batch returns") != bucket_size:
-                raise ValueError(
-                    f"transform_batch must return a batch of the {bucket_size} rows that it is given, "
-                    f"got {num_rows(batch)}: the mask marks them one by one."
-                )
+            batch = transformed(transform_batch, step_key, batch)
         sampler, signals = validation_signals(
             state.validation_sampler,
             requests(state.opt_state),

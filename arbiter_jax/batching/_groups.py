@@ -1,0 +1,116 @@
+"""Groups: a batch of any size as a traced number of groups of a fixed number of rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import jax.typing
+import numpy as np
+
+from arbiter_jax.base import PyTree
+from arbiter_jax.batching._blocks import Block
+from arbiter_jax.batching._buckets import next_bucket
+from arbiter_jax.batching._sampling import SamplerState, bit_reversed, examples_ahead
+
+
+def num_groups(batch_size: jax.typing.ArrayLike, micro_batch_size: int) -> jax.Array:
+    """How many groups a batch has, rounded up, int32[]; one for an empty batch.
+
+    >>> [int(num_groups(n, 4)) for n in (1, 4, 5, 8)]
+    [1, 1, 2, 2]
+    """
+    return jnp.maximum(jnp.asarray(batch_size, jnp.int32) - 1, 0) // micro_batch_size + 1
+
+
+def _group(batch_size: jax.Array, micro_batch_size: int, j: jax.Array) -> tuple[jax.Array, ...]:
+    """The first example of a group, and their number; numbers differ by at most 1."""
+    n = num_groups(batch_size, micro_batch_size)
+    # Not j * batch_size // n, which an int32 does not hold.
+    each, more = batch_size // n, batch_size % n
+    return j * each + jnp.minimum(j, more), each + (j < more)
+
+
+def _in_rows(micro_batch_size: int, part: jax.Array, num_parts: int) -> jax.Array:
+    """The number within its group of the example in each row of one part of a group."""
+    rows = micro_batch_size // num_parts
+    order = jnp.asarray(bit_reversed(micro_batch_size))  # each half holds half of the examples
+    return jax.lax.dynamic_slice_in_dim(order, part * rows, rows)
+
+
+def take_group(
+    train: PyTree,
+    sampler: SamplerState,
+    step: jax.Array,
+    batch_size: jax.Array,
+    micro_batch_size: int,
+    j: jax.Array,
+    num_parts: int = 1,
+) -> tuple[PyTree, jax.Array]:
+    """The rows of one group of a batch, or of one part of it, and which of them are real.
+
+    The batch holds the examples that one large bucket would hold. They are spread evenly over the
+    groups and over the parts of each. Padding repeats a real example.
+
+    Args:
+      train: Pytree of arrays [dataset_size, ...], or a :class:`Block` of groups.
+      sampler: Before this batch.
+      step: int32[], number of the step within the window, which a block needs.
+      batch_size: int32[], B.
+      micro_batch_size: Rows of a group, a power of two.
+      j: int32[], number of the group, or of the part of a group.
+      num_parts: Parts of a group, 1 or 2.
+
+    Returns:
+      (batch, mask): a pytree of arrays [micro_batch_size / num_parts, ...], and bool of that length.
+
+    >>> from arbiter_jax.batching import init_sampler
+    >>> sampler, data = init_sampler(0), jnp.arange(10)
+    >>> real = [take_group(data, sampler, 0, jnp.int32(7), 4, j)[1] for j in range(2)]
+    >>> [mask.tolist() for mask in real]
+    [[True, True, True, True], [True, True, True, False]]
+    """
+    group, part = (j, jnp.int32(0)) if num_parts == 1 else (j // num_parts, j % num_parts)
+    start, size = _group(batch_size, micro_batch_size, group)
+    position = _in_rows(micro_batch_size, part, num_parts)
+    mask = position < size
+    if isinstance(train, Block):
+        slot = step * num_groups(batch_size, micro_batch_size) + group
+        rows = micro_batch_size // num_parts
+
+        def take(x):
+            at = (slot, part * rows, *[jnp.int32(0)] * (x.ndim - 2))
+            return jax.lax.dynamic_slice(x, at, (1, rows, *x.shape[2:]))[0]
+
+        return jax.tree.map(take, train.batches), mask
+    return examples_ahead(sampler, train, jnp.where(mask, start + position, 0)), mask
+
+
+def block_shape(window: int, batch_size: int, bucket_size: int) -> tuple[int, int]:
+    """(slots of `bucket_size` rows, steps) of the block of a window; a step may take several slots.
+
+    >>> [block_shape(8, batch_size, 16) for batch_size in (7, 16, 33, 1000)]
+    [(8, 8), (8, 8), (8, 2), (64, 1)]
+    """
+    n = -(-batch_size // bucket_size)
+    num_slots = window if n <= window else next_bucket(n)
+    return num_slots, num_slots // n
+
+
+def group_rows(
+    num_slots: int, batch_size: int, micro_batch_size: int, num_steps: int
+) -> np.ndarray:
+    """As :func:`block_rows`, for a block of groups: int[num_slots, micro_batch_size].
+
+    Group j of step t is in slot t n + j, n being the number of groups of a batch. Padding repeats the
+    first example of its step, and slots without a group repeat the first example of the window.
+
+    >>> group_rows(num_slots=4, batch_size=3, micro_batch_size=2, num_steps=1).tolist()
+    [[0, 1], [2, 0], [0, 0], [0, 0]]
+    """
+    n = -(-batch_size // micro_batch_size)
+    step, j = np.divmod(np.arange(num_slots), n)
+    each, more = divmod(batch_size, n)
+    start, size = j * each + np.minimum(j, more), each + (j < more)
+    position = bit_reversed(micro_batch_size)[None, :]
+    within = np.where(position < size[:, None], start[:, None] + position, 0)
+    return np.where(step[:, None] < num_steps, step[:, None] * batch_size + within, 0)
