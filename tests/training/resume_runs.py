@@ -22,6 +22,7 @@ from arbiter_jax.batching import masked_mean
 from tests.rules import ARBITERS, NUM_FEATURES, RULES
 
 WINDOW, NUM_EXAMPLES = 4, 1000
+BUDGETS = dict.fromkeys(["arbiter_noise_response", "noise_floor", "seesaw"], 400)  # built for it
 LIMITS = {"min_batch_size": 4, "max_batch_size": 32, "initial_batch_size": 10}
 CHAINS = {**RULES, **ARBITERS}
 NAMES = [*sorted(CHAINS), "multi_steps"]
@@ -73,7 +74,7 @@ def fit(name, kind, **options):
         loss_with_norm if with_norm else loss_fn,
         start,
         chain(name),
-        num_examples=400 if name in ("noise_floor", "arbiter_noise_response") else NUM_EXAMPLES,
+        num_examples=BUDGETS.get(name, NUM_EXAMPLES),
         window=WINDOW,
         key=3,
         **options,
