@@ -33,7 +33,15 @@ KINDS = ["resident", "streamed", "batch_norm"]
 def chain(name):
     if name == "multi_steps":
         return optax.MultiSteps(chain("gradient_noise_scale"), 3).gradient_transformation()
-    return optax.chain(optax.adam(0.02), CHAINS[name].make(**LIMITS))
+    if name == "arbiter":  # its response loss is given the state of a model that has one
+        agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
+        respond = lambda params, response, batch, *model_state: loss_fn(
+            params | {"w": params["w"] * (1 + response)}, batch
+        )
+        rule = aj.arbiter(agent, respond, num_features=NUM_FEATURES, window=2, **LIMITS)
+    else:
+        rule = CHAINS[name].make(**LIMITS)
+    return optax.chain(optax.adam(0.02), rule)
 
 
 def loss_fn(params, batch):
