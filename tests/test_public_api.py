@@ -15,6 +15,7 @@ import arbiter_jax as aj
 
 MODULES = [
     "arbiter_jax",
+    "arbiter_jax.callbacks",
     "arbiter_jax.datasets",
     "arbiter_jax.hyper_learning",
     "arbiter_jax.learning_rate",

@@ -51,9 +51,7 @@ class TrainState(NamedTuple):
     progress: jax.Array  # shape=(), dtype=float32, scale-invariant updates; see adascale
     progress_error: jax.Array  # shape=(), dtype=float32, what rounding has added to `progress`
     num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
-    step_seconds: (
-        jax.Array
-    )  # shape=(), dtype=float32, measured by `fit` for a rule that asks, or nan
+    step_seconds: jax.Array  # shape=(), dtype=float32, measured for rules that ask; nan: unknown
     unfinished: Unfinished  # what `fit` has left of a window that it was stopped in
 
 

@@ -22,6 +22,7 @@ from arbiter_jax.batching import masked_mean
 from tests.rules import ARBITERS, NUM_FEATURES, RULES
 
 WINDOW, NUM_EXAMPLES = 4, 1000
+BUDGETS = dict.fromkeys(["arbiter_noise_response", "noise_floor", "seesaw"], 400)  # built for it
 LIMITS = {"min_batch_size": 4, "max_batch_size": 32, "initial_batch_size": 10}
 CHAINS = {**RULES, **ARBITERS}
 NAMES = [*sorted(CHAINS), "multi_steps"]
@@ -32,7 +33,15 @@ KINDS = ["resident", "streamed", "batch_norm"]
 def chain(name):
     if name == "multi_steps":
         return optax.MultiSteps(chain("gradient_noise_scale"), 3).gradient_transformation()
-    return optax.chain(optax.adam(0.02), CHAINS[name].make(**LIMITS))
+    if name == "arbiter":  # its response loss is given the state of a model that has one
+        agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
+        respond = lambda params, response, batch, *model_state: loss_fn(
+            params | {"w": params["w"] * (1 + response)}, batch
+        )
+        rule = aj.arbiter(agent, respond, num_features=NUM_FEATURES, window=2, **LIMITS)
+    else:
+        rule = CHAINS[name].make(**LIMITS)
+    return optax.chain(optax.adam(0.02), rule)
 
 
 def loss_fn(params, batch):
@@ -73,7 +82,7 @@ def fit(name, kind, **options):
         loss_with_norm if with_norm else loss_fn,
         start,
         chain(name),
-        num_examples=400 if name in ("noise_floor", "arbiter_noise_response") else NUM_EXAMPLES,
+        num_examples=BUDGETS.get(name, NUM_EXAMPLES),
         window=WINDOW,
         key=3,
         **options,
