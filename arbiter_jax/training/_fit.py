@@ -114,8 +114,9 @@ def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) 
     """What the next window trains on, and how many of its steps there are examples for."""
     if not isinstance(data.train, BlockSource):
         return data, num_steps
+    groups = {"micro_batch_size": bucket_size} if batch_size > bucket_size else {}
     try:
-        block = data.train.next_block(batch_size, bucket_size, num_steps)
+        block = data.train.next_block(batch_size, bucket_size, num_steps, **groups)
     except StopIteration:
         return data, 0
     check_next_block(block, batch_size, num_steps)

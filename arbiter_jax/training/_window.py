@@ -291,13 +291,14 @@ def run_window(
         num_steps = jnp.minimum(wanted, data.train.num_steps)
     requested = requests(state.opt_state)
     check_validation(requested, data.validation)
-    decided = get_batch_size(state.opt_state) if requested.rules else bucket_size
+    decided: Any = get_batch_size(state.opt_state) if requested.rules else bucket_size
     batch_size = decided if batch_size is None else jnp.minimum(decided, batch_size)
     if not in_groups:
         batch_size = jnp.minimum(batch_size, bucket_size)
     elif isinstance(data.train, Block):
-        batch_size = jnp.asarray(data.train.batch_size, jnp.int32)
+        batch_size = data.train.batch_size
         num_steps = steps_of_groups(data.train, num_steps)
+    batch_size = jnp.asarray(batch_size, jnp.int32)
     constants: dict[str, Any] = {}
     if budget is not None:
         is_count = isinstance(budget, Count)
