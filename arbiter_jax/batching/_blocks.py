@@ -90,6 +90,9 @@ def check_next_block(block: Any, batch_size: int, num_steps: int) -> None:
 class BlockSource(Protocol):
     """Supplies the block of each window from the host.
 
+    Where a batch is larger than the micro-batch of the run, which then is `bucket_size`, `next_block`
+    gets it as the keyword `micro_batch_size` as well, and makes a block of groups.
+
     ``arbiter_jax.datasets.host_blocks`` makes one from any iterator over examples.
     """
 

@@ -217,16 +217,23 @@ class HostBlocks:
         # Also runs when the object is garbage-collected, and at exit while JAX still works.
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._requests)
 
-    def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
+    def next_block(
+        self,
+        batch_size: int,
+        bucket_size: int,
+        num_steps: int | None = None,
+        micro_batch_size: int | None = None,
+    ) -> Block:
         """The batches of the next window, on the device.
 
         Args:
           batch_size: B, number of real examples per step, an integer >= 1.
-          bucket_size: Number of rows per step, a power of two. A step of more examples than that is
-            split into groups of so many rows, n of them, as `run_window` takes it where this is the
-            `micro_batch_size`; the block then holds T groups, of T // n steps, and more than T only
-            if a single step has more: the next power of two.
+          bucket_size: Number of rows per step, a power of two >= batch_size, if it is not the
+            `micro_batch_size`.
           num_steps: Number of steps, an integer in [1, T]. If None, T.
+          micro_batch_size: That of `run_window`, or None. Where `bucket_size` equals it, a step of
+            more examples is split into n groups of so many rows. The block then holds T groups, of
+            T // n steps; only a single step of more groups than that takes more, a power of two.
 
         Returns:
           A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...]. Near the end of the
@@ -239,7 +246,8 @@ class HostBlocks:
           Exception: Whatever the source raises.
         """
         bucket_size = _validate.power_of_two(bucket_size=bucket_size)
-        batch_size = _validate.integer(batch_size=batch_size, minimum=1)
+        most = None if bucket_size == micro_batch_size else bucket_size
+        batch_size = _validate.integer(batch_size=batch_size, minimum=1, maximum=most)
         num_steps = self.window if num_steps is None else num_steps
         num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=self.window)
         num_steps = min(num_steps, block_shape(self.window, batch_size, bucket_size)[1])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from arbiter_jax import _validate
-from arbiter_jax.base import MEASURED_SIGNALS, LossFn, PyTree
+from arbiter_jax.base import MEASURED_SIGNALS, PyTree
 from arbiter_jax.batching import Block, num_groups, num_rows, take_group
 from arbiter_jax.gradients import (
     GradientFn,
@@ -65,7 +65,7 @@ def gradient_fns_of_groups(
     micro_batch_size: int,
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None,
     *,
-    loss_fn: LossFn | None,
+    loss_fn: Any,
     gradient_fn: GradientFn | None,
     signals: frozenset[str],
     trainable: PyTree,

@@ -26,12 +26,12 @@ def next_window(
 
     Returns:
       (batch_size, bucket_size, num_steps): examples per step, rows per step or per group of it (a
-      power of two), and steps of the next window, in [1, window]. Of a state that was vmapped over seeds, the largest
-      sizes and the fewest steps.
+      power of two), and steps of the next window, in [1, window]. Of a state that was vmapped over
+      seeds, the largest sizes and the fewest steps.
 
     Raises:
-      ValueError: If `window` or `micro_batch_size` is out of its range, the state holds no rule or more than one, a size
-        that no batch can have, or arrays that cannot be read.
+      ValueError: If `window` or `micro_batch_size` is out of its range, the state holds no rule or
+        more than one, a size that no batch can have, or arrays that cannot be read.
 
     >>> import arbiter_jax as aj
     >>> next_window(aj.schedulers.constant(48).init(None), window=20)

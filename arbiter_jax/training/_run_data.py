@@ -51,8 +51,9 @@ def data_of_window(
     """What the next window trains on, and how many of its steps there are examples for."""
     if not isinstance(data.train, BlockSource):
         return data, num_steps
+    groups = {"micro_batch_size": bucket_size} if batch_size > bucket_size else {}
     try:
-        block = data.train.next_block(batch_size, bucket_size, num_steps)
+        block = data.train.next_block(batch_size, bucket_size, num_steps, **groups)
     except StopIteration:
         return data, 0
     check_next_block(block, batch_size, num_steps)

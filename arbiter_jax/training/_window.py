@@ -302,12 +302,13 @@ def run_window(
         decided = get_batch_size(state.opt_state)
         decided = jnp.where(unfinished.num_steps > 0, unfinished.batch_size, decided)
     state = state._replace(unfinished=no_unfinished_window())
-    batch_size = decided if batch_size is None else jnp.minimum(decided, batch_size)
+    taken: Any = decided if batch_size is None else jnp.minimum(decided, batch_size)
     if not in_groups:
-        batch_size = jnp.minimum(batch_size, bucket_size)
+        taken = jnp.minimum(taken, bucket_size)
     elif isinstance(data.train, Block):
-        batch_size = jnp.asarray(data.train.batch_size, jnp.int32)
+        taken = data.train.batch_size
         num_steps = steps_of_groups(data.train, num_steps)
+    taken = jnp.asarray(taken, jnp.int32)
     constants: dict[str, Any] = {}
     if budget is not None:
         is_count = isinstance(budget, Count)
@@ -346,11 +347,11 @@ def run_window(
         if in_groups:  # drawn group by group, where their gradients are computed
             sampler = state.train_sampler
             if not isinstance(data.train, Block):
-                sampler = advance(sampler, batch_size, num_rows(data.train))
-            return sampler, (state.train_sampler, t), batch_size
+                sampler = advance(sampler, taken, num_rows(data.train))
+            return sampler, (state.train_sampler, t), taken
         if isinstance(data.train, Block):
             return state.train_sampler, *block_batch(data.train, t, bucket_size)
-        return sample_batch(state.train_sampler, data.train, batch_size, bucket_size)
+        return sample_batch(state.train_sampler, data.train, taken, bucket_size)
 
     def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
         due = made is not False

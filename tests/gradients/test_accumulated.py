@@ -80,7 +80,8 @@ def test_any_number_of_groups_in_one_program(num_groups):
     x = X[: sizes[:num_groups].sum()]
     whole = masked_value_and_grad(loss_fn)(PARAMS, x, jnp.ones(len(x), bool))
     chex.assert_trees_all_close((out.value, out.grads), (whole.value, whole.grads), rtol=1e-5)
-    assert out.grad_stats is None and out.gradient_noise is None
+    assert out.grad_stats is None
+    assert out.gradient_noise is None
 
 
 @pytest.mark.parametrize("sizes", [[4, 4], [3, 3, 3, 3], [4, 3, 4, 3, 3], [4, 2, 0, 0]])
@@ -97,7 +98,8 @@ def test_statistics_are_those_of_the_pieces(make, loss, sizes):
     half = len(sizes) // 2
     assert float(out.grad_stats.batch_size) == pytest.approx(sizes.sum())
     if b[half:].sum() == 0:  # no second half
-        assert np.isnan(out.grad_stats.half_cosine) and np.isnan(out.grad_stats.abs_signal)
+        assert np.isnan(out.grad_stats.half_cosine)
+        assert np.isnan(out.grad_stats.abs_signal)
         assert all(np.isnan(x).all() for x in jax.tree.leaves(out.gradient_noise))
         names = ("mean_sq_norm", "variance_trace", "batch_sq_norm", "abs_deviation")
     else:
@@ -135,13 +137,15 @@ def test_equal_groups_have_no_spread():
 
     fn = jax.jit(lambda n: measured()(PARAMS, Groups(take, n), 4 * n))
     stats = fn(7).grad_stats
-    assert float(stats.variance_trace) == 0 and float(stats.abs_deviation) == 0
+    assert float(stats.variance_trace) == 0
+    assert float(stats.abs_deviation) == 0
     assert float(stats.inner_product_variance) == 0
 
 
 def test_one_group_has_no_spread_to_measure():
     out = gradient(measured, np.array([4, 4]), 1)
-    assert np.isnan(out.grad_stats.variance_trace) and np.isnan(out.grad_stats.mean_sq_norm)
+    assert np.isnan(out.grad_stats.variance_trace)
+    assert np.isnan(out.grad_stats.mean_sq_norm)
     assert np.isfinite(out.value)
 
 
@@ -152,7 +156,8 @@ def test_sums_are_in_float32(dtype):
     take = lambda j, key: (jnp.ones(1, dtype) + (j % 2).astype(dtype), jnp.ones(1, bool))
     fn = accumulated_value_and_grad(loss, statistics=True)
     out = jax.jit(lambda n: fn(jnp.ones((), dtype), Groups(take, n), n))(4096)
-    assert out.grads.dtype == dtype and float(out.grads) == 1.5
+    assert out.grads.dtype == dtype
+    assert float(out.grads) == 1.5
     assert out.gradient_noise.dtype == dtype
     np.testing.assert_allclose(out.grad_stats.variance_trace, 0.25 * 4096 / 4095, rtol=1e-4)
 
@@ -163,7 +168,8 @@ def test_only_moved_leaves_are_measured():
     pieces, weights = pieces_of(loss_fn, [4, 4, 4])
     expected = stats_from_pieces([piece["w"] for piece in pieces], weights)
     np.testing.assert_allclose(out.grad_stats.variance_trace, expected.variance_trace, rtol=1e-4)
-    assert float(out.gradient_noise["b"]) == 0 and np.all(np.asarray(out.gradient_noise["w"]) != 0)
+    assert float(out.gradient_noise["b"]) == 0
+    assert np.all(np.asarray(out.gradient_noise["w"]) != 0)
 
 
 def test_complex_parameters():
@@ -210,7 +216,8 @@ def test_auxiliary_output_is_averaged():
     fn = accumulated_value_and_grad(loss, has_aux=True)
     aux = fn(PARAMS, in_groups([4, 4, 4]), 12).aux
     np.testing.assert_allclose(aux["mean"], X[:12].mean(), rtol=1e-5)
-    assert int(aux["rows"]) == 4 and bool(aux["last"]) == (X[8, 0] > 0)
+    assert int(aux["rows"]) == 4
+    assert bool(aux["last"]) == (X[8, 0] > 0)
     wrong = accumulated_value_and_grad(lambda p, x: (loss_fn(p, x), x[:, 0]), has_aux=True)
     with pytest.raises(ValueError, match=r"^aux, which loss_fn returns, must have the same shapes"):
         wrong(PARAMS, in_groups([4, 4, 4]), 12)
