@@ -25,6 +25,7 @@ from arbiter_jax.batching._sampling import (
     init_sampler,
     sample_batch,
 )
+from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
 
 __all__ = [
     "Block",
@@ -41,11 +42,13 @@ __all__ = [
     "check_losses",
     "check_next_block",
     "examples_ahead",
+    "halves_apart",
     "init_sampler",
     "masked_mean",
     "next_bucket",
     "num_rows",
     "replace_padding",
     "sample_batch",
+    "sample_shared",
     "total_weight",
 ]

@@ -33,8 +33,10 @@ from arbiter_jax.batching import (
     SamplerState,
     block_batch,
     check_block,
+    halves_apart,
     num_rows,
     sample_batch,
+    sample_shared,
 )
 from arbiter_jax.gradients import (
     Gradient,
@@ -196,6 +198,7 @@ def run_window(
     step_seconds: jax.typing.ArrayLike = jnp.nan,
     budget: Count | jax.typing.ArrayLike | None = None,
     *,
+    own_bucket_size: jax.typing.ArrayLike | None = None,
     loss_fn: LossFn | None = None,
     tx: optax.GradientTransformation,
     bucket_size: int,
@@ -222,6 +225,9 @@ def run_window(
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
       budget: int32[], training examples of the whole run, for rules that plan ahead, or an
         ``aj.base.as_count(budget)`` if that is more than an int32 holds; None if unknown.
+      own_bucket_size: int32[], the bucket that :func:`next_window` gives this state alone, where
+        states that are vmapped together share a larger `bucket_size`. Then the result is that of a
+        window of its own, to float rounding. It is traced; None for `bucket_size`.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
@@ -281,9 +287,14 @@ def run_window(
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:
         constants["persistence"] = measure_persistence(tx, state.params)
+    if own_bucket_size is not None:
+        own_bucket_size = jnp.asarray(own_bucket_size, jnp.int32)
+        if "meta_batch" in requested.signals:
+            constants["num_meta_examples"] = own_bucket_size
     tx = with_extra_args(tx)
     moved = None  # all parameters
-    if requested.signals & MEASURED_SIGNALS and gradient_fn is None:
+    measures_pieces = bool(requested.signals & MEASURED_SIGNALS) and gradient_fn is None
+    if measures_pieces:
         sampler = state.validation_sampler
         given = lambda: (
             constants
@@ -299,6 +310,9 @@ def run_window(
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
         if isinstance(data.train, Block):
             return state.train_sampler, *block_batch(data.train, t, bucket_size)
+        if own_bucket_size is not None:
+            sampler = state.train_sampler
+            return sample_shared(sampler, data.train, batch_size, own_bucket_size, bucket_size)
         return sample_batch(state.train_sampler, data.train, batch_size, bucket_size)
 
     def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
@@ -314,6 +328,8 @@ def run_window(
                     f"transform_batch must return a batch of the {bucket_size} rows that it is given, "
                     f"got {num_rows(batch)}: the mask marks them one by one."
                 )
+        if own_bucket_size is not None and due and measures_pieces:
+            batch, mask = halves_apart((batch, mask), own_bucket_size)
         sampler, signals = validation_signals(
             state.validation_sampler,
             requests(state.opt_state),
@@ -322,6 +338,7 @@ def run_window(
             num_agent_inputs,
             due,
             inputs_of,
+            own_bucket_size,
         )
         state = state._replace(validation_sampler=sampler)
         signals |= {**constants, "signals_made": made}
