@@ -13,7 +13,7 @@ import arbiter_jax as aj
 from tests.rules import ARBITERS, NUM_FEATURES, RULES
 from tests.rules import loss_fn as sum_loss
 
-LIMITS = {"min_batch_size": 2, "max_batch_size": 64, "initial_batch_size": 8}
+LIMITS = {"min_batch_size": 5, "max_batch_size": 16, "initial_batch_size": 8}
 KEYS = jax.random.split(jax.random.key(1), 3)
 STARTS = {"w": jnp.stack([jnp.full(NUM_FEATURES, x) for x in (0.9, 0.0, 9.0)])}
 slow = pytest.mark.slow
@@ -45,7 +45,7 @@ def draw(seed, num_examples=60):
 
 def fit(tx, loss=loss_fn, **options):
     defaults = {"params": STARTS, "data": aj.Data(draw(0), draw(1)), "key": KEYS}
-    return aj.fit(loss, tx=tx, **(defaults | {"num_examples": 400, "window": 4} | options))
+    return aj.fit(loss, tx=tx, **(defaults | {"num_examples": 400, "window": 8} | options))
 
 
 def assert_same(found, alone):
@@ -78,7 +78,8 @@ def check_seeds(tx, loss=loss_fn, **options):
 def test_each_seed_equals_its_own_run(name):
     tx = optax.chain(optax.sgd(0.02, momentum=0.5), CASES[name](**LIMITS))
     result = check_seeds(tx)
-    buckets = {r.bucket_size for history in result.history for r in history}
-    assert result.num_compilations <= len(buckets)
+    sizes = [tuple(r.batch_size for r in history) for history in result.history]
+    if name in ("gradient_noise_scale", "noise_floor"):
+        assert len(set(sizes)) == len(KEYS)
 
 
