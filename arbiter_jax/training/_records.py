@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ class FitResult(NamedTuple):
     """
 
     state: TrainState
-    history: list[Any]  # a WindowRecord per window
+    history: list[WindowRecord]
     num_compilations: int  # window programs that were compiled
     num_cache_hits: int  # window programs that the persistent compilation cache had
     seconds: float
@@ -75,7 +75,7 @@ class FitResult(NamedTuple):
             )
         index = _validate.integer(index=index, minimum=0, maximum=len(self.history) - 1)
         state = jax.tree.map(lambda x: x[index], self.state)
-        return self._replace(state=state, history=self.history[index])
+        return self._replace(state=state, history=cast(Any, self.history)[index])
 
     def _is_of_seeds(self) -> bool:
         return bool(self.history) and isinstance(self.history[0], list)

@@ -12,7 +12,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +145,7 @@ def fit_seeds(
             warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=3)
     return FitResult(
         state=run.state,
-        history=run.histories,
+        history=cast(Any, run.histories),
         num_compilations=run.num_compilations,
         num_cache_hits=run.num_cache_hits,
         seconds=time.perf_counter() - start,
@@ -308,9 +308,7 @@ class _Seeds:
         )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("bucket_size", "options"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("bucket_size", "options"), donate_argnames="state")
 def _run_windows(
     state: TrainState,
     data: Data,
