@@ -84,7 +84,8 @@ class FitResult(NamedTuple):
 Callback = Callable[[Any, TrainState], Any]
 """Called with the :class:`WindowRecord` after every window; a true result ends the run. Of several
 seeds it gets a list of records, None for a seed that took no step, and the states of all of them.
-What it sets in the state changes nothing. The state's arrays are donated to the next window: copy what you want to keep."""
+What it sets in the state changes nothing. The state's arrays are donated to the next window: copy
+what you want to keep."""
 
 
 def as_callbacks(callbacks: Any) -> tuple[Callback, ...]:

@@ -95,8 +95,8 @@ def fit_seeds(
     for name, value in others.items():
         if value != _OF_ONE_RUN.get(name):
             raise ValueError(
-                f"{name} must be {_OF_ONE_RUN.get(name)!r} where key holds several keys, got {value!r}: "
-                "run the seeds one after the other."
+                f"{name} must be {_OF_ONE_RUN.get(name)!r} where key holds several keys, got "
+                f"{value!r}: run the seeds one after the other."
             )
     num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     end = num_examples
@@ -282,7 +282,7 @@ class _Seeds:
                 continue
             self.seen[i] += plan.num_steps * plan.batch_size
             own = jax.tree.map(lambda x, i=i, n=plan.num_steps: x[i, :n], info)
-            records[i] = WindowRecord(
+            record = WindowRecord(
                 window_index=len(self.histories[i]),
                 batch_size=plan.batch_size,
                 bucket_size=plan.bucket_size,
@@ -293,7 +293,8 @@ class _Seeds:
                 num_compilations=compilations.num_compilations,
                 info=own,
             )
-            self.histories[i].append(records[i])
+            records[i] = record
+            self.histories[i].append(record)
         return records
 
     def _out_of_memory(self, given: TrainState, bucket_size: int) -> OutOfMemoryError:

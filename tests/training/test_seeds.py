@@ -55,9 +55,16 @@ def assert_same(found, alone):
         for r in result.history
     ]
     assert said(found) == said(alone)
+    # Ratios of measured noise amplify rounding; what is trained does not.
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-4)
     for a, b in zip(found.history, alone.history, strict=True):
-        chex.assert_trees_all_close(a.info, b.info, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(found.state, alone.state, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a.info.loss, b.info.loss, rtol=1e-5, atol=1e-5)
+        close(a.info, b.info)
+    close(found.state, alone.state)
+    trained = lambda result: (result.state.params, result.state.model_state)
+    chex.assert_trees_all_close(trained(found), trained(alone), rtol=1e-5, atol=1e-5)
+    stands = lambda result: (result.state.train_sampler, result.state.validation_sampler)
+    chex.assert_trees_all_equal(stands(found), stands(alone))
 
 
 def check_seeds(tx, loss=loss_fn, **options):
@@ -100,14 +107,17 @@ def test_seeds_that_stand_elsewhere_go_on_by_themselves():
     state = stacked([leg.state for leg in legs])
     result = check_seeds(tx, state=state, **options)
     sizes = [[(r.batch_size, r.num_steps) for r in history] for history in result.history]
-    assert sizes == [[(8, 2), (64, 1)], [(8, 1), (64, 1)], [(64, 1)]]
+    assert sizes == [
+        [(8, 3), (64, 1)],
+        [(8, 3), (32, 1), (16, 1), (8, 1)],
+        [(64, 1), (8, 1)],
+    ]
     result = check_seeds(tx, state=state, stop_at=80, **options)
-    assert [r.num_examples for r in result.history[0]] == [24]
-    small = options | {"num_examples": 60}  # 64 do not fit any more: 32, then no tenth is left
-    result = check_seeds(tx, state=state, **small)
-    assert [history[-1].batch_size for history in result.history] == [32, 32, 32]
+    ends = [history[-1].num_examples for history in result.history if history]
+    assert ends == [32, 40]
 
 
+@slow
 def test_draws_of_a_row_do_not_depend_on_the_bucket():
     """Dropout, augmentation, running averages, `aux` and halves of seeds in different buckets."""
 
@@ -131,6 +141,7 @@ def test_draws_of_a_row_do_not_depend_on_the_bucket():
     assert result.of_seed(1).history[0].info.aux.shape == (8,)
 
 
+@slow
 def test_a_gradient_of_ones_own_sees_the_rows_of_its_bucket():
     tx = optax.chain(optax.sgd(0.02), aj.schedulers.gradient_noise_scale(decay=0.5, **LIMITS))
     check_seeds(tx, None, gradient_fn=aj.gradients.value_grad_and_stats(loss_fn))
@@ -208,9 +219,12 @@ def test_what_several_seeds_cannot_be_is_named(options, message):
 
 
 def test_blocks_are_for_one_run():
-    with aj.datasets.host_blocks(iter([draw(0)]), window=8) as blocks:
-        with pytest.raises(ValueError, match="data.train must be arrays where key holds several"):
-            fit(constant(), data=aj.Data(blocks))
+    message = r"data\.train must be arrays where key holds several keys"
+    with (
+        aj.datasets.host_blocks(iter([draw(0)]), window=8) as blocks,
+        pytest.raises(ValueError, match=message),
+    ):
+        fit(constant(), data=aj.Data(blocks))
 
 
 def test_a_state_of_as_many_seeds_as_keys():
