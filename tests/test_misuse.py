@@ -293,7 +293,7 @@ STATES = [
 ]
 KEYS = [
     *[E(f"a key {key!r}", functools.partial(fit, key=key), "key must be one PRNG key") for key in (None, -1, 2**32, 0.5, True, "seed")],
-    E("several keys", lambda: fit(key=jax.random.split(KEY)), "key must be one PRNG key"),
+    E("several keys", lambda: fit(key=jax.random.split(KEY)), "params must have a leading axis of 2"),
     E("a key of another implementation", lambda: fit(key=jax.random.key(0, impl="rbg")), "key must be of the implementation 'threefry2x32'"),
     E("a sampler without a key", lambda: aj.init_sampler(None), r"key must be an integer >= 0 .* got None"),
     E("a sampler of a negative seed", lambda: aj.init_sampler(-1), r"key must be an integer >= 0 .* got -1"),

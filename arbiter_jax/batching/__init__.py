@@ -26,6 +26,7 @@ from arbiter_jax.batching._sampling import (
     init_sampler,
     sample_batch,
 )
+from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
 
 __all__ = [
     "Block",
@@ -44,6 +45,7 @@ __all__ = [
     "check_next_block",
     "examples_ahead",
     "group_rows",
+    "halves_apart",
     "init_sampler",
     "masked_mean",
     "next_bucket",
@@ -52,5 +54,6 @@ __all__ = [
     "replace_padding",
     "sample_batch",
     "take_group",
+    "sample_shared",
     "total_weight",
 ]

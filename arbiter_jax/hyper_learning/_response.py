@@ -56,7 +56,11 @@ def response_objective(
     def loss(mixture, response_weights, statistics, new_params, signals, limits):
         del statistics
         batch_size, meta_batch = to_batch_size(mixture, *limits), signals["meta_batch"]
-        mask = batch_mask(batch_size, num_rows(meta_batch))
+        most: Any = num_rows(meta_batch)
+        mask = batch_mask(batch_size, most)
+        if "num_meta_examples" in signals:  # of a batch that has more rows than this seed uses
+            most = signals["num_meta_examples"]
+            mask &= batch_mask(most, num_rows(meta_batch))
         # Explicit stop_gradient: F is differentiated with respect to agent, mixture and response only.
         constants = jax.lax.stop_gradient((new_params, replace_padding(meta_batch, mask)))
         losses = _call(response_loss, num_features, response_weights * mixture, constants, signals)
@@ -64,7 +68,7 @@ def response_objective(
         return MetaLoss(
             value=masked_mean(losses, mask),
             batch_size=batch_size,
-            is_clipped=batch_size > num_rows(meta_batch),
+            is_clipped=batch_size > most,
         )
 
     return MetaObjective(

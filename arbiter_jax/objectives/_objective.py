@@ -16,7 +16,7 @@ from arbiter_jax import _validate
 from arbiter_jax._count import Count
 from arbiter_jax._numerics import all_finite, scale_updates, tree_where
 from arbiter_jax.base import PyTree, Update
-from arbiter_jax.batching import masked_mean, num_rows
+from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
 from arbiter_jax.gradients import call_loss
 
 
@@ -168,6 +168,9 @@ def validation_loss(
     """The mean loss of the validation examples in the signals, as a function of the parameters."""
     meta_batch, model_state = signals["meta_batch"], signals.get("model_state")
     rows = jnp.ones(num_rows(meta_batch), bool)
+    if "num_meta_examples" in signals:  # of a batch that has more rows than this seed uses
+        rows = batch_mask(signals["num_meta_examples"], num_rows(meta_batch))
+        meta_batch = replace_padding(meta_batch, rows)
 
     key = None if model_state is None else jax.random.PRNGKey(0)
 

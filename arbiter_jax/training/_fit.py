@@ -39,6 +39,7 @@ from arbiter_jax.training._records import (
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Plan, Run, check_budget
 from arbiter_jax.training._run_data import data_of_window, on_device
+from arbiter_jax.training._seeds import are_several, fit_seeds
 from arbiter_jax.training._state import Data, init_state
 from arbiter_jax.training._window import run_window
 
@@ -135,6 +136,14 @@ def fit(
     more, because the rule leapt to a batch above the mean of those so far, the run goes on with the
     largest power of two that fits and is in the rule's range.
 
+    **Several seeds**: with a vector of k keys, the arrays of `params`, and of `model_state` or
+    `state`, have a leading axis of k, e.g. ``params=jax.vmap(init)(keys)``. Each seed is trained as
+    ``fit(..., params=params_i, key=keys[i])`` would, to float rounding: it has its own batch sizes,
+    windows and end. They share the data and a bucket, that of the largest batch among them, whose
+    padding costs time where their batch sizes differ. The result has a stacked `state` and one
+    history per seed; ``result.of_seed(i)`` is that of one. A callback gets the list of their records
+    once a window. Rules that read the clock, and sources of blocks, are for one run at a time.
+
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
         :class:`arbiter_jax.base.LossFn`. None if `gradient_fn` is given.
@@ -151,7 +160,8 @@ def fit(
         calls train as one does.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
         same. A rule may ask for shorter windows.
-      key: PRNG key or an int. The run is a pure function of it.
+      key: PRNG key or an int. The run is a pure function of it. A vector of k keys, typed or raw,
+        trains k seeds in one program; see below.
       callbacks: Called as ``callback(record, state)`` after every window, one function or several;
         a true result ends the run.
       model_state: State of the model that is not trained by gradients, or None.
@@ -199,7 +209,17 @@ def fit(
     ...     loss_fn, jnp.zeros(()), tx, aj.Data(jnp.ones(50)), num_examples=100, window=10)
     >>> [record.num_examples for record in result.history], int(result.state.num_steps)
     ([60, 96], 16)
+
+    Three seeds at once:
+
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> result = aj.fit(
+    ...     loss_fn, jnp.zeros(3), tx, aj.Data(jnp.ones(50)), num_examples=100, window=10, key=keys)
+    >>> result.state.params.shape, [record.num_steps for record in result.of_seed(2).history]
+    ((3,), [10, 6])
     """
+    if are_several(key):
+        return fit_seeds(**locals())
     num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     end = num_examples
     if stop_at is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
+from arbiter_jax import _validate
 from arbiter_jax.base import StepInfo
 from arbiter_jax.training._checks import check_callback
 from arbiter_jax.training._state import TrainState
@@ -28,7 +29,11 @@ class WindowRecord(NamedTuple):
 
 
 class FitResult(NamedTuple):
-    """What :func:`fit` returns."""
+    """What :func:`fit` returns.
+
+    Of several seeds, the arrays in `state` have a leading axis, one entry per key, and `history` is
+    a list of histories, one per key; :meth:`of_seed` is the result of one of them.
+    """
 
     state: TrainState
     history: list[WindowRecord]
@@ -38,6 +43,11 @@ class FitResult(NamedTuple):
 
     def per_step(self, name: str) -> np.ndarray:
         """One quantity at every step of the run: "loss", "batch_size", or any metric."""
+        if self._is_of_seeds():
+            raise ValueError(
+                f"per_step must be asked of one seed, got the result of {len(self.history)}: call "
+                f"result.of_seed(0).per_step({name!r})."
+            )
         infos = [record.info for record in self.history]
         if not infos:  # a budget of less than one batch
             return np.zeros(0)
@@ -45,10 +55,37 @@ class FitResult(NamedTuple):
             [getattr(i, name) if name in StepInfo._fields else i.metrics[name] for i in infos]
         )
 
+    def of_seed(self, index: int) -> FitResult:
+        """The result of one seed, as its own run would return it.
 
-Callback = Callable[[WindowRecord, TrainState], Any]
-"""Called after every window; a true result ends the run. What it sets in the state changes nothing.
-The state's arrays are donated to the next window: copy what you want to keep."""
+        Args:
+          index: Which of the keys, an integer in [0, number of keys).
+
+        Returns:
+          A :class:`FitResult` whose state is that of this seed. Seconds and compilations, which the
+          seeds have in common, are those of all of them together.
+
+        Raises:
+          ValueError: If this is the result of one run, or `index` is out of its range.
+        """
+        if not self._is_of_seeds():
+            raise ValueError(
+                "of_seed must be called on the result of several keys, got that of one run: it is "
+                "the result itself."
+            )
+        index = _validate.integer(index=index, minimum=0, maximum=len(self.history) - 1)
+        state = jax.tree.map(lambda x: x[index], self.state)
+        return self._replace(state=state, history=cast(Any, self.history)[index])
+
+    def _is_of_seeds(self) -> bool:
+        return bool(self.history) and isinstance(self.history[0], list)
+
+
+Callback = Callable[[Any, TrainState], Any]
+"""Called with the :class:`WindowRecord` after every window; a true result ends the run. Of several
+seeds it gets a list of records, None for a seed that took no step, and the states of all of them.
+What it sets in the state changes nothing. The state's arrays are donated to the next window: copy
+what you want to keep."""
 
 
 def as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
@@ -61,7 +98,7 @@ def as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     return callbacks
 
 
-def any_ends(callbacks: tuple[Callback, ...], record: WindowRecord, state: TrainState) -> bool:
+def any_ends(callbacks: tuple[Callback, ...], record: Any, state: TrainState) -> bool:
     """Calls all of them, each with containers of its own; whether one of them ends the run."""
     stops = [_is_true(callback(record, jax.tree.map(lambda x: x, state))) for callback in callbacks]
     return any(stops)

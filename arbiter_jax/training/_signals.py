@@ -163,6 +163,7 @@ def validation_signals(
     num_agent_inputs: int,
     due: bool,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
+    num_meta_examples: jax.Array | None = None,
 ) -> tuple[SamplerState, dict[str, Any]]:
     """Fresh validation examples for the rules that ask for them.
 
@@ -174,6 +175,7 @@ def validation_signals(
       num_agent_inputs: Rows of `agent_inputs`.
       due: If False, the examples are zeros and the sampler stays where it is.
       inputs_of: See :func:`run_window`.
+      num_meta_examples: int32[], rows of `meta_batch` that rules may use; all if None.
 
     Returns:
       (sampler, signals): the sampler behind the examples that count as used.
@@ -190,7 +192,8 @@ def validation_signals(
         used = rows.get("agent_inputs", 0)
         if "meta_batch" in rows:
             size = requested.meta_batch_size
-            used = used + (bucket_size if size is None else jnp.minimum(size, bucket_size))
+            most = bucket_size if num_meta_examples is None else num_meta_examples
+            used = used + (most if size is None else jnp.minimum(size, most))
         sampler = advance(sampler, used, num_rows(validation))
     else:
         batch = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), validation)

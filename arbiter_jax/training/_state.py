@@ -128,4 +128,5 @@ def abstract_state(state: TrainState, tx: optax.GradientTransformation) -> Train
 
 def copy_state(state: TrainState) -> TrainState:
     """A state in buffers of its own: donating one copy leaves the other as it is."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
+    # With their types said: of a weakly typed array the second window would be another program.
+    return jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x), copy=True), state)

@@ -34,8 +34,10 @@ from arbiter_jax.batching import (
     advance,
     block_batch,
     check_block,
+    halves_apart,
     num_rows,
     sample_batch,
+    sample_shared,
 )
 from arbiter_jax.gradients import (
     Gradient,
@@ -211,6 +213,7 @@ def run_window(
     budget: Count | jax.typing.ArrayLike | None = None,
     batch_size: jax.typing.ArrayLike | None = None,
     *,
+    own_bucket_size: jax.typing.ArrayLike | None = None,
     loss_fn: LossFn | None = None,
     tx: optax.GradientTransformation,
     bucket_size: int,
@@ -241,6 +244,9 @@ def run_window(
         ``aj.base.as_count(budget)`` if that is more than an int32 holds; None if unknown.
       batch_size: int32[], takes at most this many examples a step, for the last batch of a budget;
         what the rule has decided if None.
+      own_bucket_size: int32[], the bucket that :func:`next_window` gives this state alone, where
+        states that are vmapped together share a larger `bucket_size`. Then the result is that of a
+        window of its own, to float rounding. It is traced; None for `bucket_size`.
       loss_fn: ``loss_fn(params, batch) -> float[M]``, see :class:`arbiter_jax.base.LossFn`.
       tx: A chain with one batch-size rule, or an optax transformation without one; its batches
         then fill the bucket.
@@ -317,9 +323,14 @@ def run_window(
         constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
     if "persistence" in requested.signals:
         constants["persistence"] = measure_persistence(tx, state.params)
+    if own_bucket_size is not None:
+        own_bucket_size = jnp.asarray(own_bucket_size, jnp.int32)
+        if "meta_batch" in requested.signals:
+            constants["num_meta_examples"] = own_bucket_size
     tx = with_extra_args(tx)
     moved = None  # all parameters
-    if requested.signals & MEASURED_SIGNALS and gradient_fn is None:
+    measures_pieces = bool(requested.signals & MEASURED_SIGNALS) and gradient_fn is None
+    if measures_pieces:
         sampler = state.validation_sampler
         given = lambda: (
             constants
@@ -351,7 +362,10 @@ def run_window(
             return sampler, (state.train_sampler, t), taken
         if isinstance(data.train, Block):
             return state.train_sampler, *block_batch(data.train, t, bucket_size)
-        return sample_batch(state.train_sampler, data.train, taken, bucket_size)
+        sampler = state.train_sampler
+        if own_bucket_size is not None:
+            return sample_shared(sampler, data.train, taken, own_bucket_size, bucket_size)
+        return sample_batch(sampler, data.train, taken, bucket_size)
 
     def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
         due = made is not False
@@ -360,6 +374,8 @@ def run_window(
         if transform_batch is not None and not in_groups:
             step_key = jax.random.fold_in(state.key, state.num_steps)
             batch = transformed(transform_batch, step_key, batch)
+        if own_bucket_size is not None and due and measures_pieces:
+            batch, mask = halves_apart((batch, mask), own_bucket_size)
         sampler, signals = validation_signals(
             state.validation_sampler,
             requests(state.opt_state),
@@ -368,6 +384,7 @@ def run_window(
             num_agent_inputs,
             due,
             inputs_of,
+            own_bucket_size,
         )
         state = state._replace(validation_sampler=sampler)
         signals |= {**constants, "signals_made": made}

@@ -374,8 +374,6 @@ def test_an_error_of_the_users_own_comes_out():
         (np.int64(-1), "got a int64"),
         (jnp.zeros(2), r"got an array float32\[2\]\."),
         (jnp.zeros(3, jnp.uint32), r"got an array uint32\[3\]\."),
-        (jnp.zeros((5, 2), jnp.uint32), r"got an array uint32\[5, 2\]\."),
-        (jax.random.split(jax.random.key(0)), r"got an array key<fry>\[2\]\."),
         (
             jax.random.key(0, impl="rbg"),
             r"^key must be of the implementation 'threefry2x32', .* got one of 'rbg': pass a seed, ",
@@ -385,6 +383,20 @@ def test_an_error_of_the_users_own_comes_out():
 def test_keys_are_named(call, key, message):
     with pytest.raises(ValueError, match=message):
         call(key=key)
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (jnp.zeros((5, 2), jnp.uint32), r"uint32\[5, 2\]"),
+        (jax.random.split(jax.random.key(0)), r"key<fry>\[2\]"),
+    ],
+)
+def test_several_keys_are_of_several_runs(keys, found):
+    with pytest.raises(ValueError, match=rf"^key must be one PRNG key, .* got an array {found}\."):
+        aj.init_state(START, TX, keys)
+    with pytest.raises(ValueError, match=r"^params must have a leading axis of \d, an entry for "):
+        fit(key=keys)
 
 
 def test_keys_of_every_form_are_the_same():

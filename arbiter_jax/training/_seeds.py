@@ -1,0 +1,339 @@
+"""`fit` over a vector of keys: several runs that differ in their seeds, in one program.
+
+Every seed has a budget, a batch size and windows of its own; what they share is the data and the
+bucket, that of the largest batch among them. A seed that has used up its budget, or waits, takes no
+step in a window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count
+from arbiter_jax._numerics import raw_key
+from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
+from arbiter_jax.batching import BlockSource, batch_of_the_rest, next_bucket
+from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._checks import (
+    check_concrete,
+    check_functions,
+    check_key,
+    check_model_state,
+    check_params,
+    check_state,
+    check_transformation,
+)
+from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
+from arbiter_jax.training._records import (
+    Callback,
+    FitResult,
+    WindowRecord,
+    any_ends,
+    as_callbacks,
+    what_went_wrong,
+)
+from arbiter_jax.training._resume import resume_state
+from arbiter_jax.training._run import check_budget
+from arbiter_jax.training._run_data import on_device
+from arbiter_jax.training._state import Data, TrainState, copy_state, init_state
+from arbiter_jax.training._window import run_window
+
+_OF_ONE_RUN = {  # arguments of `fit` that a run over several keys does not take, as they must be
+    "checkpoints": None,
+    "clock": None,
+    "mesh": None,
+    "micro_batch_size": None,
+    "resume": False,
+    "sampling": "exact",
+}
+
+
+def are_several(key: Any) -> bool:
+    """Whether this is a vector of PRNG keys, typed ones [k] or raw ones uint32[k, 2]."""
+    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else ()
+    if dtype is None:
+        return False
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return len(shape) == 1
+    one = jax.eval_shape(jax.random.PRNGKey, 0).shape
+    return dtype == jnp.uint32 and len(shape) == 2 and shape[1:] == one
+
+
+def fit_seeds(
+    loss_fn: LossFn | None,
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    data: Any,
+    *,
+    num_examples: int,
+    stop_at: int | None,
+    window: int,
+    key: Any,
+    callbacks: Callback | Iterable[Callback],
+    model_state: PyTree,
+    state: Any,
+    num_agent_inputs: int,
+    gradient_fn: GradientFn | None,
+    transform_batch: Callable[[jax.Array, PyTree], PyTree] | None,
+    inputs_of: Callable[[PyTree], PyTree] | None,
+    has_aux: bool,
+    **others: Any,
+) -> FitResult:
+    """:func:`fit` where `key` is a vector of keys; see there."""
+    for name, value in others.items():
+        if value != _OF_ONE_RUN.get(name):
+            raise ValueError(
+                f"{name} must be {_OF_ONE_RUN.get(name)!r} where key holds several keys, got "
+                f"{value!r}: run the seeds one after the other."
+            )
+    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
+    end = num_examples
+    if stop_at is not None:
+        end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
+    window = _validate.integer(window=window, minimum=1)
+    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    callbacks = as_callbacks(callbacks)
+    check_transformation(tx)
+    data = on_device(data, window)
+    if isinstance(data.train, BlockSource):
+        raise ValueError(
+            "data.train must be arrays where key holds several keys, got a source of blocks, which "
+            "holds the batches of one run: run the seeds one after the other."
+        )
+    check_concrete(params=params, key=key, data=data, state=state)
+    state = _stacked_state(params, tx, key, model_state, state)
+    the_rule(requests(state.opt_state), "tx")
+    if "step_seconds" in requests(state.opt_state).signals:
+        raise ValueError(
+            "tx must hold no rule that reads the measured time of a step where key holds several "
+            "keys, because they share their steps: give the rule a step_cost that is a number, or "
+            "run the seeds one after the other."
+        )
+    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
+    check_budget(state.opt_state, num_examples)
+    options = {
+        "loss_fn": loss_fn,
+        "tx": tx,
+        "window": window,
+        "num_agent_inputs": num_agent_inputs,
+        "gradient_fn": gradient_fn,
+        "transform_batch": transform_batch,
+        "inputs_of": inputs_of,
+        "has_aux": has_aux,
+    }
+    run = _Seeds(state, data, num_examples, end, window, tuple(options.items()))
+    del state  # donated to the first window
+    start = time.perf_counter()
+    while (plans := run.next_plans()) is not None:
+        records = run.train_window(plans)
+        if any_ends(callbacks, records, run.state):
+            break
+    for index, (history, seen) in enumerate(zip(run.histories, run.seen, strict=True)):
+        for message in what_went_wrong(history, False, seen, end, num_examples):
+            warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=3)
+    return FitResult(
+        state=run.state,
+        history=cast(Any, run.histories),
+        num_compilations=run.num_compilations,
+        num_cache_hits=run.num_cache_hits,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _stacked_state(
+    params: PyTree, tx: optax.GradientTransformation, keys: Any, model_state: PyTree, state: Any
+) -> TrainState:
+    """The states at the start of the runs, with a leading axis, in buffers of their own."""
+    num_seeds = len(keys)
+    if num_seeds < 1:
+        raise ValueError("key must hold at least one PRNG key, got none.")
+    if state is not None:
+        check_state(state, TrainState)
+        _check_leading_axis(state, num_seeds, "state", "the state of that many seeds, result.state")
+        stacked = copy_state(jax.vmap(lambda state: resume_state(state, tx))(state))
+        # What each seed's own call has left unfinished is decided anew.
+        unfinished = jax.tree.map(jnp.zeros_like, stacked.unfinished)
+        return stacked._replace(unfinished=unfinished)
+    check_params(params)
+    check_model_state(model_state)
+    _check_leading_axis(params, num_seeds, "params", "jax.vmap(init)(keys)")
+    _check_leading_axis(model_state, num_seeds, "model_state", "jax.vmap(init)(keys)")
+    check_key(keys[0])  # the others are of its kind
+    make = lambda params, key, model_state: init_state(params, tx, key, model_state)
+    return copy_state(jax.vmap(make)(params, raw_key(keys), model_state))
+
+
+def _check_leading_axis(tree: PyTree, num_seeds: int, name: str, source: str) -> None:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if jnp.shape(leaf)[:1] != (num_seeds,):
+            raise ValueError(
+                f"{name} must have a leading axis of {num_seeds}, an entry for each key, got shape "
+                f"{list(jnp.shape(leaf))} at {name}{jax.tree_util.keystr(path)}: pass {source}."
+            )
+
+
+class _Plan(NamedTuple):
+    """The next window of one seed, as its own run would have it."""
+
+    batch_size: int
+    bucket_size: int
+    num_steps: int
+    is_rest: bool  # less than the rule has decided: all that the bucket holds
+
+
+@dataclasses.dataclass
+class _Seeds:
+    """Everything that is kept on the host between two windows of several seeds."""
+
+    state: TrainState  # with a leading axis
+    data: Data
+    num_examples: int  # the budget of each
+    end: int  # examples at which each ends, at most the budget
+    window: int  # T
+    options: tuple[tuple[str, Any], ...]  # static arguments of `run_window`
+    seen: list[int] = dataclasses.field(init=False)  # examples so far
+    histories: list[list[WindowRecord]] = dataclasses.field(init=False)
+    num_compilations: int = 0
+    num_cache_hits: int = 0
+
+    def __post_init__(self) -> None:
+        counts = np.asarray(jax.device_get(self.state.num_examples))
+        self.seen = [int(count) for count in counts]
+        self.histories = [[] for _ in self.seen]
+
+    def next_plans(self) -> list[_Plan | None] | None:
+        """Who trains what in the next window, None for a seed that does not; None at the end."""
+        requested = requests(self.state.opt_state)
+        rule = the_rule(requested)
+        least = getattr(rule, "min_batch_size", rule.batch_size)
+        read = (requested.bucket_sizes, requested.window_steps, least, self.state.num_steps)
+        read = jax.device_get(read)
+        of_seed = lambda i: jax.tree.map(lambda x: int(x[i].max()), read)
+        plans = [self._plan(i, *of_seed(i)) for i in range(len(self.seen))]
+        if not any(plans):
+            return None
+        # The batch of the rest is as large as its bucket, so that it may have to wait for a window
+        # of another bucket than that of the others. Nobody else is kept waiting.
+        whole = [plan for plan in plans if plan is not None and not plan.is_rest]
+        bucket_size = max(plan.bucket_size for plan in whole or plans if plan is not None)
+        fits = lambda plan: plan and (not plan.is_rest or plan.bucket_size == bucket_size)
+        return [plan if fits(plan) else None for plan in plans]
+
+    def _plan(
+        self,
+        index: int,
+        sizes: tuple[int, ...],
+        window_steps: tuple[int, ...],
+        least: int,
+        num_steps_taken: int,
+    ) -> _Plan | None:
+        """The next window of a seed, or None where it ends."""
+        size, seen = sizes[0], self.seen[index]
+        if min(sizes) < 1:
+            raise ValueError(f"the batch size must be an integer >= 1, got {min(sizes)}.")
+        num_steps = min([self.window, *(max(1, n) for n in window_steps)])
+        num_steps = min(num_steps, (self.end - seen) // size)
+        if num_steps > 0:
+            return _Plan(size, next_bucket(max(sizes)), num_steps, False)
+        if self.end != self.num_examples:
+            return None
+        size = batch_of_the_rest(size, least, seen, num_steps_taken, self.num_examples)
+        return _Plan(size, size, 1, True) if size else None
+
+    def train_window(self, plans: list[_Plan | None]) -> list[WindowRecord | None]:
+        """Trains one window of all seeds that have a plan, and records it."""
+        bucket_size = max(plan.bucket_size for plan in plans if plan is not None)
+        idle = _Plan(0, bucket_size, 0, False)
+        taken = [idle if plan is None else plan for plan in plans]
+        given = self.state
+        try:
+            before = time.perf_counter()
+            with count_compilations() as compilations:
+                self.state, info = _run_windows(
+                    given,
+                    self.data,
+                    np.array([plan.num_steps for plan in taken], np.int32),
+                    np.array([plan.bucket_size for plan in taken], np.int32),
+                    self.num_examples if self.num_examples < 2**31 else as_count(self.num_examples),
+                    bucket_size=bucket_size,
+                    options=self.options,
+                )
+            check_concrete(tx=info)
+            info = jax.device_get(info)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(given, bucket_size) from error
+        seconds = time.perf_counter() - before
+        self.num_compilations += compilations.num_compilations
+        self.num_cache_hits += compilations.num_cache_hits
+        records: list[WindowRecord | None] = [None] * len(plans)
+        for i, plan in enumerate(plans):
+            if plan is None:
+                continue
+            self.seen[i] += plan.num_steps * plan.batch_size
+            own = jax.tree.map(lambda x, i=i, n=plan.num_steps: x[i, :n], info)
+            record = WindowRecord(
+                window_index=len(self.histories[i]),
+                batch_size=plan.batch_size,
+                bucket_size=plan.bucket_size,
+                num_steps=plan.num_steps,
+                num_examples=self.seen[i],
+                loss=float(np.mean(own.loss)),
+                seconds=seconds,
+                num_compilations=compilations.num_compilations,
+                info=own,
+            )
+            records[i] = record
+            self.histories[i].append(record)
+        return records
+
+    def _out_of_memory(self, given: TrainState, bucket_size: int) -> OutOfMemoryError:
+        deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        kept = "histories" if deleted else "histories and the last states"
+        return OutOfMemoryError(
+            f"A window of {len(self.seen)} seeds in a bucket of {bucket_size} rows each does not fit "
+            "into the memory of the device. Pass fewer keys at once, or give the rule a smaller "
+            f"max_batch_size; this error carries the {kept}.",
+            self.histories,
+            None if deleted else given,
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("bucket_size", "options"), donate_argnames="state")
+def _run_windows(
+    state: TrainState,
+    data: Data,
+    num_steps: Any,
+    own_bucket_size: Any,
+    budget: Count | jax.typing.ArrayLike,
+    *,
+    bucket_size: int,
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[TrainState, StepInfo]:
+    """:func:`run_window` of all seeds, whose states, steps and own buckets have a leading axis."""
+
+    def one(state, num_steps, own_bucket_size):
+        return run_window(
+            state,
+            data,
+            num_steps,
+            budget=budget,
+            own_bucket_size=own_bucket_size,
+            bucket_size=bucket_size,
+            **dict(options),
+        )
+
+    return jax.vmap(one)(state, num_steps, own_bucket_size)
