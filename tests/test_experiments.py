@@ -69,7 +69,7 @@ def test_has_a_header_and_three_frozen_configs(name):
     for heading in ("Claim", "Command:", "Time:", "Expected:", "Measured:"):
         assert heading in module.__doc__, heading
     assert "README.md" not in module.__doc__.split("Time:")[1].split("Expected:")[0]
-    assert set(module.CONFIGS) == {"smoke", "default", "paper"}
+    assert set(module.CONFIGS) - {"device"} == {"smoke", "default", "paper"}
     for config in module.CONFIGS.values():
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.seeds = ()
@@ -106,6 +106,21 @@ def test_defaults_are_among_the_choices(name):
             value = getattr(config, field.name)
             values = value if isinstance(value, tuple) else (value,)
             assert not choices or set(values) <= set(choices)
+
+
+@pytest.mark.slow
+def test_device_benchmark_names_the_device(tmp_path, capsys):
+    flags = ["--config", "device", "--only", "MLP", "--pairs", "1", "--output", str(tmp_path)]
+    run_main("benchmark", flags)
+    printed = capsys.readouterr().out
+    summary = check_files("benchmark", tmp_path, printed)
+    assert "no accelerator at hand" in printed
+    notes = {row["method"].removeprefix("MLP, "): row.get("note", "") for row in summary["rows"]}
+    assert all(name in notes["first step"] for name in ("trace", "lower", "compile"))
+    assert notes["window of fit / its program"].startswith("host: ")
+    assert {f"B = {size}" for size in (64, 128, 256, 512)} <= set(notes)
+    for window in ("plain", "noise scale", "noise floor", "Arbiter"):
+        assert any(name.startswith(f"{window} / hand-written step") for name in notes)
 
 
 @pytest.mark.slow
