@@ -20,6 +20,7 @@ from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import Block, BlockSource, batch_of_the_rest, check_next_block
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._ahead import CompileAhead
 from arbiter_jax.training._checks import (
     check_callback,
     check_concrete,
@@ -288,6 +289,17 @@ def fit(
     step_seconds = float("nan")
     seen = int(state.num_examples)
     budget = num_examples if num_examples < 2**31 else as_count(num_examples)
+    ahead = CompileAhead(state)
+    options = {
+        "loss_fn": loss_fn,
+        "tx": tx,
+        "window": window,
+        "num_agent_inputs": num_agent_inputs,
+        "gradient_fn": gradient_fn,
+        "transform_batch": transform_batch,
+        "inputs_of": inputs_of,
+        "has_aux": has_aux,
+    }
     start = time.perf_counter()
     while True:
         size, bucket_size, num_steps = next_window(state.opt_state, window)
@@ -305,23 +317,12 @@ def fit(
                 source_ended = True
                 break
             before = time.perf_counter()
+            options["bucket_size"] = bucket_size
+            traced = num_steps, step_seconds, budget
+            ahead.wait(bucket_size)
             with count_compilations() as compilations:
-                state, info = run_window(
-                    state,
-                    window_data,
-                    num_steps,
-                    step_seconds,
-                    budget,
-                    loss_fn=loss_fn,
-                    tx=tx,
-                    bucket_size=bucket_size,
-                    window=window,
-                    num_agent_inputs=num_agent_inputs,
-                    gradient_fn=gradient_fn,
-                    transform_batch=transform_batch,
-                    inputs_of=inputs_of,
-                    has_aux=has_aux,
-                )
+                state, info = run_window(state, window_data, *traced, **options)
+            lowered = ahead.start(state, window_data, *traced, **options)
             check_concrete(tx=info)
             info = jax.device_get(info)
         except jax.errors.JaxRuntimeError as error:
@@ -331,7 +332,8 @@ def fit(
         info = jax.tree.map(lambda x, n=num_steps: x[:n], info)
         seconds = time.perf_counter() - before
         # A time that includes a compilation is not the time of a step.
-        step_seconds = float("nan") if compilations.num_programs else seconds / num_steps
+        compiled = compilations.num_programs or lowered
+        step_seconds = float("nan") if compiled else seconds / num_steps
         num_cache_hits += compilations.num_cache_hits
         seen += num_steps * size
         record = WindowRecord(
@@ -352,12 +354,14 @@ def fit(
         ]
         if any(stops):
             break
+    ahead.close()
     for message in _what_went_wrong(history, source_ended, seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=2)
     return FitResult(
         state=state,
         history=history,
-        num_compilations=sum(record.num_compilations for record in history),
-        num_cache_hits=num_cache_hits,
+        num_compilations=sum(record.num_compilations for record in history)
+        + ahead.num_compilations,
+        num_cache_hits=num_cache_hits + ahead.num_cache_hits,
         seconds=time.perf_counter() - start,
     )

@@ -54,6 +54,7 @@ from arbiter_jax.training._checks import (
     check_transformation,
     explained,
 )
+from arbiter_jax.training._compile_log import log_trace
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
@@ -265,6 +266,7 @@ def run_window(
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
+    log_trace(state, data, tx=tx, loss_fn=loss_fn, bucket_size=bucket_size, window=window)
     if isinstance(data.train, Block):
         check_block(data.train, window, bucket_size)
         wanted = window if num_steps is None else num_steps
