@@ -30,6 +30,7 @@ import optax
 
 import arbiter_jax as aj
 from arbiter_jax import metrics
+from experiments._program_cache import use_program_cache
 
 try:
     import fcntl
@@ -188,6 +189,7 @@ def main(
     """
     try:
         config, output = parse(name, configs, description, sys.argv[1:] if argv is None else argv)
+        use_program_cache()
         with _claimed(name, output):
             results = _run_or_keep(name, config, run, output)
             failure = None

@@ -139,6 +139,7 @@ def train(
         "num_examples": int(state.num_examples),
         "seconds": result.seconds,
         "num_compilations": result.num_compilations,
+        "num_cache_hits": result.num_cache_hits,
         "num_nonfinite": int(state.num_nonfinite),
         "batch_sizes": [record.batch_size for record in result.history],
     }

@@ -215,7 +215,7 @@ def table(results: _runner.Results):
                 *regrets,
                 f"{np.mean([row['num_steps'] for row in group]):,.0f}",
                 f"{np.mean([np.mean(row['batch_sizes'][-3:]) for row in group]):,.0f}",
-                f"{sum(row['num_compilations'] for row in group)}",
+                f"{sum(row['num_compilations'] + row['num_cache_hits'] for row in group)}",
                 f"{np.mean([row['seconds'] for row in group]):.1f}",
             ]
         )
@@ -234,7 +234,7 @@ def table(results: _runner.Results):
         )
     columns = ["method", "test accuracy %", "test loss"]
     columns += [f"regret %, {decay}" for decay in config.decays]
-    columns += ["steps", "final batch", "compilations", "seconds/run"]
+    columns += ["steps", "final batch", "programs", "seconds/run"]
     return _runner.make_table(
         f"{config.dataset}, {config.model}: {results.extra['num_examples']:,} examples each, "
         f"{len(config.seeds)} seeds",
@@ -242,8 +242,9 @@ def table(results: _runner.Results):
         rows,
         "± half-width of the 95% interval over seeds (Student's t). regret: mean test loss against "
         "that of the best\nconstant size in this table, with the named decay of the learning rate. "
-        "final batch: mean of the last three\nwindows. compilations: window programs of all seeds "
-        "together; constant sizes share theirs, seconds include them." + taken,
+        "final batch: mean of the last three\nwindows. programs: those of the windows of all seeds "
+        "together, compiled or read from the cache;\nconstant sizes share theirs, seconds include them."
+        + taken,
     )
 
 

@@ -8,6 +8,7 @@ import errno
 import importlib
 import json
 import math
+import os
 import pathlib
 import re
 import resource
@@ -16,10 +17,13 @@ import signal
 import sys
 import tempfile
 
+import jax
 import numpy as np
+import platformdirs
 import pytest
 
 from experiments import _runner
+from experiments._program_cache import use_program_cache
 from experiments._run_cache import RunCache
 from experiments.noise_rules import controls, tables
 
@@ -69,7 +73,7 @@ def test_has_a_header_and_three_frozen_configs(name):
     for heading in ("Claim", "Command:", "Time:", "Expected:", "Measured:"):
         assert heading in module.__doc__, heading
     assert "README.md" not in module.__doc__.split("Time:")[1].split("Expected:")[0]
-    assert set(module.CONFIGS) == {"smoke", "default", "paper"}
+    assert set(module.CONFIGS) - {"device"} == {"smoke", "default", "paper"}
     for config in module.CONFIGS.values():
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.seeds = ()
@@ -109,6 +113,21 @@ def test_defaults_are_among_the_choices(name):
 
 
 @pytest.mark.slow
+def test_device_benchmark_names_the_device(tmp_path, capsys):
+    flags = ["--config", "device", "--only", "MLP", "--pairs", "1", "--output", str(tmp_path)]
+    run_main("benchmark", flags)
+    printed = capsys.readouterr().out
+    summary = check_files("benchmark", tmp_path, printed)
+    assert "no accelerator at hand" in printed
+    notes = {row["method"].removeprefix("MLP, "): row.get("note", "") for row in summary["rows"]}
+    assert all(name in notes["first step"] for name in ("trace", "lower", "compile"))
+    assert notes["window of fit / its program"].startswith("host: ")
+    assert {f"B = {size}" for size in (64, 128, 256, 512)} <= set(notes)
+    for window in ("plain", "noise scale", "noise floor", "Arbiter"):
+        assert any(name.startswith(f"{window} / hand-written step") for name in notes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_run_leaves_the_config_alone(name, tmp_path, capsys):
     configs = load(name).CONFIGS
@@ -140,6 +159,47 @@ def test_main_job_writes_what_the_contract_names(tmp_path, capsys):
     } <= set(row)
     assert row["num_examples"] == 64 * row["num_steps"]
     assert set(row["batch_sizes"]) == {64}
+
+
+# Compiled programs
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **options: tmp_path / "user")
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path / "user" / "programs"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_the_users_cache(cache_folder):
+    use_program_cache()
+    assert jax.config.jax_compilation_cache_dir == str(cache_folder)
+    assert cache_folder.is_dir()
+
+
+def test_the_settings_of_jax_win(cache_folder):
+    jax.config.update("jax_compilation_cache_dir", "elsewhere")
+    use_program_cache()
+    assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        use_program_cache()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache_folder, monkeypatch):
+    cache_folder.parent.write_text("a file where the folder should be")
+    use_program_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    cache_folder.parent.unlink()
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write everywhere
+    use_program_cache()
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 # The documents

@@ -53,7 +53,7 @@ __all__ = [
     "num_rows",
     "replace_padding",
     "sample_batch",
-    "take_group",
     "sample_shared",
+    "take_group",
     "total_weight",
 ]

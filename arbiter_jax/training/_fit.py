@@ -19,6 +19,7 @@ from arbiter_jax import _validate
 from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._ahead import CompileAhead
 from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._checkpointing import Checkpoints, Keeper
 from arbiter_jax.training._checks import (
@@ -51,6 +52,7 @@ def _train_window(
     advance: functools.partial[Any],
     clock: Callable[[], float] | None,
     keeper: Keeper,
+    ahead: CompileAhead,
 ) -> bool:
     """Trains one window and records it; False if there are no examples left for it."""
     size, bucket_size, wanted = plan
@@ -62,6 +64,7 @@ def _train_window(
             arguments = functools.partial(
                 advance, given, num_steps=wanted, step_seconds=run.step_seconds
             )
+            ahead.wait(bucket_size)
             bucket_size = micro.fitting_bucket(size, bucket_size, data, run.window, arguments)
         window_data, num_steps = data_of_window(data, size, bucket_size, wanted)
         if num_steps < wanted:  # the source has ended, and the rule decides on what is left
@@ -80,6 +83,8 @@ def _train_window(
                 bucket_size=bucket_size,
                 **micro.options(size, bucket_size),
             )
+        arguments = functools.partial(advance, run.state, num_steps=num_steps, step_seconds=0.0)
+        lowered = ahead.start(arguments, window_data, bucket_size, micro.options)
         check_concrete(tx=info)
         info = jax.device_get(info)
     except jax.errors.JaxRuntimeError as error:
@@ -93,6 +98,7 @@ def _train_window(
                 advance,
                 clock,
                 keeper,
+                ahead,
             )
         raise out_of_memory(run.history, given, size, bucket_size, keeper.latest()) from error
     info = jax.tree.map(lambda x: x[:num_steps], info)
@@ -101,7 +107,7 @@ def _train_window(
     run.record(plan, info, seconds, searched + compilations)
     # A time that includes a compilation is not the time of a step. A given clock counts as it is:
     # what was compiled before, and what was not, is no part of the run.
-    compiled = clock is None and compilations.num_programs
+    compiled = clock is None and (compilations.num_programs or lowered)
     run.measured(float("nan") if compiled else seconds / num_steps)
     return True
 
@@ -253,17 +259,22 @@ def fit(
         _validate.function("clock() -> seconds", clock=clock)
     run = Run(state, num_examples, end, window, MicroBatch(micro_batch_size))
     del state  # donated to the first window
+    ahead = CompileAhead(run.state)
     keeper = Keeper(checkpoints, resume, run, data.train)
     now = time.perf_counter if clock is None else clock
     start = now()
-    with Interrupts(enabled=checkpoints is not None) as interrupts, contextlib.closing(keeper):
+    with (
+        Interrupts(enabled=checkpoints is not None) as interrupts,
+        contextlib.closing(keeper),
+        contextlib.closing(ahead),
+    ):
         is_ended = keeper.resume(tx, callbacks)
         while not is_ended and not interrupts.received and (plan := run.next_plan()) is not None:
-            if not _train_window(run, plan, data, advance, clock, keeper):
+            if not _train_window(run, plan, data, advance, clock, keeper, ahead):
                 break
             is_ended = any_ends(callbacks, run.history[-1], run.whole_state())
             keeper.after_window(is_ended)
         keeper.finish(interrupts)
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=2)
-    return run.result(float(now() - start))
+    return run.result(float(now() - start), ahead.compilations())

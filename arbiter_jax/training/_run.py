@@ -128,13 +128,14 @@ class Run:
             state = state._replace(unfinished=unfinished)
         return state
 
-    def result(self, seconds: float) -> FitResult:
-        """What :func:`fit` returns."""
+    def result(self, seconds: float, ahead: Compilations) -> FitResult:
+        """What :func:`fit` returns; `ahead`: what was compiled besides the windows that ran."""
         return FitResult(
             state=self.whole_state(),
             history=self.history,
-            num_compilations=sum(record.num_compilations for record in self.history),
-            num_cache_hits=self.num_cache_hits,
+            num_compilations=sum(record.num_compilations for record in self.history)
+            + ahead.num_compilations,
+            num_cache_hits=self.num_cache_hits + ahead.num_cache_hits,
             seconds=self.seconds + seconds,
         )
 

@@ -47,7 +47,7 @@ from arbiter_jax.training._records import (
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import check_budget
 from arbiter_jax.training._run_data import on_device
-from arbiter_jax.training._state import Data, TrainState, copy_state, init_state
+from arbiter_jax.training._state import Data, TrainState, Unfinished, copy_state, init_state
 from arbiter_jax.training._window import run_window
 
 _OF_ONE_RUN = {  # arguments of `fit` that a run over several keys does not take, as they must be
@@ -138,13 +138,13 @@ def fit_seeds(
     start = time.perf_counter()
     while (plans := run.next_plans()) is not None:
         records = run.train_window(plans)
-        if any_ends(callbacks, records, run.state):
+        if any_ends(callbacks, records, run.whole_state()):
             break
     for index, (history, seen) in enumerate(zip(run.histories, run.seen, strict=True)):
         for message in what_went_wrong(history, False, seen, end, num_examples):
             warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=3)
     return FitResult(
-        state=run.state,
+        state=run.whole_state(),
         history=cast(Any, run.histories),
         num_compilations=run.num_compilations,
         num_cache_hits=run.num_cache_hits,
@@ -162,10 +162,7 @@ def _stacked_state(
     if state is not None:
         check_state(state, TrainState)
         _check_leading_axis(state, num_seeds, "state", "the state of that many seeds, result.state")
-        stacked = copy_state(jax.vmap(lambda state: resume_state(state, tx))(state))
-        # What each seed's own call has left unfinished is decided anew.
-        unfinished = jax.tree.map(jnp.zeros_like, stacked.unfinished)
-        return stacked._replace(unfinished=unfinished)
+        return copy_state(jax.vmap(lambda state: resume_state(state, tx))(state))
     check_params(params)
     check_model_state(model_state)
     _check_leading_axis(params, num_seeds, "params", "jax.vmap(init)(keys)")
@@ -190,7 +187,15 @@ class _Plan(NamedTuple):
     batch_size: int
     bucket_size: int
     num_steps: int
-    is_rest: bool  # less than the rule has decided: all that the bucket holds
+    num_left: int = 0  # steps of the window that are not taken in this call
+    is_rest: bool = False  # less than the rule has decided: all that the bucket holds
+
+    def until(self, end: int, seen: int) -> _Plan | None:
+        """As much of it as fits into what is left of a number of examples; None if no step does."""
+        num_steps = min(self.num_steps, (end - seen) // self.batch_size)
+        if num_steps < 1:
+            return None
+        return self._replace(num_steps=num_steps, num_left=self.num_steps - num_steps)
 
 
 @dataclasses.dataclass
@@ -205,6 +210,7 @@ class _Seeds:
     options: tuple[tuple[str, Any], ...]  # static arguments of `run_window`
     seen: list[int] = dataclasses.field(init=False)  # examples so far
     histories: list[list[WindowRecord]] = dataclasses.field(init=False)
+    rests: list[_Plan | None] = dataclasses.field(init=False)
     num_compilations: int = 0
     num_cache_hits: int = 0
 
@@ -212,6 +218,9 @@ class _Seeds:
         counts = np.asarray(jax.device_get(self.state.num_examples))
         self.seen = [int(count) for count in counts]
         self.histories = [[] for _ in self.seen]
+        unfinished = np.stack(jax.device_get(self.state.unfinished), axis=-1)
+        # Windows that an earlier call was stopped in, to be finished first.
+        self.rests = [_Plan(*map(int, row)) if row[-1] > 0 else None for row in unfinished]
 
     def next_plans(self) -> list[_Plan | None] | None:
         """Who trains what in the next window, None for a seed that does not; None at the end."""
@@ -243,21 +252,28 @@ class _Seeds:
         size, seen = sizes[0], self.seen[index]
         if min(sizes) < 1:
             raise ValueError(f"the batch size must be an integer >= 1, got {min(sizes)}.")
+        rest = self.rests[index]
+        if rest is not None and rest.until(self.num_examples, seen):
+            return rest.until(self.end, seen)
         num_steps = min([self.window, *(max(1, n) for n in window_steps)])
-        num_steps = min(num_steps, (self.end - seen) // size)
-        if num_steps > 0:
-            return _Plan(size, next_bucket(max(sizes)), num_steps, False)
-        if self.end != self.num_examples:
-            return None
+        plan = _Plan(size, next_bucket(max(sizes)), num_steps).until(self.end, seen)
+        if plan is not None or self.end != self.num_examples:
+            return plan
         size = batch_of_the_rest(size, least, seen, num_steps_taken, self.num_examples)
-        return _Plan(size, size, 1, True) if size else None
+        return _Plan(size, size, 1, is_rest=True) if size else None
 
     def train_window(self, plans: list[_Plan | None]) -> list[WindowRecord | None]:
         """Trains one window of all seeds that have a plan, and records it."""
         bucket_size = max(plan.bucket_size for plan in plans if plan is not None)
-        idle = _Plan(0, bucket_size, 0, False)
+        idle = _Plan(0, bucket_size, 0)
         taken = [idle if plan is None else plan for plan in plans]
-        given = self.state
+        # A seed that goes on with a window takes its size, the others what their rules say.
+        given = self.state = self._with_unfinished(
+            [
+                rest if plan is not None else None
+                for plan, rest in zip(plans, self.rests, strict=True)
+            ]
+        )
         try:
             before = time.perf_counter()
             with count_compilations() as compilations:
@@ -298,7 +314,17 @@ class _Seeds:
             )
             records[i] = record
             self.histories[i].append(record)
+            self.rests[i] = plan._replace(num_steps=plan.num_left) if plan.num_left else None
         return records
+
+    def _with_unfinished(self, rests: list[_Plan | None]) -> TrainState:
+        rows = [rest[:3] if rest else (0, 0, 0) for rest in rests]
+        columns = (jnp.asarray(column, jnp.int32) for column in zip(*rows, strict=True))
+        return self.state._replace(unfinished=Unfinished(*columns))
+
+    def whole_state(self) -> TrainState:
+        """The state, with the windows that were not let end."""
+        return self._with_unfinished(self.rests)
 
     def _out_of_memory(self, given: TrainState, bucket_size: int) -> OutOfMemoryError:
         deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(given))

@@ -57,6 +57,7 @@ from arbiter_jax.training._checks import (
     check_transformation,
     explained,
 )
+from arbiter_jax.training._compile_log import log_trace
 from arbiter_jax.training._micro_batches import (
     check_micro_batch_size,
     gradient_fns_of_groups,
@@ -296,6 +297,7 @@ def run_window(
     check_micro_batch_size(micro_batch_size, bucket_size)
     in_groups = bucket_size == micro_batch_size
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
+    log_trace(state, data, tx=tx, loss_fn=loss_fn, bucket_size=bucket_size, window=window)
     if isinstance(data.train, Block):
         check_block(data.train, None if in_groups else window, bucket_size)
         wanted = window if num_steps is None else num_steps

@@ -2,8 +2,8 @@
 
 Claim: hyper-learning adds one forward pass of the network's body to a plain step, and the engine adds
 nothing to a hand-written scan.
-Command: python -m experiments.benchmark
-Time: about ten minutes on two cores; one minute with `--only "MLP, "`.
+Command: python -m experiments.benchmark; with `--config device`, what training costs on this device.
+Time: about ten minutes on two cores; one minute with `--only "MLP, "`; at most five on one accelerator.
 Expected: every ratio at most its bar on an idle machine.
 Measured: 15 of 25 ratios within their bar; LeNet with Arbiter 1.56 plain steps (bar 1.50). All numbers:
 README.md in this folder.
@@ -21,7 +21,7 @@ import optax
 import arbiter_jax as aj
 from arbiter_jax import models, plotting
 from experiments import _runner
-from experiments.benchmark import programs
+from experiments.benchmark import device, programs
 from experiments.benchmark.networks import SHAPE, LeNet, Network, Timed, WideResNet
 
 
@@ -33,12 +33,16 @@ class Config:
     statistics_batch_size: int = _runner.flag(256, "batch size of the rows on noise statistics")
     subset_batch_size: int = _runner.flag(128, "batch size of the rows on subset selection")
     only: str = _runner.flag("", "run only the rows whose name contains this text")
+    on_device: bool = _runner.flag(
+        False, "measure training on this device instead, with shapes of its own"
+    )
 
 
 CONFIGS = {
     "smoke": Config(pairs=1, window=2, only="MLP, p"),
     "default": Config(),
     "paper": Config(pairs=51),
+    "device": Config(pairs=7, on_device=True),
 }
 
 # (name, bar, make): `make` returns the two programs whose ratio is measured.
@@ -235,6 +239,8 @@ def _other_rows(config: Config) -> list[Row]:
 
 
 def run(config: Config) -> _runner.Results:
+    if config.on_device:
+        return device.run(config)
     results = _runner.Results(extra={"config": config})
     cases = [case for case in build(config) if config.only in case[0]]
     if not cases:
@@ -262,6 +268,8 @@ def run(config: Config) -> _runner.Results:
 
 
 def table(results: _runner.Results):
+    if results.extra["config"].on_device:
+        return device.table(results)
     rows = [
         [
             row["method"],
@@ -284,13 +292,16 @@ def table(results: _runner.Results):
 
 
 def plot(results: _runner.Results, output: Path) -> None:
-    fig, ax = plotting.figure(size=(8.5, 0.42 * len(results.rows) + 1.2))
-    for y, row in enumerate(reversed(results.rows)):
+    rows = [row for row in results.rows if "quartiles" in row]
+    fig, ax = plotting.figure(size=(8.5, 0.42 * len(rows) + 1.2))
+    for y, row in enumerate(reversed(rows)):
         low, high = row["quartiles"]
         ax.plot([low, high], [y, y], color=plotting.COLORS[0], linewidth=3, alpha=0.5)
         ax.plot(
             row["ratio"], y, "o", color=plotting.COLORS[0], label="measured" if y == 0 else None
         )
+        if "bar" not in row:
+            continue
         ax.plot(
             row["bar"],
             y,
@@ -300,7 +311,7 @@ def plot(results: _runner.Results, output: Path) -> None:
             markeredgewidth=2,
             label="bar" if y == 0 else None,
         )
-    ax.set_yticks(range(len(results.rows)), [row["method"] for row in reversed(results.rows)])
+    ax.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
     ax.tick_params(axis="y", labelsize=8)
     ax.set_xlabel("ratio of step times: median and quartiles over the pairs")
     fig.legend(loc="outside right upper", frameon=False, fontsize=8)

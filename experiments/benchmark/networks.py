@@ -40,9 +40,19 @@ def timed_steps(step: Callable, carry: Any, window: int, scan: bool) -> Timed:
     return run
 
 
-def timed_windows(params, data: aj.Data, tx, batch_size: int, window: int, **options) -> Timed:
-    """Milliseconds of a step in windows of `run_window`; `options` are its own."""
-    state = [aj.init_state(params, tx, jax.random.PRNGKey(1))]
+def timed_windows(
+    params,
+    data: aj.Data,
+    tx,
+    batch_size: int,
+    window: int,
+    *,
+    start: aj.TrainState | None = None,
+    **options,
+) -> Timed:
+    """Milliseconds of a step in windows of `run_window`, from a state; `options` are its own."""
+    state = [aj.init_state(params, tx, jax.random.PRNGKey(1)) if start is None else start]
+    options = {"bucket_size": aj.next_bucket(batch_size)} | options
 
     def run() -> float:
         start = time.perf_counter()
@@ -51,7 +61,6 @@ def timed_windows(params, data: aj.Data, tx, batch_size: int, window: int, **opt
             data,
             window,  # num_steps is traced, as in `fit`, where a window may be shorter
             tx=tx,
-            bucket_size=aj.next_bucket(batch_size),
             window=window,
             **options,
         )
