@@ -117,9 +117,9 @@ def fit(
     batch among them, whose padding costs time where their batch sizes differ, and a step takes the
     path of a measurement where any of them measures. The result has a stacked `state` and one history
     per seed; ``result.of_seed(i)`` is that of one. A callback gets the list of their records once a
-    window. Rules that read the clock, and sources of blocks, are for one run at a time. It saves the
-    launches and the idle time of small models on an accelerator; on two CPU cores eight seeds of an
-    MLP 64-64-10 at a constant 64 took 0.9 of the CPU time of eight runs.
+    window. Rules that read the clock, and sources of blocks, are for one run at a time. On two
+    CPU cores it saves little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time
+    of eight runs.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
