@@ -144,11 +144,14 @@ def fit(
 
     **Several seeds**: with a vector of k keys, the arrays of `params`, and of `model_state` or
     `state`, have a leading axis of k, e.g. ``params=jax.vmap(init)(keys)``. Each seed is trained as
-    ``fit(..., params=params_i, key=keys[i])`` would, to float rounding: it has its own batch sizes,
-    windows and end. They share the data and a bucket, that of the largest batch among them, whose
-    padding costs time where their batch sizes differ. The result has a stacked `state` and one
-    history per seed; ``result.of_seed(i)`` is that of one. A callback gets the list of their records
-    once a window. Rules that read the clock, and sources of blocks, are for one run at a time.
+    ``fit(..., params=params_i, key=keys[i])`` would, up to float rounding (which a long run amplifies):
+    it has its own batch sizes, windows and end. They share the data and a bucket, that of the largest
+    batch among them, whose padding costs time where their batch sizes differ, and a step takes the
+    path of a measurement where any of them measures. The result has a stacked `state` and one history
+    per seed; ``result.of_seed(i)`` is that of one. A callback gets the list of their records once a
+    window. Rules that read the clock, and sources of blocks, are for one run at a time. On two
+    CPU cores it saves little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time
+    of eight runs.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
