@@ -7,6 +7,7 @@ from arbiter_jax.batching._blocks import (
     block_rows,
     check_block,
     check_next_block,
+    interleave_block,
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._masking import (
@@ -17,16 +18,25 @@ from arbiter_jax.batching._masking import (
     replace_padding,
     total_weight,
 )
+from arbiter_jax.batching._rows import (
+    DATA_AXIS,
+    bit_reversed,
+    check_data_axis,
+    interleaved,
+    num_data_devices,
+    shard_rows,
+)
 from arbiter_jax.batching._sampling import (
     SamplerState,
     advance,
-    bit_reversed,
     examples_ahead,
     init_sampler,
     sample_batch,
+    sample_own_batch,
 )
 
 __all__ = [
+    "DATA_AXIS",
     "Block",
     "BlockSource",
     "SamplerState",
@@ -38,14 +48,20 @@ __all__ = [
     "block_batch",
     "block_rows",
     "check_block",
+    "check_data_axis",
     "check_losses",
     "check_next_block",
     "examples_ahead",
     "init_sampler",
+    "interleave_block",
+    "interleaved",
     "masked_mean",
     "next_bucket",
+    "num_data_devices",
     "num_rows",
     "replace_padding",
     "sample_batch",
+    "sample_own_batch",
+    "shard_rows",
     "total_weight",
 ]

@@ -22,7 +22,13 @@ from arbiter_jax._numerics import (
     tree_where,
 )
 from arbiter_jax.base import GradStats, LossFn, PyTree
-from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
+from arbiter_jax.batching import (
+    masked_mean,
+    num_data_devices,
+    num_rows,
+    replace_padding,
+    total_weight,
+)
 from arbiter_jax.gradients._estimators import (
     real_parts,
     scaled,
@@ -153,7 +159,8 @@ def value_grad_and_stats(
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
       micro_batch_size: Per-example gradients held at once, a power of two >= 1.
       sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,
-        and contiguous pieces need no copy.
+        and contiguous pieces need no copy. On a mesh, pass 2 pieces: its batches are dealt out to
+        halves.
       axis_name: The mesh axis that the batch is split over, for "per_device".
       trainable: The parameters that the statistics are about: a pytree of bools like the parameters
         or a prefix of it, or a function of the parameters that returns one; all if None. Frozen
@@ -213,10 +220,11 @@ def value_grad_and_stats(
             nan = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), out.grads)
             return out._replace(grad_stats=stats, gradient_noise=_zero_others(nan, counts))
         pieces, auxes, weights = [], [], []
+        contiguous = sampled and num_data_devices() == 1  # see `batching.interleaved`
         whole = params, batch, mask, model_state, key
         for j in range(k):
             piece_key = None if key is None else jax.random.fold_in(key, j)
-            rows, real = _split((batch, mask), k, j, contiguous=sampled)
+            rows, real = _split((batch, mask), k, j, contiguous)
             out, weight = weighted(params, rows, real, model_state, piece_key)
             piece = (out.value, out.grads)  # exactly zero for an empty piece, but for BatchNorm:
             if model_state is not None:  # statistics of nothing are 0 / 0

@@ -35,6 +35,7 @@ from arbiter_jax.batching import (
     check_block,
     num_rows,
     sample_batch,
+    sample_own_batch,
 )
 from arbiter_jax.gradients import (
     Gradient,
@@ -54,6 +55,7 @@ from arbiter_jax.training._checks import (
     check_transformation,
     explained,
 )
+from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
 from arbiter_jax.training._signals import (
     check_validation,
     gradient_signals,
@@ -186,9 +188,11 @@ def _check_arguments(
         "transform_batch",
         "inputs_of",
         "has_aux",
+        "sampling",
     ),
     donate_argnames="state",
 )
+@on_auto_axes
 def run_window(
     state: TrainState,
     data: Data,
@@ -205,12 +209,14 @@ def run_window(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    sampling: str = "exact",
 ) -> tuple[TrainState, StepInfo]:
     """Runs T training steps in one compiled program.
 
     Each step samples a batch, computes the masked gradient and the signals that the rules in the
     chain ask for, and applies the updates. The batch size is ``get_batch_size`` of the state at the
-    start, at most `bucket_size`. The state is donated: use the returned one.
+    start, at most `bucket_size`. The state is donated: use the returned one. With
+    ``jax.set_mesh(mesh)`` around the call, rows are split over the mesh's axis "data".
 
     Args:
       state: From :func:`init_state` or a window before.
@@ -237,13 +243,15 @@ def run_window(
         model_state, aux)``; ``StepInfo.aux`` holds `aux`. At steps at which the gradient's noise is
         measured it is that of pieces of the batch: the means of floating-point leaves, the other
         leaves of the last piece.
+      sampling: "exact": the examples of one device, on any mesh. "local": each device of a mesh
+        draws its share from its own rows of `data.train`, see :mod:`arbiter_jax.training._mesh`.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
       batch size 0 and zeros everywhere else.
 
     Raises:
-      ValueError: If window < 1, the bucket is not a power of two, the data is empty, ragged or a block
+      ValueError: If window < 1, the bucket is not a power of two or smaller than the mesh, the data is empty, ragged or a block
         of another window or bucket, a rule needs validation data that was not given, a function or
         the state is not what it should be, or the state was donated before.
 
@@ -264,6 +272,8 @@ def run_window(
     _validate.power_of_two(bucket_size=bucket_size)
     _validate.integer(window=window, minimum=1)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    _validate.one_of(("exact", "local"), sampling=sampling)
+    check_bucket_of_mesh(bucket_size)
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
     if isinstance(data.train, Block):
         check_block(data.train, window, bucket_size)
@@ -299,7 +309,8 @@ def run_window(
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
         if isinstance(data.train, Block):
             return state.train_sampler, *block_batch(data.train, t, bucket_size)
-        return sample_batch(state.train_sampler, data.train, batch_size, bucket_size)
+        sample = sample_own_batch if sampling == "local" else sample_batch
+        return sample(state.train_sampler, data.train, batch_size, bucket_size)
 
     def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
         due = made is not False
