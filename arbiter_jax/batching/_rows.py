@@ -6,6 +6,9 @@ the rows of batches are split over; without a mesh, or without that axis, there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,9 @@ from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 
 DATA_AXIS = "data"
+_ROWS = PartitionSpec(DATA_AXIS)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def num_data_devices() -> int:
@@ -57,9 +63,27 @@ def shard_rows(tree: PyTree) -> PyTree:
     def shard(x: jax.Array) -> jax.Array:
         if x.shape[0] % n:
             return x
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(DATA_AXIS))
+        return jax.lax.with_sharding_constraint(x, _ROWS)
 
     return jax.tree.map(shard, tree)
+
+
+def on_each_device(function: Function, num_shared: int) -> Function:
+    """Runs a function on the rows of each device along "data", with nothing that moves between them.
+
+    Args:
+      function: Of arrays of all devices, then of arrays [M, ...]; returns arrays [M, ...].
+      num_shared: How many of its arguments are the same on all devices.
+    """
+    if num_data_devices() == 1:
+        return function
+
+    def call(*args: Any) -> Any:
+        specs = (PartitionSpec(),) * num_shared + (_ROWS,) * (len(args) - num_shared)
+        mapped = jax.shard_map(function, in_specs=specs, out_specs=_ROWS, axis_names={DATA_AXIS})
+        return mapped(*args)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def bit_reversed(bucket_size: int) -> np.ndarray:

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._masking import num_rows
-from arbiter_jax.batching._rows import DATA_AXIS, num_data_devices, row_order, shard_rows
+from arbiter_jax.batching._rows import DATA_AXIS, num_data_devices, on_each_device, row_order, shard_rows
 
 _FEISTEL_ROUNDS = 6
 
@@ -164,9 +163,16 @@ def sample_batch(
 def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
     """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
     size = num_rows(data)
-    position = state.cursor + position
-    rows = permuted_index(state.key, state.epoch + position // size, position % size, size)
-    return shard_rows(_take(data, rows))
+
+    # Each device numbers its own rows: a loop over all of them would ask all devices at every turn
+    # whether it has ended.
+    def numbers(state: SamplerState, position: jax.Array) -> jax.Array:
+        ahead = state.cursor + position
+        return permuted_index(state.key, state.epoch + ahead // size, ahead % size, size)
+
+    if position.shape[0] % num_data_devices():
+        return _take(data, numbers(state, position))
+    return shard_rows(_take(data, on_each_device(numbers, 1)(state, position)))
 
 
 def _take(data: PyTree, rows: jax.Array) -> PyTree:
@@ -216,14 +222,7 @@ def sample_own_batch(
         rows = permuted_index(key, epoch, ahead % size // n, size // n)
         return _take(data, rows), mask
 
-    own = PartitionSpec(DATA_AXIS)
-    replicated = PartitionSpec()
-    batch, mask = jax.shard_map(
-        draw,
-        in_specs=(replicated, replicated, own),
-        out_specs=(own, own),
-        axis_names={DATA_AXIS},
-    )(state, batch_size, data)
+    batch, mask = on_each_device(draw, 2)(state, batch_size, data)
     return advance(state, batch_size, size), batch, mask
 
 

@@ -123,12 +123,20 @@ def on_auto_axes(function: Function) -> Function:
         if mesh is None:
             return function(state, *args, **kwargs)
         run = functools.partial(function, **kwargs)
-        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+        specs = jax.tree.map(_spec, state)
         with jax.sharding.use_abstract_mesh(mesh):
             run = jax.sharding.auto_axes(run, out_sharding=(specs, PartitionSpec()))
             return run(state, *args)
 
     return call  # pyright: ignore[reportReturnType]
+
+
+def _spec(x: jax.Array) -> PartitionSpec:
+    """How an array is sharded, as users write it: without the axes at the end that are not."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    while spec and spec[-1] is None:
+        spec = spec[:-1]
+    return PartitionSpec(*spec)
 
 
 def _explicit_mesh(*trees: PyTree) -> jax.sharding.AbstractMesh | None:
