@@ -23,6 +23,7 @@ from arbiter_jax.batching._rows import (
     bit_reversed,
     check_data_axis,
     interleaved,
+    is_split,
     num_data_devices,
     shard_rows,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "init_sampler",
     "interleave_block",
     "interleaved",
+    "is_split",
     "masked_mean",
     "next_bucket",
     "num_data_devices",

@@ -50,6 +50,12 @@ def check_data_axis(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     return size
 
 
+def is_split(sharding: Any) -> bool:
+    """Whether arrays with this sharding lie on a mesh with several devices along "data"."""
+    mesh = getattr(sharding, "mesh", None)
+    return mesh is not None and mesh.shape.get(DATA_AXIS, 1) > 1
+
+
 def shard_rows(tree: PyTree) -> PyTree:
     """The arrays [M, ...] with their rows split over the mesh axis "data".
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, block_rows, num_rows
+from arbiter_jax.batching import Block, block_rows, interleaved, is_split, num_rows
 
 _JOIN_SECONDS = 5.0
 
@@ -114,13 +114,15 @@ class _Buffer:
             raise self._error
         return min(self._num_rows, wanted)
 
-    def block(self, window: int, batch_size: int, bucket_size: int, num_steps: int) -> PyTree:
+    def block(
+        self, window: int, batch_size: int, bucket_size: int, num_steps: int, position: Any
+    ) -> PyTree:
         """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer."""
         missing, parts, chunks = num_steps * batch_size, [], iter(self._chunks)
         while missing:
             parts.append(jax.tree.map(lambda x, n=missing: x[:n], next(chunks)))
             missing -= len(jax.tree.leaves(parts[-1])[0])
-        rows = block_rows(window, batch_size, bucket_size, num_steps)
+        rows = block_rows(window, batch_size, bucket_size, num_steps, position)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *parts)
 
     def drop(self, count: int) -> None:
@@ -160,8 +162,10 @@ def _serve(
             num_steps = min(num_steps, buffer.fill(num_steps * batch_size) // batch_size)
             if num_steps < 1:
                 return StopIteration()
-            block = buffer.block(window, batch_size, bucket_size, num_steps)
-            return Block(jax.device_put(block, sharding), np.int32(batch_size), np.int32(num_steps))
+            position = interleaved(bucket_size) if is_split(sharding) else None
+            block = buffer.block(window, batch_size, bucket_size, num_steps, position)
+            sizes = np.int32(batch_size), np.int32(num_steps)
+            return Block(jax.device_put(block, sharding), *sizes, position)
         except BaseException as error:
             return error
 

@@ -18,7 +18,13 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
-from arbiter_jax.batching import Block, BlockSource, batch_of_the_rest, check_next_block
+from arbiter_jax.batching import (
+    Block,
+    BlockSource,
+    batch_of_the_rest,
+    check_next_block,
+    num_data_devices,
+)
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._checks import (
     check_callback,
@@ -28,6 +34,7 @@ from arbiter_jax.training._checks import (
     check_transformation,
 )
 from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._mesh import in_mesh, place, place_block
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import (
     OutOfMemoryError,
@@ -77,7 +84,7 @@ Callback = Callable[[WindowRecord, TrainState], Any]
 The state's arrays are donated to the next window: copy what you want to keep."""
 
 
-def _on_device(data: Any, window: int) -> Data:
+def _on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None) -> Data:
     """The data as arrays on the device, except for what comes in blocks."""
     check_data(data)
     data = Data(data.train, getattr(data, "validation", None))
@@ -87,18 +94,18 @@ def _on_device(data: Any, window: int) -> Data:
             "one run_window: pass what made it, e.g. arbiter_jax.datasets.host_blocks(...)."
         )
     if not isinstance(data.train, BlockSource):
-        return _to_device(data)
+        return _to_device(data, mesh)
     if data.train.window != window:
         raise ValueError(
             f"window must be that of the blocks, {data.train.window}, got {window}: a block holds "
             "the batches of one window."
         )
-    return data._replace(validation=_to_device(data.validation))
+    return data._replace(validation=_to_device(data.validation, mesh))
 
 
-def _to_device(data: PyTree) -> Any:
+def _to_device(data: PyTree, mesh: jax.sharding.Mesh | None) -> Any:
     try:
-        return jax.tree.map(jnp.asarray, data)
+        return jax.tree.map(jnp.asarray, data) if mesh is None else place(data, mesh)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -108,7 +115,9 @@ def _to_device(data: PyTree) -> Any:
         ) from error
 
 
-def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) -> tuple[Data, int]:
+def _window_data(
+    data: Data, batch_size: int, bucket_size: int, num_steps: int, mesh: jax.sharding.Mesh | None
+) -> tuple[Data, int]:
     """What the next window trains on, and how many of its steps there are examples for."""
     if not isinstance(data.train, BlockSource):
         return data, num_steps
@@ -117,6 +126,7 @@ def _window_data(data: Data, batch_size: int, bucket_size: int, num_steps: int) 
     except StopIteration:
         return data, 0
     check_next_block(block, batch_size, num_steps)
+    block = block if mesh is None else place_block(block, mesh)
     return data._replace(train=block), int(block.num_steps)
 
 
@@ -190,6 +200,7 @@ def _what_went_wrong(
     return found
 
 
+@in_mesh
 def fit(
     loss_fn: LossFn | None,
     params: PyTree,
@@ -208,6 +219,8 @@ def fit(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    sampling: str = "exact",
 ) -> FitResult:
     """Trains for a number of examples, with the batch size that the rule in `tx` decides.
 
@@ -243,6 +256,11 @@ def fit(
       inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
         :func:`run_window`.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
+      mesh: Devices to train on, of which the axis "data", a power of two, splits the batches. Arrays
+        that lie on it stay as they are, the others are replicated. If None, the mesh of the context
+        or of the arrays, or one device. See :mod:`arbiter_jax.training._mesh`.
+      sampling: "exact": the examples that one device would draw. "local": each device draws from
+        its own rows of `data.train`, which then never move.
 
     Returns:
       A :class:`FitResult`.
@@ -273,11 +291,12 @@ def fit(
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     callbacks = _as_callbacks(callbacks)
     check_transformation(tx)
-    data = _on_device(data, window)
+    data = _on_device(data, window, mesh)
     if state is None:
-        state = init_state(params, tx, key, model_state)
+        state = init_state(place(params, mesh), tx, key, place(model_state, mesh))
     else:
-        state = resume_state(state, tx)
+        state = resume_state(place(state, mesh), tx)
+    state = place(state, mesh)
     check_concrete(params=params, key=key, data=data, state=state)
     the_rule(requests(state.opt_state), "tx")
     check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
@@ -298,9 +317,10 @@ def fit(
             num_steps = min(size, 1)
         if num_steps < 1:
             break
+        bucket_size = max(bucket_size, num_data_devices())
         given = state
         try:
-            window_data, num_steps = _window_data(data, size, bucket_size, num_steps)
+            window_data, num_steps = _window_data(data, size, bucket_size, num_steps, mesh)
             if num_steps < 1:
                 source_ended = True
                 break
@@ -321,6 +341,7 @@ def fit(
                     transform_batch=transform_batch,
                     inputs_of=inputs_of,
                     has_aux=has_aux,
+                    sampling=sampling,
                 )
             check_concrete(tx=info)
             info = jax.device_get(info)

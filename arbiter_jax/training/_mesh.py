@@ -29,13 +29,15 @@ or the data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import (
     DATA_AXIS,
@@ -73,40 +75,70 @@ def check_bucket_of_mesh(bucket_size: int) -> None:
         )
 
 
-def mesh_of(*trees: PyTree) -> Mesh | None:
-    """The mesh to train on where none was given: that of the context, or of arrays on one."""
-    mesh = jax.sharding.get_mesh()
-    if DATA_AXIS in mesh.axis_names:
-        return mesh
-    for leaf in jax.tree.leaves(trees):
-        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
-        if isinstance(mesh, Mesh) and DATA_AXIS in mesh.axis_names:
-            return mesh
-    return None
+def in_mesh(fit: Function) -> Function:
+    """Runs ``fit(..., mesh=mesh)`` in the context of the mesh, with its Explicit axes made Auto.
+
+    Without a mesh, that of the context is taken, or of arrays that are placed on one. The result's
+    state is sharded on the mesh that was given.
+    """
+
+    @functools.wraps(fit)
+    def call(*args: Any, mesh: Mesh | None = None, **options: Any) -> Any:
+        if mesh is not None:
+            check_mesh(mesh)
+        if _validate.is_traced(jnp.zeros(())):  # within jit, where `fit` says what to do instead
+            return fit(*args, **options)
+        mesh = _mesh_of(args, options) if mesh is None else mesh
+        if mesh is None:
+            return fit(*args, **options)
+        auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+        with jax.set_mesh(auto):
+            result = fit(*args, mesh=auto, **options)
+        return result._replace(state=place(result.state, mesh))
+
+    return call  # pyright: ignore[reportReturnType]
 
 
-def with_auto_axes(mesh: Mesh) -> Mesh:
-    """The same devices and names, with axes that array code need not know of."""
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+def _mesh_of(*trees: PyTree) -> Mesh | None:
+    """The mesh of the context, or of the first array that lies on one with an axis "data"."""
+    meshes = [jax.sharding.get_mesh()]
+    for leaf in jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator)):
+        meshes.append(getattr(getattr(leaf, "sharding", None), "mesh", None))
+    found = [x for x in meshes if isinstance(x, Mesh) and DATA_AXIS in x.axis_names]
+    return found[0] if found else None
 
 
-def place(tree: PyTree, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
-    """The arrays on a mesh: as they are placed on its devices, the others by `spec`."""
+def place(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec | None = None) -> Any:
+    """The arrays on a mesh: as they are placed on its devices, the others by `spec`.
+
+    Args:
+      tree: A pytree. What is no array, or cannot be read, is left for others to refuse.
+      mesh: Where to; None leaves everything where it is.
+      spec: How the arrays that lie elsewhere are split; replicated if None.
+    """
     spec = PartitionSpec() if spec is None else spec
 
-    def put(leaf: Any) -> jax.Array:
+    def put(leaf: Any) -> Any:
+        if not hasattr(leaf, "__array__") or (isinstance(leaf, jax.Array) and leaf.is_deleted()):
+            return leaf
+        leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
         found = getattr(leaf, "sharding", None)
-        if isinstance(found, NamedSharding) and np.array_equal(found.mesh.devices, mesh.devices):
-            return jax.device_put(leaf, NamedSharding(mesh, found.spec))
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        placed = isinstance(found, NamedSharding) and _is_same(found.mesh, mesh)
+        return jax.device_put(leaf, NamedSharding(mesh, found.spec if placed else spec))
 
-    return jax.tree.map(put, tree)
+    return tree if mesh is None else jax.tree.map(put, tree)
+
+
+def _is_same(a: Any, b: Mesh) -> bool:
+    """Whether two meshes have the same devices and names, whatever the types of their axes."""
+    return a.axis_names == b.axis_names and np.array_equal(a.devices, b.devices)
 
 
 def place_block(block: Block, mesh: Mesh) -> Block:
     """The batches of a block, with their rows split over the mesh axis "data"."""
-    on_mesh = [isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(block.batches)]
-    block = block if all(on_mesh) else interleave_block(block)
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(block.batches)]
+    if not all(isinstance(x, NamedSharding) for x in shardings):
+        block = interleave_block(block)
     batches = place(block.batches, mesh, PartitionSpec(None, DATA_AXIS))
     return block._replace(batches=batches)
 
