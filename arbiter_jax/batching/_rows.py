@@ -86,8 +86,8 @@ def on_each_device(function: Function, num_shared: int) -> Function:
 
     def call(*args: Any) -> Any:
         specs = (PartitionSpec(),) * num_shared + (_ROWS,) * (len(args) - num_shared)
-        mapped = jax.shard_map(function, in_specs=specs, out_specs=_ROWS, axis_names={DATA_AXIS})
-        return mapped(*args)
+        # Over all axes: with some left to XLA, its partitioner has crashed on nested loops.
+        return jax.shard_map(function, in_specs=specs, out_specs=_ROWS)(*args)
 
     return call  # pyright: ignore[reportReturnType]
 

@@ -147,3 +147,151 @@ def test_only_gradients_and_numbers_move(rule):
     found = list(collectives(compiled(rule, 8)[0]))
     assert {name for name, _ in found} == {"all-reduce"}
     assert max(size for _, size in found) <= LARGEST_GRADIENT
+
+
+@pytest.mark.parametrize("rule", ["constant", pytest.param("arbiter", marks=pytest.mark.slow)])
+def test_every_device_computes_its_share(rule):
+    options = {"bucket_size": 1024}  # so that what all devices do, the update, is a small part
+    ours, theirs = compiled(rule, **options)[0], compiled(rule, 8, **options)[0]
+    flops = [program.cost_analysis()["flops"] for program in (ours, theirs)]
+    assert flops[1] <= 1.1 / 8 * flops[0]
+
+
+@pytest.mark.slow
+def test_split_rows_move_as_a_batch():
+    ours, sizes = trained("gradient_noise_scale")
+    found, found_sizes = trained("gradient_noise_scale", 8, spec=ROWS)
+    assert found_sizes == sizes
+    chex.assert_trees_all_close(found, ours, atol=1e-5)
+    program = compiled("gradient_noise_scale", 8, spec=ROWS)[0]
+    # Far less than the data set: a batch, or the numbers of its rows.
+    assert max(size for _, size in collectives(program)) <= BUCKET * NUM_INPUTS
+
+
+@pytest.mark.slow
+def test_local_sampling_moves_no_example():
+    program = compiled("constant", 8, spec=ROWS, sampling="local")[0]
+    found = list(collectives(program))
+    assert {name for name, _ in found} == {"all-reduce"}
+    assert max(size for _, size in found) <= LARGEST_GRADIENT
+    # Another axis changes nothing, and neither does a second run.
+    ours, _ = trained("constant", 2, spec=ROWS, sampling="local")
+    found, _ = trained("constant", 2, 2, spec=ROWS, sampling="local")
+    chex.assert_trees_all_close(found, ours, atol=1e-5)
+
+
+def test_local_samples_are_each_devices_own():
+    n, size, bucket_size = 4, 48, 16
+    rows, sampler = np.arange(size), aj.init_sampler(3)
+    with jax.set_mesh(make_mesh(n)):
+        draw = jax.jit(sample_own_batch, static_argnums=3)
+        seen = []
+        for batch_size in [16, 1, 3, 5, 16, 7, 0] * 2:
+            sampler, batch, mask = draw(sampler, rows, batch_size, bucket_size)
+            batch, mask = np.asarray(batch), np.asarray(mask)
+            assert mask.sum() == batch_size
+            assert abs(mask[::2].sum() - mask[1::2].sum()) <= 1  # the halves that are compared
+            own = np.repeat(np.arange(n), bucket_size // n)
+            np.testing.assert_array_equal(batch // (size // n), own)  # padding as well
+            per_device = mask.reshape(n, -1).sum(1)
+            assert per_device.max() - per_device.min() <= 1
+            seen.extend(batch[mask])
+    assert int(sampler.epoch) == 2
+    assert int(sampler.cursor) == 0
+    for epoch in (seen[:size], seen[size:]):
+        np.testing.assert_array_equal(np.sort(epoch), rows)
+    assert seen[:size] != seen[size:]
+
+
+def test_halves_are_those_of_one_device():
+    rows, sampler = np.arange(40), aj.init_sampler(0)
+    _, batch, mask = aj.sample_batch(sampler, rows, 11, 16)
+    with jax.set_mesh(make_mesh(8)):
+        _, found, real = jax.jit(aj.sample_batch, static_argnums=3)(sampler, rows, 11, 16)
+    assert found.sharding.spec == ROWS
+    for half in (0, 1):
+        ours = slice(8 * half, 8 * half + 8)
+        np.testing.assert_array_equal(found[half::2], batch[ours])
+        np.testing.assert_array_equal(real[half::2], mask[ours])
+    np.testing.assert_array_equal(found.sharding.shard_shape(found.shape), [2])
+
+
+# fit
+
+
+def run_fit(data, params, mesh=None, **options):
+    tx = optax.chain(optax.adam(0.01), aj.schedulers.constant(5))
+    fit = functools.partial(aj.fit, num_examples=60, window=4, mesh=mesh, **options)
+    return fit(loss_fn, params, tx, data)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_fit_keeps_what_is_placed(kind):
+    mesh = make_mesh(2, 2, kind=kind)
+    specs = {"w1": PartitionSpec(None, "model"), "w2": PartitionSpec("model")}
+    placed = {name: put(w, mesh, specs[name]) for name, w in params().items()}
+    train, validation = data()
+    result = run_fit(aj.Data(put(train, mesh, ROWS), validation), placed)  # finds the mesh
+    chex.assert_trees_all_close(result.state.params, run_fit(data(), params()).state.params, atol=1e-5)
+    assert result.num_compilations + result.num_cache_hits == 1
+    assert [record.bucket_size for record in result.history] == [8, 8, 8]
+    adam = result.state.opt_state[0][0]
+    for tree in (result.state.params, adam.mu):
+        assert {name: w.sharding for name, w in tree.items()} == {
+            name: NamedSharding(mesh, spec) for name, spec in specs.items()
+        }
+    assert adam.count.sharding == NamedSharding(mesh, REPLICATED)
+    # And a state that is given back goes on where it lies.
+    further = run_fit(data(), None, state=result.state, stop_at=60)
+    assert further.state.params["w1"].sharding == NamedSharding(mesh, specs["w1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [None, PartitionSpec(None, "data")])
+def test_fit_from_blocks_on_a_mesh(sharding):
+    mesh = make_mesh(8, kind=AxisType.Explicit)
+    tx = make("gradient_noise_scale")
+
+    def run(mesh, sharding):
+        chunks = datasets.epochs(data().train, chunk_size=100)
+        with datasets.host_blocks(chunks, window=WINDOW, sharding=sharding) as blocks:
+            given = aj.Data(blocks)
+            return aj.fit(loss_fn, params(), tx, given, num_examples=800, window=WINDOW, mesh=mesh)
+
+    ours = run(None, None)
+    found = run(mesh, None if sharding is None else NamedSharding(mesh, sharding))
+    sizes = [[record.batch_size for record in run.history] for run in (ours, found)]
+    assert sizes[0] == sizes[1]
+    assert len(set(sizes[0])) > 1
+    chex.assert_trees_all_close(found.state.params, ours.state.params, atol=1e-5)
+
+
+def test_a_small_bucket_has_a_row_for_each_device():
+    result = run_fit(data(), params(), mesh=make_mesh(8), stop_at=20)
+    assert [(record.batch_size, record.bucket_size) for record in result.history] == [(5, 8)]
+
+
+# Errors
+
+
+def test_meshes_that_rows_cannot_be_split_over():
+    with pytest.raises(ValueError, match=r"mesh must have a power of two of devices .* got 3"):
+        run_fit(data(), params(), mesh=make_mesh(3))
+    mesh = jax.make_mesh((4,), ("x",))
+    with pytest.raises(ValueError, match=r"mesh must have an axis 'data'.*\('x',\)"):
+        run_fit(data(), params(), mesh=mesh)
+    with pytest.raises(ValueError, match=r"mesh must be a jax.sharding.Mesh.*got 8"):
+        run_fit(data(), params(), mesh=8)
+
+
+def test_buckets_and_data_that_devices_cannot_share():
+    state = aj.init_state(params(), make("constant"), 0)
+    run = functools.partial(aj.run_window, state, loss_fn=loss_fn, tx=make("constant"), window=1)
+    with jax.set_mesh(make_mesh(8)):
+        with pytest.raises(ValueError, match=r"bucket_size must be at least 8.*got 4"):
+            run(data(), bucket_size=4)
+        odd = data()._replace(train=jax.tree.map(lambda x: x[:60], data().train))
+        with pytest.raises(ValueError, match=r"multiple of 8 examples.*'local', got 60: leave 4 out"):
+            run(odd, bucket_size=8, sampling="local")
+    with pytest.raises(ValueError, match=r"sampling must be .*got 'own'"):
+        run(data(), bucket_size=8, sampling="own")
