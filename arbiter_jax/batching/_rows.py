@@ -10,11 +10,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 
 DATA_AXIS = "data"

@@ -20,7 +20,13 @@ from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._masking import num_rows
-from arbiter_jax.batching._rows import DATA_AXIS, num_data_devices, on_each_device, row_order, shard_rows
+from arbiter_jax.batching._rows import (
+    DATA_AXIS,
+    num_data_devices,
+    on_each_device,
+    row_order,
+    shard_rows,
+)
 
 _FEISTEL_ROUNDS = 6
 

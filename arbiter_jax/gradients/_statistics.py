@@ -298,14 +298,12 @@ def _per_example_stats(
         batch = replace_padding(batch, mask)
         out = plain(params, batch, mask, None, key)
         m = min(micro_batch_size, mask.shape[0])
-        groups = jax.tree.map(lambda x: x.reshape((-1, m, *x.shape[1:])), (batch, mask))
+        groups = _in_groups((batch, mask, _first_half(mask)), m)
         counts = counted_leaves(params, trainable)
         # Scaling before the products is the same as giving each product the squared scale once.
         factors = _counted(preconditioner, counts)
         scale = lambda g: scaled(_counted(g, counts), factors)
         mean = scale(out.grads)
-        half = jnp.cumsum(mask) <= jnp.sum(mask) // 2
-        half = half.reshape(groups[1].shape)
 
         def group(carry, xs):
             rows, real, in_first = xs
@@ -325,16 +323,35 @@ def _per_example_stats(
             return (first, squares), (norms, inner, weights)
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), (*groups, half))
+        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
         norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
         first, squares = jax.tree.map(lambda x: _times(x, share), (first, squares))
-        in_first = jnp.sum(weights * share * half.reshape(-1))
+        in_first = jnp.sum(weights * share * groups[2].reshape(-1))
         stats = stats_from_norms(norms, inner, weights * share, mean, (first, in_first), squares)
         return out._replace(grad_stats=stats)
 
     return gradient_fn
+
+
+def _in_groups(tree: PyTree, size: int) -> PyTree:
+    """Rows in groups of a size, [M / size, size, ...]; on a mesh, each device has a part of each."""
+
+    def group(x):
+        if num_data_devices() == 1:
+            return x.reshape((-1, size, *x.shape[1:]))
+        return jnp.swapaxes(x.reshape((size, -1, *x.shape[1:])), 0, 1)
+
+    return jax.tree.map(group, tree)
+
+
+def _first_half(mask: jax.Array) -> jax.Array:
+    """Marks the padding up to the middle and the first half of the real rows, bool[M]."""
+    dealt_out = num_data_devices() > 1 and mask.shape[0] % 2 == 0  # see `batching.interleaved`
+    ordered = mask.reshape(-1, 2).T.reshape(-1) if dealt_out else mask
+    half = jnp.cumsum(ordered) <= jnp.sum(mask) // 2
+    return half.reshape(2, -1).T.reshape(-1) if dealt_out else half
 
 
 def _weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:

@@ -24,6 +24,29 @@ Axes of type Explicit, which ``jax.make_mesh`` makes by default, are made Auto w
 loss functions are ordinary array code. Arrays that such a function captures instead of taking them as
 arguments keep their Explicit type, and JAX refuses to mix the two: pass them in `params`, `model_state`
 or the data.
+
+Where the batch itself is compared example by example (`subset_gradients`), the inputs of a batch are
+gathered on every device. A bucket with one row a device leaves half of the devices idle where halves
+of the batch are compared.
+
+>>> import arbiter_jax as aj, jax, jax.numpy as jnp, optax
+>>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+>>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(64))
+>>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+>>> data = aj.Data(jnp.ones(128))
+>>> result = aj.fit(loss_fn, jnp.zeros(()), tx, data, num_examples=640, window=10, mesh=mesh)
+>>> round(float(result.state.params), 4), result.state.params.sharding.is_fully_replicated
+(0.6513, True)
+
+In a loop of one's own, with arrays that are placed on the mesh, the window is called within it:
+
+>>> everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+>>> state = jax.device_put(aj.init_state(jnp.zeros(()), tx, 0), everywhere)
+>>> with jax.set_mesh(mesh):
+...     state, info = aj.run_window(
+...         state, jax.device_put(data, everywhere), loss_fn=loss_fn, tx=tx, bucket_size=64, window=10)
+>>> round(float(state.params), 4)
+0.6513
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from arbiter_jax.batching import (
     examples_ahead,
     num_data_devices,
     num_rows,
-    shard_rows,
 )
 from arbiter_jax.gradients import Gradient, GradientFn
 
@@ -192,13 +191,12 @@ def validation_signals(
     total = sum(rows.values())
     if due:
         # One draw for both: a step is short enough for the number of its operations to matter.
-        positions = jnp.arange(total, dtype=jnp.int32)
         used = rows.get("agent_inputs", 0)
+        draw = lambda *ends: examples_ahead(sampler, validation, jnp.arange(*ends, dtype=jnp.int32))
         if num_data_devices() == 1:
-            batch = seen = examples_ahead(sampler, validation, positions)
+            batch = seen = draw(total)
         else:  # a slice of rows that are split over devices would move between them
-            seen = examples_ahead(sampler, validation, positions[:used])
-            batch = examples_ahead(sampler, validation, positions[used:])
+            seen, batch = draw(used), draw(used, total)
         if "meta_batch" in rows:
             size = requested.meta_batch_size
             used = used + (bucket_size if size is None else jnp.minimum(size, bucket_size))

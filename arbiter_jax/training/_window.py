@@ -251,9 +251,10 @@ def run_window(
       batch size 0 and zeros everywhere else.
 
     Raises:
-      ValueError: If window < 1, the bucket is not a power of two or smaller than the mesh, the data is empty, ragged or a block
-        of another window or bucket, a rule needs validation data that was not given, a function or
-        the state is not what it should be, or the state was donated before.
+      ValueError: If window < 1, the bucket is not a power of two or smaller than the mesh, the data
+        is empty, ragged or a block of another window or bucket, a rule needs validation data that
+        was not given, a function or the state is not what it should be, or the state was donated
+        before.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.

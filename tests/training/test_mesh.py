@@ -6,7 +6,6 @@ import re
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.batching import interleaved, sample_own_batch
+from arbiter_jax.batching import sample_own_batch
+from arbiter_jax.gradients import value_grad_and_stats
 
 NUM_EXAMPLES, NUM_INPUTS, NUM_HIDDEN, NUM_CLASSES = 512, 16, 32, 4
 BUCKET, WINDOW = 64, 4
@@ -158,6 +158,22 @@ def test_every_device_computes_its_share(rule):
 
 
 @pytest.mark.slow
+def test_per_example_statistics_on_a_mesh():
+    function = jax.jit(value_grad_and_stats(loss_fn, method="per_example", micro_batch_size=32))
+    found = []
+    for n in (1, 8):
+        mesh = make_mesh(n)
+        with jax.set_mesh(mesh):
+            sampler = put(aj.init_sampler(0), mesh)
+            draw = jax.jit(aj.sample_batch, static_argnums=3)
+            _, batch, mask = draw(sampler, put(data().train, mesh), 101, 128)
+            program = function.lower(params(), batch, mask).compile()
+            found.append((program(params(), batch, mask), program.cost_analysis()["flops"]))
+    chex.assert_trees_all_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-4)
+    assert found[1][1] <= 1.4 / 8 * found[0][1]  # sums over groups are on every device
+
+
+@pytest.mark.slow
 def test_split_rows_move_as_a_batch():
     ours, sizes = trained("gradient_noise_scale")
     found, found_sizes = trained("gradient_noise_scale", 8, spec=ROWS)
@@ -232,7 +248,9 @@ def test_fit_keeps_what_is_placed(kind):
     placed = {name: put(w, mesh, specs[name]) for name, w in params().items()}
     train, validation = data()
     result = run_fit(aj.Data(put(train, mesh, ROWS), validation), placed)  # finds the mesh
-    chex.assert_trees_all_close(result.state.params, run_fit(data(), params()).state.params, atol=1e-5)
+    chex.assert_trees_all_close(
+        result.state.params, run_fit(data(), params()).state.params, atol=1e-5
+    )
     assert result.num_compilations + result.num_cache_hits == 1
     assert [record.bucket_size for record in result.history] == [8, 8, 8]
     adam = result.state.opt_state[0][0]
@@ -291,7 +309,9 @@ def test_buckets_and_data_that_devices_cannot_share():
         with pytest.raises(ValueError, match=r"bucket_size must be at least 8.*got 4"):
             run(data(), bucket_size=4)
         odd = data()._replace(train=jax.tree.map(lambda x: x[:60], data().train))
-        with pytest.raises(ValueError, match=r"multiple of 8 examples.*'local', got 60: leave 4 out"):
+        with pytest.raises(
+            ValueError, match=r"multiple of 8 examples.*'local', got 60: leave 4 out"
+        ):
             run(odd, bucket_size=8, sampling="local")
     with pytest.raises(ValueError, match=r"sampling must be .*got 'own'"):
         run(data(), bucket_size=8, sampling="own")
