@@ -56,11 +56,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import (
     DATA_AXIS,
@@ -109,9 +107,11 @@ def in_mesh(fit: Function) -> Function:
     def call(*args: Any, mesh: Mesh | None = None, **options: Any) -> Any:
         if mesh is not None:
             check_mesh(mesh)
-        if _validate.is_traced(jnp.zeros(())):  # within jit, where `fit` says what to do instead
+        try:
+            context = jax.sharding.get_mesh()
+        except ValueError:  # within jit, vmap or grad, where `fit` says what to do instead
             return fit(*args, **options)
-        mesh = _mesh_of(args, options) if mesh is None else mesh
+        mesh = _mesh_of(context, args, options) if mesh is None else mesh
         if mesh is None:
             return fit(*args, **options)
         auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
@@ -122,9 +122,9 @@ def in_mesh(fit: Function) -> Function:
     return call  # pyright: ignore[reportReturnType]
 
 
-def _mesh_of(*trees: PyTree) -> Mesh | None:
+def _mesh_of(context: Mesh, *trees: PyTree) -> Mesh | None:
     """The mesh of the context, or of the first array that lies on one with an axis "data"."""
-    meshes = [jax.sharding.get_mesh()]
+    meshes: list[Any] = [context]
     for leaf in jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator)):
         meshes.append(getattr(getattr(leaf, "sharding", None), "mesh", None))
     found = [x for x in meshes if isinstance(x, Mesh) and DATA_AXIS in x.axis_names]
@@ -141,11 +141,11 @@ def place(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec | None = None) ->
     """
     spec = PartitionSpec() if spec is None else spec
 
-    def put(leaf: Any) -> Any:
+    def put(leaf: Any, mesh: Any = mesh) -> Any:
         if not hasattr(leaf, "__array__") or (isinstance(leaf, jax.Array) and leaf.is_deleted()):
             return leaf
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-        found = getattr(leaf, "sharding", None)
+        found: Any = getattr(leaf, "sharding", None)
         placed = isinstance(found, NamedSharding) and _is_same(found.mesh, mesh)
         return jax.device_put(leaf, NamedSharding(mesh, found.spec if placed else spec))
 
