@@ -7,6 +7,7 @@ from arbiter_jax.batching._blocks import (
     block_rows,
     check_block,
     check_next_block,
+    interleave_block,
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
@@ -18,17 +19,27 @@ from arbiter_jax.batching._masking import (
     replace_padding,
     total_weight,
 )
+from arbiter_jax.batching._rows import (
+    DATA_AXIS,
+    bit_reversed,
+    check_data_axis,
+    interleaved,
+    is_split,
+    num_data_devices,
+    shard_rows,
+)
 from arbiter_jax.batching._sampling import (
     SamplerState,
     advance,
-    bit_reversed,
     examples_ahead,
     init_sampler,
     sample_batch,
+    sample_own_batch,
 )
 from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
 
 __all__ = [
+    "DATA_AXIS",
     "Block",
     "BlockSource",
     "SamplerState",
@@ -41,19 +52,26 @@ __all__ = [
     "block_rows",
     "block_shape",
     "check_block",
+    "check_data_axis",
     "check_losses",
     "check_next_block",
     "examples_ahead",
     "group_rows",
     "halves_apart",
     "init_sampler",
+    "interleave_block",
+    "interleaved",
+    "is_split",
     "masked_mean",
     "next_bucket",
+    "num_data_devices",
     "num_groups",
     "num_rows",
     "replace_padding",
     "sample_batch",
+    "sample_own_batch",
     "sample_shared",
+    "shard_rows",
     "take_group",
     "total_weight",
 ]

@@ -11,7 +11,7 @@ import jax.typing
 import numpy as np
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching._sampling import bit_reversed
+from arbiter_jax.batching._rows import bit_reversed, interleaved, row_order, shard_rows
 
 
 class Block(NamedTuple):
@@ -23,9 +23,18 @@ class Block(NamedTuple):
     batches: PyTree  # leaves [T, bucket_size, ...], rows in the order of `block_rows`
     batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples per step
     num_steps: jax.Array | np.integer  # shape=(), dtype=int32, steps that have a batch, <= T
+    # shape=(bucket_size,), dtype=int32, the example of each row: `interleaved`, for the devices of a
+    # mesh; None is `bit_reversed`, for one device.
+    position: jax.Array | np.ndarray | None = None
 
 
-def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -> np.ndarray:
+def block_rows(
+    window: int,
+    batch_size: int,
+    bucket_size: int,
+    num_steps: int,
+    position: np.ndarray | None = None,
+) -> np.ndarray:
     """The number of the example that goes into each row of a block.
 
     Rows are assigned as in :func:`sample_batch`. Padding repeats the first example of its step, and
@@ -36,6 +45,7 @@ def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -
       batch_size: B, number of real examples per step, at most bucket_size.
       bucket_size: Number of rows per step.
       num_steps: Number of steps that have examples, in [1, T].
+      position: Of the block, see :class:`Block`.
 
     Returns:
       int[T, bucket_size] with entries in [0, num_steps * batch_size).
@@ -43,17 +53,36 @@ def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -
     >>> block_rows(window=3, batch_size=3, bucket_size=4, num_steps=2).tolist()
     [[0, 2, 1, 0], [3, 5, 4, 3], [0, 0, 0, 0]]
     """
-    position = bit_reversed(bucket_size)
+    position = bit_reversed(bucket_size) if position is None else position
     within = np.where(position < batch_size, position, 0)
     step = np.arange(window)[:, None]
     return np.where(step < num_steps, step * batch_size + within[None, :], 0)
 
 
 def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, jax.Array]:
-    """The batch of step t of a block, and its mask, bool[bucket_size]."""
+    """The batch of step t of a block, and its mask, bool[bucket_size], as `sample_batch` returns them.
+
+    A block that was made for one device and is used on a mesh, or the other way round, has its rows
+    put in order.
+    """
     take = functools.partial(jax.lax.dynamic_index_in_dim, index=t, keepdims=False)
-    mask = jnp.asarray(bit_reversed(bucket_size)) < block.batch_size
-    return jax.tree.map(take, block.batches), mask
+    batch, wanted = jax.tree.map(take, block.batches), row_order(bucket_size)
+    found = bit_reversed(bucket_size) if block.position is None else interleaved(bucket_size)
+    if not np.array_equal(found, wanted):
+        rows = np.argsort(found)[wanted]
+        batch = jax.tree.map(lambda x: x[rows], batch)
+    return shard_rows((batch, jnp.asarray(wanted) < block.batch_size))
+
+
+def interleave_block(block: Block) -> Block:
+    """A block of one device in the order of rows that a mesh wants."""
+    if block.position is not None:
+        return block
+    bucket_size = jax.tree.leaves(block.batches)[0].shape[1]
+    position = interleaved(bucket_size)
+    rows = np.argsort(bit_reversed(bucket_size))[position]
+    batches = jax.tree.map(lambda x: x[:, rows], block.batches)
+    return block._replace(batches=batches, position=position)
 
 
 def check_block(block: Block, window: int | None, bucket_size: int) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._blocks import Block
 from arbiter_jax.batching._buckets import next_bucket
-from arbiter_jax.batching._sampling import SamplerState, bit_reversed, examples_ahead
+from arbiter_jax.batching._rows import bit_reversed, shard_rows
+from arbiter_jax.batching._sampling import SamplerState, examples_ahead
 
 
 def num_groups(batch_size: jax.typing.ArrayLike, micro_batch_size: int) -> jax.Array:
@@ -76,12 +77,18 @@ def take_group(
     if isinstance(train, Block):
         slot = step * num_groups(batch_size, micro_batch_size) + group
         rows = micro_batch_size // num_parts
+        is_interleaved = train.position is not None and micro_batch_size > 1
 
         def take(x):
-            at = (slot, part * rows, *[jnp.int32(0)] * (x.ndim - 2))
-            return jax.lax.dynamic_slice(x, at, (1, rows, *x.shape[2:]))[0]
+            x = jax.lax.dynamic_index_in_dim(x, slot, keepdims=False)
+            if not is_interleaved:
+                return jax.lax.dynamic_slice_in_dim(x, part * rows, rows)
+            halves = x.reshape(-1, 2, *x.shape[1:])  # row 2i + j is row i of half j
+            if num_parts == 1:
+                return jnp.swapaxes(halves, 0, 1).reshape(x.shape)
+            return jax.lax.dynamic_index_in_dim(halves, part, axis=1, keepdims=False)
 
-        return jax.tree.map(take, train.batches), mask
+        return shard_rows((jax.tree.map(take, train.batches), mask))
     return examples_ahead(sampler, train, jnp.where(mask, start + position, 0)), mask
 
 
@@ -97,11 +104,16 @@ def block_shape(window: int, batch_size: int, bucket_size: int) -> tuple[int, in
 
 
 def group_rows(
-    num_slots: int, batch_size: int, micro_batch_size: int, num_steps: int
+    num_slots: int,
+    batch_size: int,
+    micro_batch_size: int,
+    num_steps: int,
+    position: np.ndarray | None = None,
 ) -> np.ndarray:
     """As :func:`block_rows`, for a block of groups: int[num_slots, micro_batch_size].
 
-    Group j of step t is in slot t n + j, n being the number of groups of a batch. Padding repeats the
+    Group j of step t is in slot t n + j, n being the number of groups of a batch; `position` is that
+    of the :class:`Block`. Padding repeats the
     first example of its step, and slots without a group repeat the first example of the window.
 
     >>> group_rows(num_slots=4, batch_size=3, micro_batch_size=2, num_steps=1).tolist()
@@ -111,6 +123,6 @@ def group_rows(
     step, j = np.divmod(np.arange(num_slots), n)
     each, more = divmod(batch_size, n)
     start, size = j * each + np.minimum(j, more), each + (j < more)
-    position = bit_reversed(micro_batch_size)[None, :]
+    position = bit_reversed(micro_batch_size) if position is None else position
     within = np.where(position < size[:, None], start[:, None] + position, 0)
     return np.where(step[:, None] < num_steps, step[:, None] * batch_size + within, 0)

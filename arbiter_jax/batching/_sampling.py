@@ -20,6 +20,13 @@ from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._masking import num_rows
+from arbiter_jax.batching._rows import (
+    DATA_AXIS,
+    num_data_devices,
+    on_each_device,
+    row_order,
+    shard_rows,
+)
 
 _FEISTEL_ROUNDS = 6
 
@@ -114,7 +121,8 @@ def sample_batch(
 
     No example is drawn again before all others of its epoch have been. Padding repeats the first
     row, which is a real example. The examples are spread evenly over the rows (see
-    :func:`bit_reversed`), so that each half of the bucket holds half of them.
+    :func:`bit_reversed`), so that each half of the bucket holds half of them; on a mesh, with
+    ``jax.set_mesh``, they are split over the devices of the axis "data" (see :func:`interleaved`).
 
     =============================  ======================================================
     the batch crosses an epoch     the rest comes from the permutation of the next epoch
@@ -152,39 +160,76 @@ def sample_batch(
     if not _validate.is_traced(batch_size):
         batch_size = _validate.integer(batch_size=batch_size, minimum=0)
     batch_size = jnp.minimum(jnp.asarray(batch_size, jnp.int32), bucket_size)
-    position = jnp.asarray(bit_reversed(bucket_size))
+    position = jnp.asarray(row_order(bucket_size))
     mask = position < batch_size
     batch = examples_ahead(state, data, jnp.where(mask, position, 0))
-    return advance(state, batch_size, num_rows(data)), batch, mask
+    return advance(state, batch_size, num_rows(data)), batch, shard_rows(mask)
 
 
 def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
     """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
     size = num_rows(data)
-    position = state.cursor + position
-    rows = permuted_index(state.key, state.epoch + position // size, position % size, size)
+
+    # Each device numbers its own rows: a loop over all of them would ask all devices at every turn
+    # whether it has ended.
+    def numbers(state: SamplerState, position: jax.Array) -> jax.Array:
+        ahead = state.cursor + position
+        return permuted_index(state.key, state.epoch + ahead // size, ahead % size, size)
+
+    if position.shape[0] % num_data_devices():
+        return _take(data, numbers(state, position))
+    return shard_rows(_take(data, on_each_device(numbers, 1)(state, position)))
+
+
+def _take(data: PyTree, rows: jax.Array) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
 
 
-def bit_reversed(bucket_size: int) -> np.ndarray:
-    """The number of the example in each row of a bucket: the row number with its bits reversed.
+def sample_own_batch(
+    state: SamplerState, data: PyTree, batch_size: jax.typing.ArrayLike, bucket_size: int
+) -> tuple[SamplerState, PyTree, jax.Array]:
+    """As :func:`sample_batch`, but each device of a mesh draws its share from its own rows.
 
-    This spreads the examples of a batch evenly: each half, quarter and so on of the rows holds its
-    share of them, so that the gradients of contiguous pieces can be compared.
+    The data lies on n devices, L rows each. The examples of an epoch are dealt out in turn: number q
+    of the epoch is number q // n in a random permutation of the rows of device q % n. Every example
+    is drawn once an epoch, a batch is stratified by device, and no example leaves its device. The
+    batches depend on the number of devices; with one they are those of :func:`sample_batch`.
 
     Args:
-      bucket_size: Number of rows.
+      state: The sampler of this data, the same one as for :func:`sample_batch`.
+      data: Pytree of arrays [n L, ...], whose rows are split over the mesh axis "data".
+      batch_size: int32[], number of real examples, in [0, bucket_size].
+      bucket_size: Static number of rows, a multiple of n.
 
     Returns:
-      int32[bucket_size], a permutation that starts with 0.
+      (state, batch, mask), each half of whose even and odd rows holds half of the examples.
 
-    >>> bit_reversed(8).tolist()
-    [0, 4, 2, 6, 1, 5, 3, 7]
+    Raises:
+      ValueError: If the rows of the data cannot be split evenly over the devices.
     """
-    order = np.zeros(1, np.int32)
-    while len(order) < bucket_size:
-        order = np.concatenate([2 * order, 2 * order + 1])
-    return order[order < bucket_size]
+    n, size = num_data_devices(), num_rows(data)
+    if n == 1:
+        return sample_batch(state, data, batch_size, bucket_size)
+    if size % n:
+        raise ValueError(
+            f"data.train must have a multiple of {n} examples, as many on each device, where "
+            f"sampling is 'local', got {size}: leave {size % n} out, or use sampling='exact'."
+        )
+    batch_size = jnp.minimum(jnp.asarray(batch_size, jnp.int32), bucket_size)
+
+    def draw(state: SamplerState, batch_size: jax.Array, data: PyTree) -> tuple[PyTree, jax.Array]:
+        device = jax.lax.axis_index(DATA_AXIS)
+        # Every other device fills the second of two rows first: the halves stay equal.
+        number = jnp.arange(bucket_size // n) ^ (device & int(bucket_size > n))
+        first = jnp.mod(device - state.cursor, n)
+        mask = first + n * number < batch_size
+        ahead = state.cursor + first + n * jnp.where(mask, number, 0)
+        key, epoch = jax.random.fold_in(state.key, device), state.epoch + ahead // size
+        rows = permuted_index(key, epoch, ahead % size // n, size // n)
+        return _take(data, rows), mask
+
+    batch, mask = on_each_device(draw, 2)(state, batch_size, data)
+    return advance(state, batch_size, size), batch, mask
 
 
 def advance(state: SamplerState, used: jax.typing.ArrayLike, dataset_size: int) -> SamplerState:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._masking import num_rows
-from arbiter_jax.batching._sampling import SamplerState, advance, bit_reversed, examples_ahead
+from arbiter_jax.batching._rows import bit_reversed
+from arbiter_jax.batching._sampling import SamplerState, advance, examples_ahead
 
 
 def sample_shared(

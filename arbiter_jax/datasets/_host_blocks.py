@@ -20,7 +20,15 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, block_rows, block_shape, group_rows, num_rows
+from arbiter_jax.batching import (
+    Block,
+    block_rows,
+    block_shape,
+    group_rows,
+    interleaved,
+    is_split,
+    num_rows,
+)
 from arbiter_jax.datasets._epochs import is_resumable
 
 _JOIN_SECONDS = 5.0
@@ -96,7 +104,9 @@ class _Buffer:
             raise self._error
         return min(self._num_rows, wanted)
 
-    def block(self, window: int, batch_size: int, bucket_size: int, num_steps: int) -> PyTree:
+    def block(
+        self, window: int, batch_size: int, bucket_size: int, num_steps: int, position: Any
+    ) -> PyTree:
         """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer.
 
         Steps of more rows than the bucket are split into groups; see :func:`group_rows`.
@@ -107,7 +117,7 @@ class _Buffer:
             missing -= len(jax.tree.leaves(parts[-1])[0])
         num_slots, _ = block_shape(window, batch_size, bucket_size)
         arrange = block_rows if batch_size <= bucket_size else group_rows
-        rows = arrange(num_slots, batch_size, bucket_size, num_steps)
+        rows = arrange(num_slots, batch_size, bucket_size, num_steps, position)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *parts)
 
     def drop(self, count: int) -> None:
@@ -150,8 +160,10 @@ def _serve(
             num_steps = min(num_steps, buffer.fill(num_steps * batch_size) // batch_size)
             if num_steps < 1:
                 return StopIteration()
-            block = buffer.block(window, batch_size, bucket_size, num_steps)
-            return Block(jax.device_put(block, sharding), np.int32(batch_size), np.int32(num_steps))
+            position = interleaved(bucket_size) if is_split(sharding) else None
+            block = buffer.block(window, batch_size, bucket_size, num_steps, position)
+            sizes = np.int32(batch_size), np.int32(num_steps)
+            return Block(jax.device_put(block, sharding), *sizes, position)
         except BaseException as error:
             return error
 

@@ -22,7 +22,13 @@ from arbiter_jax._numerics import (
     tree_where,
 )
 from arbiter_jax.base import GradStats, LossFn, PyTree
-from arbiter_jax.batching import masked_mean, num_rows, replace_padding, total_weight
+from arbiter_jax.batching import (
+    masked_mean,
+    num_data_devices,
+    num_rows,
+    replace_padding,
+    total_weight,
+)
 from arbiter_jax.gradients._estimators import (
     real_parts,
     scaled,
@@ -153,7 +159,8 @@ def value_grad_and_stats(
       num_pieces: Number of pieces, a power of two >= 2. A bucket of fewer rows has one piece a row.
       micro_batch_size: Per-example gradients held at once, a power of two >= 1.
       sampled: As in :func:`masked_value_and_grad`. The rows of these batches are dealt out already,
-        and contiguous pieces need no copy.
+        and contiguous pieces need no copy. On a mesh, pass 2 pieces: its batches are dealt out to
+        halves.
       axis_name: The mesh axis that the batch is split over, for "per_device".
       trainable: The parameters that the statistics are about: a pytree of bools like the parameters
         or a prefix of it, or a function of the parameters that returns one; all if None. Frozen
@@ -213,10 +220,11 @@ def value_grad_and_stats(
             nan = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), out.grads)
             return out._replace(grad_stats=stats, gradient_noise=_zero_others(nan, counts))
         pieces, auxes, weights = [], [], []
+        contiguous = sampled and num_data_devices() == 1  # see `batching.interleaved`
         whole = params, batch, mask, model_state, key
         for j in range(k):
             piece_key = None if key is None else jax.random.fold_in(key, j)
-            rows, real = _split((batch, mask), k, j, contiguous=sampled)
+            rows, real = _split((batch, mask), k, j, contiguous)
             out, weight = weighted(params, rows, real, model_state, piece_key)
             piece = (out.value, out.grads)  # exactly zero for an empty piece, but for BatchNorm:
             if model_state is not None:  # statistics of nothing are 0 / 0
@@ -290,14 +298,12 @@ def _per_example_stats(
         batch = replace_padding(batch, mask)
         out = plain(params, batch, mask, None, key)
         m = min(micro_batch_size, mask.shape[0])
-        groups = jax.tree.map(lambda x: x.reshape((-1, m, *x.shape[1:])), (batch, mask))
+        groups = _in_groups((batch, mask, _first_half(mask)), m)
         counts = counted_leaves(params, trainable)
         # Scaling before the products is the same as giving each product the squared scale once.
         factors = _counted(preconditioner, counts)
         scale = lambda g: scaled(_counted(g, counts), factors)
         mean = scale(out.grads)
-        half = jnp.cumsum(mask) <= jnp.sum(mask) // 2
-        half = half.reshape(groups[1].shape)
 
         def group(carry, xs):
             rows, real, in_first = xs
@@ -317,16 +323,35 @@ def _per_example_stats(
             return (first, squares), (norms, inner, weights)
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), (*groups, half))
+        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
         norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
         first, squares = jax.tree.map(lambda x: _times(x, share), (first, squares))
-        in_first = jnp.sum(weights * share * half.reshape(-1))
+        in_first = jnp.sum(weights * share * groups[2].reshape(-1))
         stats = stats_from_norms(norms, inner, weights * share, mean, (first, in_first), squares)
         return out._replace(grad_stats=stats)
 
     return gradient_fn
+
+
+def _in_groups(tree: PyTree, size: int) -> PyTree:
+    """Rows in groups of a size, [M / size, size, ...]; on a mesh, each device has a part of each."""
+
+    def group(x):
+        if num_data_devices() == 1:
+            return x.reshape((-1, size, *x.shape[1:]))
+        return jnp.swapaxes(x.reshape((size, -1, *x.shape[1:])), 0, 1)
+
+    return jax.tree.map(group, tree)
+
+
+def _first_half(mask: jax.Array) -> jax.Array:
+    """Marks the padding up to the middle and the first half of the real rows, bool[M]."""
+    dealt_out = num_data_devices() > 1 and mask.shape[0] % 2 == 0  # see `batching.interleaved`
+    ordered = mask.reshape(-1, 2).T.reshape(-1) if dealt_out else mask
+    half = jnp.cumsum(ordered) <= jnp.sum(mask) // 2
+    return half.reshape(2, -1).T.reshape(-1) if dealt_out else half
 
 
 def _weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, BlockSource, block_shape
+from arbiter_jax.batching import Block, BlockSource, block_shape, num_data_devices
 from arbiter_jax.training._out_of_memory import is_out_of_memory
 
 _log = logging.getLogger("arbiter_jax")
@@ -29,12 +29,18 @@ class MicroBatch:
         self.size: int | None = None  # "auto" has none until a program does not fit
         if micro_batch_size is not None and not self.is_auto:
             self.size = _validate.power_of_two(micro_batch_size=micro_batch_size)
+            if self.size < num_data_devices():
+                raise ValueError(
+                    f"micro_batch_size must be at least {num_data_devices()}, the devices that share "
+                    f"the rows of a batch, got {micro_batch_size}."
+                )
         self._fitting: set[int] = set()  # buckets whose programs were found to fit
         self._block: Any = None  # shapes of the last block from the host
 
     def limited(self, bucket_size: int) -> int:
-        """The bucket, or the micro-batch if that is smaller."""
-        return bucket_size if self.size is None else min(bucket_size, self.size)
+        """The bucket, or the micro-batch if that is smaller; at least a row for every device."""
+        bucket_size = bucket_size if self.size is None else min(bucket_size, self.size)
+        return max(bucket_size, num_data_devices())
 
     def saw(self, data: Any) -> None:
         """Remembers the shapes of a window's data, by which the next program is searched."""
@@ -87,7 +93,7 @@ class MicroBatch:
             return lowered.compile()
 
         limit, wanted = _SHARE * _memory(), bucket_size
-        while bucket_size > 1:
+        while bucket_size > num_data_devices():
             in_groups = bucket_size if bucket_size != wanted or self.size else None
             fixed, varying = _needed(functools.partial(compile_window, bucket_size, in_groups))
             if fixed + varying <= limit:
@@ -95,7 +101,7 @@ class MicroBatch:
             # What depends on the number of rows grows in proportion to it.
             fits = bucket_size * max(limit - fixed, 0.0) / varying
             largest = 1 << max(int(fits), 1).bit_length() - 1
-            bucket_size = min(bucket_size // 2, largest)
+            bucket_size = max(min(bucket_size // 2, largest), num_data_devices())
         self._fitting.add(bucket_size)
         if bucket_size < wanted:
             self.size = bucket_size
@@ -118,7 +124,12 @@ class MicroBatch:
           data: The data of the run; a block from the host is used up.
         """
         lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        if not self.is_auto or lost or bucket_size == 1 or isinstance(data.train, BlockSource):
+        if (
+            not self.is_auto
+            or lost
+            or bucket_size <= num_data_devices()
+            or isinstance(data.train, BlockSource)
+        ):
             return False
         self.size = bucket_size // 2
         self._fitting.add(self.size)

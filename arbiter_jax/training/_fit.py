@@ -29,6 +29,7 @@ from arbiter_jax.training._checks import (
 )
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._interrupts import Interrupts
+from arbiter_jax.training._mesh import in_mesh, place
 from arbiter_jax.training._out_of_memory import is_out_of_memory, out_of_memory
 from arbiter_jax.training._records import (
     Callback,
@@ -66,7 +67,7 @@ def _train_window(
             )
             ahead.wait(bucket_size)
             bucket_size = micro.fitting_bucket(size, bucket_size, data, run.window, arguments)
-        window_data, num_steps = data_of_window(data, size, bucket_size, wanted)
+        window_data, num_steps = data_of_window(data, size, bucket_size, wanted, run.mesh)
         if num_steps < wanted:  # the source has ended, and the rule decides on what is left
             run.rest, run.is_cut = None, False
         if num_steps < 1:
@@ -112,6 +113,7 @@ def _train_window(
     return True
 
 
+@in_mesh
 def fit(
     loss_fn: LossFn | None,
     params: PyTree,
@@ -130,6 +132,8 @@ def fit(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    sampling: str = "exact",
     micro_batch_size: int | str | None = None,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
@@ -182,6 +186,11 @@ def fit(
       inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
         :func:`run_window`.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
+      mesh: Devices to train on, of which the axis "data", a power of two, splits the batches. Arrays
+        that lie on it stay as they are, the others are replicated. If None, the mesh of the context
+        or of the arrays, or one device. See :mod:`arbiter_jax.training._mesh`.
+      sampling: "exact": the examples that one device would draw. "local": each device draws from
+        its own rows of `data.train`, which then never move.
       micro_batch_size: A power of two, the most rows that are computed at once; larger batches take
         them in groups, in one program for all sizes: see :func:`run_window`. It bounds the memory of
         a window and the number of programs, ``max(1, log2(micro_batch_size /
@@ -237,11 +246,12 @@ def fit(
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     callbacks = as_callbacks(callbacks)
     check_transformation(tx)
-    data = on_device(data, window)
+    data = on_device(data, window, mesh)
     if state is None:
-        state = init_state(params, tx, key, model_state)
+        state = init_state(place(params, mesh), tx, key, place(model_state, mesh))
     else:
-        state = resume_state(state, tx)
+        state = resume_state(place(state, mesh), tx)
+    state = place(state, mesh)
     check_concrete(params=params, key=key, data=data, state=state)
     the_rule(requests(state.opt_state), "tx")
     check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
@@ -257,10 +267,11 @@ def fit(
         transform_batch=transform_batch,
         inputs_of=inputs_of,
         has_aux=has_aux,
+        sampling=sampling,
     )
     if clock is not None:
         _validate.function("clock() -> seconds", clock=clock)
-    run = Run(state, num_examples, end, window, MicroBatch(micro_batch_size))
+    run = Run(state, num_examples, end, window, mesh, MicroBatch(micro_batch_size))
     del state  # donated to the first window
     ahead = CompileAhead(run.state)
     keeper = Keeper(checkpoints, resume, run, data.train)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax.base import PyTree, StepInfo, requests, the_rule
-from arbiter_jax.batching import batch_of_the_rest, next_bucket
+from arbiter_jax.batching import batch_of_the_rest, next_bucket, num_data_devices
 from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._compilations import Compilations
 from arbiter_jax.training._next_window import next_window
@@ -38,6 +38,7 @@ class Run:
     num_examples: int  # the budget
     end: int  # examples at which this call ends, at most the budget
     window: int  # T
+    mesh: jax.sharding.Mesh | None
     micro: MicroBatch  # the most rows that are computed at once, if there is a limit
     seen: int = 0  # examples so far
     history: list[WindowRecord] = dataclasses.field(default_factory=list)
@@ -75,6 +76,7 @@ class Run:
         whole = self.rest
         if whole is None or whole.steps_until(self.num_examples, self.seen) < 1:
             whole = Plan(*next_window(self.state.opt_state, self.window, self.micro.size))
+            whole = whole._replace(bucket_size=self.micro.limited(whole.bucket_size))
             too_large = whole.steps_until(self.end, self.seen) < 1
             if too_large and self.end == self.num_examples:
                 # The step takes no more examples than its bucket has rows, or than it is told.
@@ -156,4 +158,5 @@ def _smaller_batch(state: TrainState, seen: int, num_examples: int) -> int:
     rule = the_rule(requests(state.opt_state))
     least = getattr(rule, "min_batch_size", rule.batch_size)
     size, least = (int(x.max()) for x in jax.device_get((rule.batch_size, least)))
+    least = max(least, num_data_devices())  # every device has a row
     return batch_of_the_rest(size, least, seen, int(state.num_steps), num_examples)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import Block, BlockSource, check_next_block
 from arbiter_jax.training._checks import check_data
+from arbiter_jax.training._mesh import place, place_block
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
 from arbiter_jax.training._state import Data
 
 
-def on_device(data: Any, window: int) -> Data:
+def on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None = None) -> Data:
     """The data as arrays on the device, except for what comes in blocks."""
     check_data(data)
     data = Data(data.train, getattr(data, "validation", None))
@@ -24,18 +25,18 @@ def on_device(data: Any, window: int) -> Data:
             "one run_window: pass what made it, e.g. arbiter_jax.datasets.host_blocks(...)."
         )
     if not isinstance(data.train, BlockSource):
-        return _to_device(data)
+        return _to_device(data, mesh)
     if data.train.window != window:
         raise ValueError(
             f"window must be that of the blocks, {data.train.window}, got {window}: a block holds "
             "the batches of one window."
         )
-    return data._replace(validation=_to_device(data.validation))
+    return data._replace(validation=_to_device(data.validation, mesh))
 
 
-def _to_device(data: PyTree) -> Any:
+def _to_device(data: PyTree, mesh: jax.sharding.Mesh | None) -> Any:
     try:
-        return jax.tree.map(jnp.asarray, data)
+        return jax.tree.map(jnp.asarray, data) if mesh is None else place(data, mesh)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -46,7 +47,11 @@ def _to_device(data: PyTree) -> Any:
 
 
 def data_of_window(
-    data: Data, batch_size: int, bucket_size: int, num_steps: int
+    data: Data,
+    batch_size: int,
+    bucket_size: int,
+    num_steps: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Data, int]:
     """What the next window trains on, and how many of its steps there are examples for."""
     if not isinstance(data.train, BlockSource):
@@ -57,4 +62,5 @@ def data_of_window(
     except StopIteration:
         return data, 0
     check_next_block(block, batch_size, num_steps)
+    block = block if mesh is None else place_block(block, mesh)
     return data._replace(train=block), int(block.num_steps)

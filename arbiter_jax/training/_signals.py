@@ -21,7 +21,13 @@ from arbiter_jax.base import (
     Requests,
     requests,
 )
-from arbiter_jax.batching import SamplerState, advance, examples_ahead, num_rows
+from arbiter_jax.batching import (
+    SamplerState,
+    advance,
+    examples_ahead,
+    num_data_devices,
+    num_rows,
+)
 from arbiter_jax.gradients import Gradient, GradientFn
 
 
@@ -187,22 +193,26 @@ def validation_signals(
     total = sum(rows.values())
     if due:
         # One draw for both: a step is short enough for the number of its operations to matter.
-        positions = jnp.arange(total, dtype=jnp.int32)
-        batch = examples_ahead(sampler, validation, positions)
         used = rows.get("agent_inputs", 0)
+        draw = lambda *ends: examples_ahead(sampler, validation, jnp.arange(*ends, dtype=jnp.int32))
+        if num_data_devices() == 1:
+            batch = seen = draw(total)
+        else:  # a slice of rows that are split over devices would move between them
+            seen, batch = draw(used), draw(used, total)
         if "meta_batch" in rows:
             size = requested.meta_batch_size
             most = bucket_size if num_meta_examples is None else num_meta_examples
             used = used + (most if size is None else jnp.minimum(size, most))
         sampler = advance(sampler, used, num_rows(validation))
     else:
-        batch = jax.tree.map(lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype), validation)
+        zeros = lambda x: jnp.zeros((total, *x.shape[1:]), x.dtype)
+        batch = seen = jax.tree.map(zeros, validation)
     signals: dict[str, Any] = {}
     if "agent_inputs" in rows:
-        inputs = (inputs_of or _first_entry)(batch)
+        inputs = (inputs_of or _first_entry)(seen)
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
     if "meta_batch" in rows:
-        signals["meta_batch"] = jax.tree.map(lambda x: x[total - bucket_size :], batch)
+        signals["meta_batch"] = jax.tree.map(lambda x: x[-bucket_size:], batch)
     return sampler, signals
 
 

@@ -37,6 +37,7 @@ from arbiter_jax.batching import (
     halves_apart,
     num_rows,
     sample_batch,
+    sample_own_batch,
     sample_shared,
 )
 from arbiter_jax.gradients import (
@@ -58,6 +59,7 @@ from arbiter_jax.training._checks import (
     explained,
 )
 from arbiter_jax.training._compile_log import log_trace
+from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
 from arbiter_jax.training._micro_batches import (
     check_micro_batch_size,
     gradient_fns_of_groups,
@@ -203,9 +205,11 @@ def _check_arguments(
         "inputs_of",
         "has_aux",
         "micro_batch_size",
+        "sampling",
     ),
     donate_argnames="state",
 )
+@on_auto_axes
 def run_window(
     state: TrainState,
     data: Data,
@@ -225,6 +229,7 @@ def run_window(
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
     micro_batch_size: int | None = None,
+    sampling: str = "exact",
 ) -> tuple[TrainState, StepInfo]:
     """Runs T training steps in one compiled program.
 
@@ -232,6 +237,7 @@ def run_window(
     chain ask for, and applies the updates. The batch size is ``get_batch_size`` of the state at the
     start, or that of a window which :func:`fit` left unfinished, ``state.unfinished``; at most
     `bucket_size` unless that is the `micro_batch_size`. The state is donated: use the returned one.
+    With ``jax.set_mesh(mesh)`` around the call, rows are split over the mesh's axis "data".
 
     Args:
       state: From :func:`init_state` or a window before.
@@ -267,15 +273,18 @@ def run_window(
         bucket that equals it, a batch of any size is computed in groups of so many rows, one of
         which is in memory at a time: their number is traced. The result is that of one large bucket,
         but BatchNorm and dropout see each group by itself. Pass it to :func:`next_window` as well.
+      sampling: "exact": the examples of one device, on any mesh. "local": each device of a mesh
+        draws its share from its own rows of `data.train`, see :mod:`arbiter_jax.training._mesh`.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
       batch size 0 and zeros everywhere else.
 
     Raises:
-      ValueError: If window < 1, the bucket is not a power of two, the data is empty, ragged or a block
-        of another window or bucket, a rule needs validation data that was not given, a function or
-        the state is not what it should be, or the state was donated before.
+      ValueError: If window < 1, the bucket is not a power of two or smaller than the mesh, the data
+        is empty, ragged or a block of another window or bucket, a rule needs validation data that
+        was not given, a function or the state is not what it should be, or the state was donated
+        before.
 
     *Guarantees*:
       1. Padding contributes exactly zero to loss, gradients, statistics and state.
@@ -296,6 +305,13 @@ def run_window(
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     check_micro_batch_size(micro_batch_size, bucket_size)
     in_groups = bucket_size == micro_batch_size
+    _validate.one_of(("exact", "local"), sampling=sampling)
+    check_bucket_of_mesh(bucket_size)
+    if in_groups and sampling == "local":
+        raise ValueError(
+            "sampling must be 'exact' where a batch is computed in micro-batches, got 'local': leave "
+            "out one of the two."
+        )
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
     log_trace(state, data, tx=tx, loss_fn=loss_fn, bucket_size=bucket_size, window=window)
     if isinstance(data.train, Block):
@@ -367,7 +383,8 @@ def run_window(
         sampler = state.train_sampler
         if own_bucket_size is not None:
             return sample_shared(sampler, data.train, taken, own_bucket_size, bucket_size)
-        return sample_batch(sampler, data.train, taken, bucket_size)
+        sample = sample_own_batch if sampling == "local" else sample_batch
+        return sample(sampler, data.train, taken, bucket_size)
 
     def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
         due = made is not False

@@ -1,9 +1,17 @@
 """Blocks: the batches of one window in one array."""
 
+import jax
 import numpy as np
 import pytest
 
-from arbiter_jax.batching import Block, bit_reversed, block_batch, block_rows, check_block
+from arbiter_jax.batching import (
+    Block,
+    bit_reversed,
+    block_batch,
+    block_rows,
+    check_block,
+    interleave_block,
+)
 
 ROWS = np.arange(100, 124).reshape(2, 4, 3)  # [window, bucket_size, features]
 
@@ -39,3 +47,19 @@ def test_check_block():
             check_block(block(), window, bucket_size)
     with pytest.raises(ValueError, match="must be a block of shape"):
         check_block(block((ROWS, ROWS[:1])), 2, 4)
+
+
+@pytest.mark.parametrize("made_for_one", [False, True])
+def test_blocks_on_a_mesh(made_for_one):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    rows = block_rows(2, 3, 4, 2)
+    given = Block(rows, np.int32(3), np.int32(2))
+    given = given if made_for_one else interleave_block(given)
+    with jax.set_mesh(mesh):
+        batch, mask = jax.jit(block_batch, static_argnums=2)(given, 1, 4)
+    assert batch.sharding.spec == jax.P("data")
+    assert batch.tolist() == [3, 4, 5, 3]  # each half of even and odd rows lies on both devices
+    assert mask.tolist() == [True, True, True, False]
+    back, mask = block_batch(given, 1, 4)  # and on one device
+    np.testing.assert_array_equal(back, rows[1])
+    assert mask.tolist() == (bit_reversed(4) < 3).tolist()
