@@ -79,7 +79,6 @@ from arbiter_jax.training._state import (
     Data,
     TrainState,
     abstract_state,
-    no_unfinished_window,
 )
 
 
@@ -325,7 +324,8 @@ def run_window(
         unfinished = state.unfinished
         decided = get_batch_size(state.opt_state)
         decided = jnp.where(unfinished.num_steps > 0, unfinished.batch_size, decided)
-    state = state._replace(unfinished=no_unfinished_window())
+    # Zeros that depend on the state: under vmap they have its leading axis, and take its buffers.
+    state = state._replace(unfinished=jax.tree.map(lambda x: 0 * x, state.unfinished))
     taken: Any = decided if batch_size is None else jnp.minimum(decided, batch_size)
     if not in_groups:
         taken = jnp.minimum(taken, bucket_size)

@@ -131,7 +131,9 @@ def test_the_run_ends_with_the_last_whole_batch():
     assert [(size, steps) for size, _, steps, _ in columns(result)] == [(5, 4), (5, 4), (11, 3)]
     assert int(result.state.num_examples) == blocks.num_examples == 73
     assert again.history == []
-    assert_same_training(result.state, fit(tx, draw(0), num_examples=73).state)
+    # A budget leaves the rest of its last window for a larger budget, a source has nothing left.
+    expected = fit(tx, draw(0), num_examples=73).state
+    assert_same_training(result.state, expected._replace(unfinished=result.state.unfinished))
 
 
 def test_goes_on_after_an_interrupt():
