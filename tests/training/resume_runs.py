@@ -30,15 +30,19 @@ KINDS = ["resident", "streamed", "batch_norm"]
 
 
 @functools.cache
-def chain(name):
+def chain(name, kind):
     if name == "multi_steps":
-        return optax.MultiSteps(chain("gradient_noise_scale"), 3).gradient_transformation()
+        return optax.MultiSteps(chain("gradient_noise_scale", kind), 3).gradient_transformation()
     if name == "arbiter":  # its response loss is given the state of a model that has one
         agent = aj.mlp_agent((NUM_FEATURES,), hidden_sizes=(4,))
         respond = lambda params, response, batch, *model_state: loss_fn(
             params | {"w": params["w"] * (1 + response)}, batch
         )
         rule = aj.arbiter(agent, respond, num_features=NUM_FEATURES, window=2, **LIMITS)
+    elif name in ("expected_gain", "from_objective"):  # so is their loss
+        loss = loss_with_norm if kind == "batch_norm" else loss_fn
+        options = {"measure_every": 2, "step_cost": "measured"} if name == "expected_gain" else {}
+        rule = aj.schedulers.expected_gain(loss, **options, **LIMITS)
     else:
         rule = CHAINS[name].make(**LIMITS)
     return optax.chain(optax.adam(0.02), rule)
@@ -81,7 +85,7 @@ def fit(name, kind, **options):
         aj.fit,
         loss_with_norm if with_norm else loss_fn,
         start,
-        chain(name),
+        chain(name, kind),
         num_examples=BUDGETS.get(name, NUM_EXAMPLES),
         window=WINDOW,
         key=3,

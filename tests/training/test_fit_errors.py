@@ -483,7 +483,7 @@ SAME = r"^state must be one of the given tx, but state\.opt_state"
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: as_dicts(state_of(TX)), STATE + "a dict of 12: a checkpoint that Orbax restores"),
+        (lambda: as_dicts(state_of(TX)), STATE + "a dict of 14: a checkpoint that Orbax restores"),
         (lambda: fit(), STATE + r"a FitResult: pass result\.state"),
         (flax_state, STATE + "a TrainState: pass its params and tx to fit"),
         (lambda: TX.init(START), STATE + r"a tuple of 2: .*key\)\._replace\(opt_state=\.\.\.\)"),
