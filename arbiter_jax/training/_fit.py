@@ -290,5 +290,5 @@ def fit(
             keeper.after_window(is_ended)
         keeper.finish(interrupts)
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warnings.warn(message, UserWarning, stacklevel=3)
     return run.result(float(now() - start), ahead.compilations())

@@ -142,7 +142,7 @@ def fit_seeds(
             break
     for index, (history, seen) in enumerate(zip(run.histories, run.seen, strict=True)):
         for message in what_went_wrong(history, False, seen, end, num_examples):
-            warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=3)
+            warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=4)
     return FitResult(
         state=run.whole_state(),
         history=cast(Any, run.histories),
