@@ -18,6 +18,7 @@ from arbiter_jax.schedulers import _rule, _step_times
 # The first 20 steps always measure. Each of their batches holds at least an 800th of the budget, but
 # at most twice what the rule asks for: damage from tiny first batches persists.
 _NUM_INITIAL_STEPS = 20
+_NUM_MEASURED_STEPS = 20
 _INITIAL_BATCHES_PER_BUDGET = 800
 _MAX_INITIAL_FACTOR = 2
 # Decisions are applied every 5 steps as long as little is known, and no window sees more than a 50th
@@ -207,7 +208,7 @@ def make_rule(
             num_steps=num_steps,
         )
         if not always:
-            due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
+            due = (num_steps < _NUM_MEASURED_STEPS) | (num_steps % interval == 0)
             new = new._replace(signals_due=due)
         return new
 
