@@ -32,11 +32,17 @@ from experiments import _methods, _training
 from experiments.noise_rules import cases
 
 MANY = 2**30
-#: The two larger rates of each optimizer.
+COLUMNS = ("test_loss", "validation_loss", "num_steps", "num_examples")
+#: Name of a case: (optimizer, rate, initial size). The two larger rates of each optimizer.
 CASES = {
-    f"{kind} {rate:g}": (kind, rate)
+    f"{kind} {rate:g}": (kind, rate, 64)
     for kind, rates in cases.OPTIMIZERS.items()
     for rate in rates[1:]
+}
+CASES |= {
+    f"{name} from {start}": (kind, rate, start)
+    for name, (kind, rate, _) in CASES.items()
+    for start in (8, 512)
 }
 
 #: What can be left out.
@@ -57,6 +63,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "without all of these": PARTS,
     "without (14), (15), (16), (17)": PARTS[:4],
     "without the other five": PARTS[4:],
+    "without 20 measured, windows of 5": ("20 steps measured", "windows of 5"),
 }
 
 
@@ -125,15 +132,14 @@ def switched(inner, left_out: tuple[str, ...], persistence: float):
 
 
 def _transformation(task: str, share: float, case: str, left_out: tuple[str, ...]):
-    made = cases.definition(task, share)
+    made, (kind, rate, start) = cases.definition(task, share), CASES[case]
     floor_rule = schedulers.noise_floor(
         made.task.losses.loss_fn,
         num_examples=made.num_examples,
         persistence=2.0,  # not the one that is used
         max_batch_size=made.max_batch_size,
-        initial_batch_size=64,
+        initial_batch_size=start,
     )
-    kind, rate = CASES[case]
     base = cases.optimizer(kind, made.scale * rate, "constant", made.num_examples)
     return optax.chain(base, switched(floor_rule, left_out, cases.persistence(kind)))
 
@@ -172,10 +178,7 @@ def _run(config, path: Path) -> None:
                         continue
                     began = time.perf_counter()
                     made = _one(task, share, case, label, seed)
-                    row |= {
-                        k: made[k]
-                        for k in ("test_loss", "validation_loss", "num_steps", "num_examples")
-                    }
+                    row |= {column: made[column] for column in COLUMNS}
                     row["seconds"] = time.perf_counter() - began
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
@@ -229,7 +232,9 @@ def main() -> None:
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=["fashion_mnist", "language"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.5])
-    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", default=[name for name in CASES if "from" not in name]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     config = parser.parse_args()
