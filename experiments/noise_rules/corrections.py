@@ -32,6 +32,7 @@ from experiments import _methods, _training
 from experiments.noise_rules import cases
 
 MANY = 2**30
+GREEDY = "expected_gain "
 COLUMNS = ("test_loss", "validation_loss", "num_steps", "num_examples")
 #: Name of a case: (optimizer, rate, initial size). The two larger rates of each optimizer.
 CASES = {
@@ -43,7 +44,7 @@ CASES |= {
     f"{name} from {start}": (kind, rate, start)
     for name, (kind, rate, _) in CASES.items()
     for start in (8, 512)
-}
+} | {GREEDY + name: case for name, case in CASES.items()}
 
 #: What can be left out.
 PARTS = (
@@ -133,15 +134,18 @@ def switched(inner, left_out: tuple[str, ...], persistence: float):
 
 def _transformation(task: str, share: float, case: str, left_out: tuple[str, ...]):
     made, (kind, rate, start) = cases.definition(task, share), CASES[case]
-    floor_rule = schedulers.noise_floor(
-        made.task.losses.loss_fn,
-        num_examples=made.num_examples,
-        persistence=2.0,  # not the one that is used
-        max_batch_size=made.max_batch_size,
-        initial_batch_size=start,
-    )
+    loss_fn = made.task.losses.loss_fn
+    limits = {"max_batch_size": made.max_batch_size, "initial_batch_size": start}
+    if case.startswith(GREEDY):
+        made_rule = schedulers.expected_gain(
+            loss_fn, persistence=cases.persistence(kind, power=2), **limits
+        )
+    else:  # the persistence is not the one that is used
+        made_rule = schedulers.noise_floor(
+            loss_fn, num_examples=made.num_examples, persistence=2.0, **limits
+        )
     base = cases.optimizer(kind, made.scale * rate, "constant", made.num_examples)
-    return optax.chain(base, switched(floor_rule, left_out, cases.persistence(kind)))
+    return optax.chain(base, switched(made_rule, left_out, cases.persistence(kind)))
 
 
 @functools.cache
@@ -152,7 +156,10 @@ def _program(task: str, share: float, case: str):
 def _one(task: str, share: float, case: str, label: str, seed: int) -> dict[str, Any]:
     made = cases.definition(task, share)
     # Rate and momentum lie in the state.
-    tx = _program(task, share, "adam 0.0015" if case.startswith("adam") else "momentum 0.03")
+    program = "adam 0.0015" if "adam" in case else "momentum 0.03"
+    if case.startswith(GREEDY):
+        program = GREEDY + ("sgd 0.1" if "sgd" in case else program)
+    tx = _program(task, share, program)
     begin = lambda seed, learning_rate: _transformation(task, share, case, VARIANTS[label])
     row, _, _ = _training.train(
         made.task,
@@ -232,9 +239,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=["fashion_mnist", "language"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.5])
-    parser.add_argument(
-        "--cases", nargs="+", default=[name for name in CASES if "from" not in name]
-    )
+    parser.add_argument("--cases", nargs="+", default=list(CASES)[:6])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     config = parser.parse_args()
