@@ -79,9 +79,8 @@ class FloorState(NamedTuple):
     num_examples: Count  # training examples seen
     budget: Count  # examples of the run it was built for; 0 if not given
     run_budget: Count  # the same from the training loop; 0 if unknown
-    held_batch_size: jax.Array  # shape=(), dtype=float, the last finite size to hold; 0 if unknown
+    held_batch_size: jax.Array  # shape=(), dtype=float, the size to hold; 0 if unknown
     size_when_held: jax.Array  # shape=(), dtype=float, size applied when that was last updated
-    is_unlimited: jax.Array  # shape=(), dtype=bool, whether steps gain nothing: the largest size
     persistence: PersistenceSignal | None  # if it is not a number that was given
 
     requires = ("value", "gradient_noise", "update_noise", "grad_stats")
@@ -92,7 +91,7 @@ class FloorState(NamedTuple):
         return {
             "noise": self.noise,
             "log_time_slope": log_time_slope(self),
-            "held_batch_size": _size_to_hold(self),
+            "held_batch_size": self.held_batch_size,
         }
 
 
@@ -200,7 +199,6 @@ def _init(config: FloorConfig) -> FloorState:
         run_budget=as_count(0),
         held_batch_size=zero(float),
         size_when_held=zero(float),
-        is_unlimited=zero(bool),
         persistence=PersistenceSignal() if config.persistence is None else None,
     )
 
@@ -281,23 +279,14 @@ def _update(
         new = new._replace(run_budget=as_count(signals["budget"]))
     if isinstance(config.num_examples, jax.Array):  # which may differ from that of the last step
         new = new._replace(budget=_given_budget(config))
-    # What grows later is the last size before growth began, and the last finite one: that steps
-    # gain nothing may be a false alarm, which could not be taken back any more.
-    size = _floor_size(config, new)
+    # What grows later is the last size before growth began.
+    size = jnp.clip(_floor_size(config, new), 1 / INFINITE_SIZE, INFINITE_SIZE)
     settled = _grows(config, state) & (state.held_batch_size > 0)
-    holds = jnp.isfinite(size) & ~settled
-    held = jnp.where(holds, jnp.maximum(size, 1 / INFINITE_SIZE), state.held_batch_size)
-    unlimited = jnp.where(jnp.isnan(size), state.is_unlimited, jnp.isinf(size))
+    keep = jnp.isnan(size) | settled
     return new._replace(
-        held_batch_size=jnp.minimum(held, INFINITE_SIZE),
-        size_when_held=jnp.where(holds, batch_size.astype(float), state.size_when_held),
-        is_unlimited=unlimited & ~(_grows(config, new) & (held > 0)),
+        held_batch_size=jnp.where(keep, state.held_batch_size, size),
+        size_when_held=jnp.where(keep, state.size_when_held, batch_size.astype(float)),
     )
-
-
-def _size_to_hold(state: FloorState) -> jax.Array:
-    """The size to hold, as a finite number; 0 if unknown."""
-    return jnp.where(state.is_unlimited, INFINITE_SIZE, state.held_batch_size)
 
 
 def _budget(config: FloorConfig, state: FloorState) -> Count:
@@ -344,8 +333,7 @@ def _floor_size(config: FloorConfig, state: FloorState) -> jax.Array:
 
 def _best(config: FloorConfig, state: FloorState, cost: Any = None) -> jax.Array:
     cost = config.step_cost if cost is None else cost
-    b = _size_to_hold(state)
-    b = jnp.where(b > 0, b, jnp.nan)
+    b = jnp.where(state.held_batch_size > 0, state.held_batch_size, jnp.nan)
     held = 0.5 * (b + jnp.sqrt(b * b + 4 * b * cost))  # Eq. 11
     grown = final_size(
         b,
