@@ -15,17 +15,12 @@ from arbiter_jax.objectives import NoiseObjective
 from arbiter_jax.objectives._objective import of_whole_update, update_objective
 from arbiter_jax.schedulers import _rule, _step_times
 
-# The first 20 steps always measure. Each of their batches holds at least an 800th of the budget, but
-# at most twice what the rule asks for: damage from tiny first batches persists.
+# Each of the first 20 batches holds at least an 800th of the budget, but at most twice what the rule
+# asks for: damage from tiny first batches persists.
 _NUM_INITIAL_STEPS = 20
-_NUM_MEASURED_STEPS = 20
 _INITIAL_BATCHES_PER_BUDGET = 800
 _MAX_INITIAL_FACTOR = 2
-# Decisions are applied every 5 steps as long as little is known, and no window sees more than a 50th
-# of the budget unless it has one step.
-_NUM_EARLY_STEPS = 40
-_EARLY_WINDOW = 5
-_WINDOWS_PER_BUDGET = 50
+_WINDOWS_PER_BUDGET = 50  # no window sees more of the budget unless it has one step
 
 
 class MeasuredCost(NamedTuple):
@@ -68,8 +63,7 @@ def from_objective(
 
     Args:
       objective: A :class:`arbiter_jax.objectives.NoiseObjective`.
-      measure_every: The costly signals are measured at every n-th step, an integer >= 1, and at
-        each of the first 20.
+      measure_every: The costly signals are measured at every n-th step, an integer >= 1.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
         steps, as in :func:`goodput`; None: that of the objective.
       max_change: Largest factor between the applied size and the next one, > 1.
@@ -208,8 +202,7 @@ def make_rule(
             num_steps=num_steps,
         )
         if not always:
-            due = (num_steps < _NUM_MEASURED_STEPS) | (num_steps % interval == 0)
-            new = new._replace(signals_due=due)
+            new = new._replace(signals_due=num_steps % interval == 0)
         return new
 
     return _rule.transformation(init_fn, update_state, (low, high))
@@ -224,14 +217,11 @@ def _initial_size(budget: Count, high: Any, update: base.Update | None = None) -
 def _window_steps(
     num_steps: jax.Array, size: jax.Array, budget: Count, initial: jax.Array
 ) -> jax.Array:
-    """Few steps at the start, when little is known; few examples at all times."""
-    early = num_steps < _NUM_EARLY_STEPS
-    unlimited = jnp.iinfo(jnp.int32).max
-    steps = jnp.where(early, _EARLY_WINDOW, unlimited)
+    """Few examples at all times, and one step until the first batches are large enough."""
     limit = jnp.maximum(budget // (_WINDOWS_PER_BUDGET * size), 1)
-    steps = jnp.minimum(steps, jnp.where(budget > 0, limit, unlimited))
-    steps = jnp.where(early & (size < initial), 1, steps)
-    return steps.astype(jnp.int32)
+    steps = jnp.where(budget > 0, limit, jnp.iinfo(jnp.int32).max)
+    early = num_steps < _NUM_INITIAL_STEPS
+    return jnp.where(early & (size < initial), 1, steps).astype(jnp.int32)
 
 
 def _limited_change(
