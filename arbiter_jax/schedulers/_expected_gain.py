@@ -64,7 +64,8 @@ def expected_gain(
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss.
-      measure_every: A_0 and q are measured at every n-th step, an integer >= 1.
+      measure_every: A_0 and q are measured at every n-th step, an integer >= 1, and at each of the
+        first 20.
       persistence: k, how much noise an update holds in units of that of the newest gradient in it,
         a number >= 1: 1 for SGD, 1 / sqrt(1 - momentum^2) with momentum, 1 / sqrt(1 - b1^2) for
         Adam; or the optimizer in front of the rule, which is then measured; None to measure the

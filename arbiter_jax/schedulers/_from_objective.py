@@ -15,8 +15,8 @@ from arbiter_jax.objectives import NoiseObjective
 from arbiter_jax.objectives._objective import of_whole_update, update_objective
 from arbiter_jax.schedulers import _rule, _step_times
 
-# Each of the first 20 batches holds at least an 800th of the budget, but at most twice what the rule
-# asks for: damage from tiny first batches persists.
+# The first 20 steps always measure. Each of their batches holds at least an 800th of the budget, but
+# at most twice what the rule asks for: damage from tiny first batches persists.
 _NUM_INITIAL_STEPS = 20
 _INITIAL_BATCHES_PER_BUDGET = 800
 _MAX_INITIAL_FACTOR = 2
@@ -63,7 +63,8 @@ def from_objective(
 
     Args:
       objective: A :class:`arbiter_jax.objectives.NoiseObjective`.
-      measure_every: The costly signals are measured at every n-th step, an integer >= 1.
+      measure_every: The costly signals are measured at every n-th step, an integer >= 1, and at
+        each of the first 20.
       step_cost: The fixed cost of a step, in examples, >= 0; "measured": fitted to the time of the
         steps, as in :func:`goodput`; None: that of the objective.
       max_change: Largest factor between the applied size and the next one, > 1.
@@ -202,7 +203,8 @@ def make_rule(
             num_steps=num_steps,
         )
         if not always:
-            new = new._replace(signals_due=num_steps % interval == 0)
+            due = (num_steps < _NUM_INITIAL_STEPS) | (num_steps % interval == 0)
+            new = new._replace(signals_due=due)
         return new
 
     return _rule.transformation(init_fn, update_state, (low, high))

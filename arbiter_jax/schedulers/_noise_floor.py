@@ -75,9 +75,9 @@ def noise_floor(
         examples as well; None if not.
       num_examples: The budget of the run in training examples, an integer >= 1; None
         for that of ``aj.fit``. Without any budget the size is held until the end.
-      measure_every: The noise is measured at every n-th step, an integer >= 1; the training loss
-        at every step. A larger number makes the steps cheaper (see `experiments.benchmark` for 10),
-        and the statistics noisier.
+      measure_every: The noise is measured at every n-th step, an integer >= 1, and at each of the
+        first 20; the training loss at every step. A larger number makes the steps cheaper (see
+        `experiments.benchmark` for 10), and the statistics noisier.
       noise_share: The noise floor as a share of the loss still to go, > 0.
       hold_until: The share of the budget after which the size may grow, in [0, 1].
       final_growth: The factor by which it has grown at the end, >= 1; what happens before the very

@@ -74,7 +74,7 @@ def test_an_objective_may_plan_for_the_loops_budget(budget):
 def test_a_loop_need_not_measure_at_other_steps():
     """With signals that were not made, only counters advance."""
     rule = schedulers.from_objective(objectives.expected_gain(loss_fn, persistence=1.0), **LIMITS)
-    state, zeros = run(rule, num_steps=2), jax.tree.map(jnp.zeros_like, signals_at(0, 32))
+    state, zeros = run(rule, num_steps=3), jax.tree.map(jnp.zeros_like, signals_at(0, 32))
     _, after = rule.update(jnp.ones(2), state, jnp.ones(2), **zeros, signals_made=False)
     expected = state._replace(num_steps=state.num_steps + 1)
     chex.assert_trees_all_equal(after, expected)
