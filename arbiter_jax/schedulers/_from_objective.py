@@ -20,11 +20,7 @@ from arbiter_jax.schedulers import _rule, _step_times
 _NUM_INITIAL_STEPS = 20
 _INITIAL_BATCHES_PER_BUDGET = 800
 _MAX_INITIAL_FACTOR = 2
-# Decisions are applied every 5 steps as long as little is known, and no window sees more than a 50th
-# of the budget unless it has one step.
-_NUM_EARLY_STEPS = 40
-_EARLY_WINDOW = 5
-_WINDOWS_PER_BUDGET = 50
+_WINDOWS_PER_BUDGET = 50  # no window sees more of the budget unless it has one step
 
 
 class MeasuredCost(NamedTuple):
@@ -223,14 +219,11 @@ def _initial_size(budget: Count, high: Any, update: base.Update | None = None) -
 def _window_steps(
     num_steps: jax.Array, size: jax.Array, budget: Count, initial: jax.Array
 ) -> jax.Array:
-    """Few steps at the start, when little is known; few examples at all times."""
-    early = num_steps < _NUM_EARLY_STEPS
-    unlimited = jnp.iinfo(jnp.int32).max
-    steps = jnp.where(early, _EARLY_WINDOW, unlimited)
+    """Few examples at all times, and one step until the first batches are large enough."""
     limit = jnp.maximum(budget // (_WINDOWS_PER_BUDGET * size), 1)
-    steps = jnp.minimum(steps, jnp.where(budget > 0, limit, unlimited))
-    steps = jnp.where(early & (size < initial), 1, steps)
-    return steps.astype(jnp.int32)
+    steps = jnp.where(budget > 0, limit, jnp.iinfo(jnp.int32).max)
+    early = num_steps < _NUM_INITIAL_STEPS
+    return jnp.where(early & (size < initial), 1, steps).astype(jnp.int32)
 
 
 def _limited_change(

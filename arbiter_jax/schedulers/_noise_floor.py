@@ -1,6 +1,6 @@
 """The noise floor: the batch size at which noise costs a fixed share of the loss still to go.
 
-It finds that size within a few short windows from any start, holds it, and grows at the end of the
+It finds that size within a few windows from any start, holds it, and grows at the end of the
 budget, when noise no longer has time to decay. Derivation:
 ``experiments/noise_rules/DERIVATION.md``.
 """

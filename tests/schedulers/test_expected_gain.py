@@ -105,5 +105,5 @@ def test_a_shadow_with_another_interval_is_no_matter():
 def test_the_budget_of_fit_changes_nothing():
     """A greedy rule does not plan: windows and first sizes are those of a rule without a budget."""
     result = fit(make(max_batch_size=16), num_examples=64_000, callbacks=[lambda *_: True])
-    assert result.history[0].num_steps == 5
+    assert result.history[0].num_steps == 40  # the caller's
     assert int(result.state.opt_state[1].batch_size) < 64_000 // 800

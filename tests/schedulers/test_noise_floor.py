@@ -81,12 +81,9 @@ def test_the_first_window_waits_for_the_budget():
     steps = lambda **k: int(schedulers.noise_floor(**k, persistence=1.0).init(None).window_steps)
     assert steps() == 1
     assert steps(num_examples=1000) == 2  # a 50th of the budget, in batches of 8
-    assert steps(num_examples=2000) == 5  # as long as little is known
     assert steps(num_examples=10**6) == 1  # first batches are larger than 8
-    # Without any, windows are short at first, and as long as the caller's then.
-    run = follow(200)
-    assert np.diff(run.steps)[:8].tolist() == [1, 5, 5, 5, 5, 5, 5, 5]
-    assert np.diff(run.steps)[-1] == 20
+    # Without any, windows are as long as the caller's.
+    assert np.diff(follow(200).steps).tolist() == [1, *9 * [20]]
 
 
 # The start
@@ -94,7 +91,7 @@ def test_the_first_window_waits_for_the_budget():
 
 @pytest.mark.parametrize("start", [8, 64, 512, 2048])
 def test_finds_the_scale_from_any_start(start):
-    """In a few short windows."""
+    """In a few windows."""
     run = follow(60, start=start, budget=100_000)
     i = int(np.argmax(run.steps >= 26))
     expected = size_by_hand(t=30, left=100_000 - run.seen[i])
@@ -105,12 +102,15 @@ def test_finds_the_scale_from_any_start(start):
 
 @pytest.mark.parametrize(("start", "first"), [(2, [2, 8, 32]), (64, [64]), (512, [512, 128])])
 def test_first_steps_see_a_fortieth_of_the_budget(start, first):
-    """20 batches of an 800th of it at least, reached in windows of a step; then what is wanted."""
+    """20 batches of an 800th of it at least, reached in windows of a step; then what is wanted.
+
+    The size goes on until the window ends, which is one of 16 steps here.
+    """
     run = follow(60, num_examples=80_000, start=start, noise=0.6 * NOISE)
     free = next(i for i, b in enumerate(run.sizes) if i >= len(first) and b != 100)
     assert run.sizes[: len(first)].tolist() == first
     assert 40 < run.sizes[free] < 100
-    assert 15 <= run.steps[free] - run.steps[len(first)] <= 20
+    assert 15 <= run.steps[free] - run.steps[len(first)] <= 32
     # Without a budget it is not known how many examples would be few.
     assert max(follow(60, start=start, noise=0.6 * NOISE).sizes) <= max(start, 64)
 
