@@ -7,6 +7,7 @@ from arbiter_jax.batching._blocks import (
     block_rows,
     check_block,
     check_next_block,
+    num_real_rows,
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._masking import (
@@ -44,6 +45,7 @@ __all__ = [
     "init_sampler",
     "masked_mean",
     "next_bucket",
+    "num_real_rows",
     "num_rows",
     "replace_padding",
     "sample_batch",

@@ -17,12 +17,18 @@ from arbiter_jax.batching._sampling import bit_reversed
 class Block(NamedTuple):
     """The batches of one window; `run_window` takes it instead of the training data."""
 
-    batches: PyTree  # leaves [T, bucket_size, ...], rows in the order of `block_rows`
+    batches: PyTree  # leaves [at most T, bucket_size, ...], rows in the order of `block_rows`
     batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples per step
     num_steps: jax.Array | np.integer  # shape=(), dtype=int32, steps that have a batch, <= T
 
 
-def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -> np.ndarray:
+def block_rows(
+    window: int,
+    batch_size: int,
+    bucket_size: int,
+    num_steps: int,
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
     """The number of the example that goes into each row of a block.
 
     Rows are assigned as in :func:`sample_batch`. Padding repeats the first example of its step, and
@@ -33,17 +39,36 @@ def block_rows(window: int, batch_size: int, bucket_size: int, num_steps: int) -
       batch_size: B, number of real examples per step, at most bucket_size.
       bucket_size: Number of rows per step.
       num_steps: Number of steps that have examples, in [1, T].
+      rows: int[m], increasing, the rows of a step that one process holds; all if None. Only their
+        examples are numbered, ``num_real_rows(batch_size, bucket_size, rows)`` per step.
 
     Returns:
-      int[T, bucket_size] with entries in [0, num_steps * batch_size).
+      int[T, bucket_size] with entries in [0, num_steps * batch_size), or int[T, m].
 
     >>> block_rows(window=3, batch_size=3, bucket_size=4, num_steps=2).tolist()
     [[0, 2, 1, 0], [3, 5, 4, 3], [0, 0, 0, 0]]
+    >>> block_rows(window=2, batch_size=3, bucket_size=4, num_steps=2, rows=np.arange(2)).tolist()
+    [[0, 1], [2, 3]]
     """
     position = bit_reversed(bucket_size)
-    within = np.where(position < batch_size, position, 0)
+    position = position if rows is None else position[rows]
+    real = position < batch_size
+    # Among the real examples of these rows; that of all rows is the position itself.
+    rank = np.searchsorted(np.sort(position[real]), position)
+    within = np.where(real, rank, 0)
     step = np.arange(window)[:, None]
-    return np.where(step < num_steps, step * batch_size + within[None, :], 0)
+    return np.where(step < num_steps, step * np.count_nonzero(real) + within[None, :], 0)
+
+
+def num_real_rows(batch_size: int, bucket_size: int, rows: np.ndarray | None = None) -> int:
+    """How many of these rows of a step, int[m] or all if None, hold a real example.
+
+    >>> num_real_rows(batch_size=3, bucket_size=4, rows=np.array([2, 3]))
+    1
+    """
+    position = bit_reversed(bucket_size)
+    position = position if rows is None else position[rows]
+    return int(np.count_nonzero(position < batch_size))
 
 
 def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, jax.Array]:
@@ -53,14 +78,18 @@ def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, j
     return jax.tree.map(take, block.batches), mask
 
 
-def check_block(block: Block, window: int, bucket_size: int) -> None:
-    """Raises a ValueError if the block was not made for a window of this shape."""
+def check_block(block: Block, window: int, bucket_size: int) -> int:
+    """The steps that a block has room for, or a ValueError if it does not fit into this window."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block.batches)]
-    if {shape[:2] for shape in shapes} != {(window, bucket_size)}:
+    forms = {shape[:2] for shape in shapes}
+    steps = max((shape[0] for shape in shapes if shape), default=0)
+    if forms != {(steps, bucket_size)} or not 1 <= steps <= window:
         raise ValueError(
             f"data.train must be a block of shape [window, bucket_size, ...] = [{window}, "
-            f"{bucket_size}, ...], got shapes {shapes}; request it with the sizes of this window."
+            f"{bucket_size}, ...], or of fewer steps, got shapes {shapes}; request it with the sizes "
+            "of this window."
         )
+    return steps
 
 
 def check_next_block(block: Any, batch_size: int, num_steps: int) -> None:

@@ -17,6 +17,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
+from arbiter_jax._processes import agree, read, spans_processes
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import Block, BlockSource, batch_of_the_rest, check_next_block
 from arbiter_jax.gradients import GradientFn
@@ -233,7 +234,8 @@ def fit(
         same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it.
       callbacks: Called as ``callback(record, state)`` after every window, one function or several;
-        a true result ends the run.
+        a true result ends the run. Of several processes each calls its own, and a true result of
+        one ends the run on all.
       model_state: State of the model that is not trained by gradients, or None.
       state: Where to resume from: a :class:`TrainState` of the same `tx`. `params` is then unused.
         The range of batch sizes is that of `tx`, as in :func:`resume_state`.
@@ -250,12 +252,18 @@ def fit(
     Raises:
       ValueError: If an argument is out of its range or not what it should be, the data is empty,
         `tx` holds no rule or more than one, or its rule was built for another budget.
+      RuntimeError: On every one of several processes, if they have not decided alike on a batch
+        size, the steps of a window or the examples seen.
       OutOfMemoryError: If a window does not fit into the memory of the device. It carries the
         history and, where it can still be read, the last state.
 
     Warns:
       UserWarning: If losses were not finite, a source of blocks ended before the budget, or nothing
         could be trained.
+
+    Several processes, which ``jax.distributed.initialize`` has joined, call this together, with the
+    same arguments; the arrays of `data` and of `params` or `state` lie on the devices of them all.
+    The time of a step is that on the clock of process 0.
 
     >>> import arbiter_jax as aj
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
@@ -286,6 +294,8 @@ def fit(
     source_ended = False
     num_cache_hits = 0
     step_seconds = float("nan")
+    stop = False
+    shared = spans_processes((state, data))
     seen = int(state.num_examples)
     budget = num_examples if num_examples < 2**31 else as_count(num_examples)
     start = time.perf_counter()
@@ -296,7 +306,16 @@ def fit(
             # The step takes no more examples than its bucket has rows.
             size = bucket_size = _smaller_batch(state, seen, num_examples)
             num_steps = min(size, 1)
-        if num_steps < 1:
+        if shared:
+            step_seconds, stop = agree(
+                step_seconds,
+                stop,
+                batch_size=size,
+                bucket_size=bucket_size,
+                num_steps=num_steps,
+                num_examples=seen,
+            )
+        if stop or num_steps < 1:
             break
         given = state
         try:
@@ -323,7 +342,7 @@ def fit(
                     has_aux=has_aux,
                 )
             check_concrete(tx=info)
-            info = jax.device_get(info)
+            info = read(info)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -350,7 +369,8 @@ def fit(
         stops = [
             _is_true(callback(record, jax.tree.map(lambda x: x, state))) for callback in callbacks
         ]
-        if any(stops):
+        stop = any(stops)
+        if stop and not shared:
             break
     for message in _what_went_wrong(history, source_ended, seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=2)

@@ -216,7 +216,8 @@ def run_window(
       state: From :func:`init_state` or a window before.
       data: ``Data(train, validation)``, pytrees of arrays on the device. `train` may also be a
         :class:`arbiter_jax.batching.Block`, whose batches are used as they are: the sampler stays
-        where it is, and steps for which the block has no batch are not taken.
+        where it is, and steps for which the block has no batch are not taken. A block of fewer than
+        T steps makes a shorter window.
       num_steps: int32[], how many of the T steps to take; all if None. It is traced, so that the
         last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
@@ -239,7 +240,8 @@ def run_window(
         leaves of the last piece.
 
     Returns:
-      (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
+      (state, info): info is a StepInfo whose leaves have a leading axis T, or that of the block;
+        steps not taken have
       batch size 0 and zeros everywhere else.
 
     Raises:
@@ -266,7 +268,7 @@ def run_window(
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
     if isinstance(data.train, Block):
-        check_block(data.train, window, bucket_size)
+        window = check_block(data.train, window, bucket_size)  # a large block has fewer steps
         wanted = window if num_steps is None else num_steps
         num_steps = jnp.minimum(wanted, data.train.num_steps)
     requested = requests(state.opt_state)
