@@ -85,9 +85,8 @@ def check_block(block: Block, window: int, bucket_size: int) -> int:
     steps = max((shape[0] for shape in shapes if shape), default=0)
     if forms != {(steps, bucket_size)} or not 1 <= steps <= window:
         raise ValueError(
-            f"data.train must be a block of shape [window, bucket_size, ...] = [{window}, "
-            f"{bucket_size}, ...], or of fewer steps, got shapes {shapes}; request it with the sizes "
-            "of this window."
+            f"data.train must be a block of shape [window, bucket_size, ...], at most [{window}, "
+            f"{bucket_size}, ...], got shapes {shapes}; request it with the sizes of this window."
         )
     return steps
 
@@ -121,5 +120,8 @@ class BlockSource(Protocol):
     window: int  # T
 
     def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
-        """The next examples in whole batches; raises StopIteration if less than one is left."""
+        """The next examples in whole batches; raises StopIteration if less than one is left.
+
+        On several processes, all of them get the same number of steps.
+        """
         ...
