@@ -86,7 +86,7 @@ def _serves(block: Block, guess: Request | None, request: Request) -> bool:
     """Whether a block that was made on a guess holds all that can be had of what is asked for."""
     room = jax.tree.leaves(block.batches)[0].shape[0]
     same_sizes = guess is not None and guess[:2] == request[:2]
-    return same_sizes and min(request.num_steps, room) <= block.num_steps
+    return same_sizes and min(request.num_steps, room) <= int(block.num_steps)
 
 
 def _serve(
@@ -217,13 +217,14 @@ class HostBlocks:
 
     def _common_steps(self, request: Request) -> int:
         """The steps that every process has examples for; raises on all of them if there are none."""
-        count = self._ask(request._replace(counts=True))
-        error = count if isinstance(count, BaseException) else None
+        answer = self._ask(request._replace(counts=True))
+        error = isinstance(answer, BaseException)
+        steps = 0 if error else answer
         failed, steps, sizes, buckets = gather(
-            error is not None, 0 if error else count, request.batch_size, request.bucket_size
+            error, steps, request.batch_size, request.bucket_size
         )
-        if error is not None:
-            raise error
+        if error:
+            raise answer
         if any(failed):
             raise RuntimeError(
                 f"the source of process {failed.index(1)} has raised an error, which that process "

@@ -22,6 +22,7 @@ from arbiter_jax import datasets
 WINDOW, NUM_ROWS = 4, 64
 INPUTS = np.random.default_rng(0).normal(size=(NUM_ROWS, 4)).astype(np.float32)
 ROW_BYTES = 20
+LIMITS = {"min_batch_size": 8, "max_batch_size": 64}
 LABELS = INPUTS @ np.arange(4, dtype=np.float32)
 LABELS += np.random.default_rng(1).normal(size=NUM_ROWS).astype(np.float32)
 
@@ -54,14 +55,15 @@ class Process:
         )
         return jax.tree.map(whole, tree)
 
-    def fit(self, rule, train=None, num_examples=200, loss_fn=loss_fn, **options):
+    def fit(self, rule, train=None, validation=None, num_examples=200, loss_fn=loss_fn, **options):
         tx = optax.chain(optax.sgd(0.02, momentum=0.5), rule)
         state = self.put(aj.init_state(np.zeros(4, np.float32), tx, 0))
         train = self.put((INPUTS, LABELS), "data") if train is None else train
         options = {"num_examples": num_examples, "window": WINDOW, "state": state} | options
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a source has ended
-            result = aj.fit(loss_fn, None, tx, aj.Data(train), **options)
+            data = aj.Data(train, self.put(validation))
+            result = aj.fit(loss_fn, None, tx, data, **options)
         found = {
             "windows": [(r.batch_size, r.bucket_size, r.num_steps) for r in result.history],
             "params": np.asarray(result.state.params).tolist(),
@@ -97,14 +99,32 @@ def fake_clock(seed):
     return types.SimpleNamespace(perf_counter=lambda: float(next(times)))
 
 
-def goodput(process, clock=None):
+def timed(process, rule, clock=None):
+    """A run of a rule that reads the clock, which is another one on each process."""
+    # `fit(..., clock=...)` in its place, once that exists.
     module = importlib.import_module("arbiter_jax.training._fit")
     real, module.time = module.time, fake_clock(process.index if clock is None else clock)
     try:
-        rule = aj.schedulers.goodput(initial_batch_size=16, min_batch_size=8, max_batch_size=64)
         return process.fit(rule, num_examples=2000)
     finally:
         module.time = real
+
+
+def goodput(process, clock=None):
+    rule = aj.schedulers.goodput(initial_batch_size=16, **LIMITS)
+    return timed(process, rule, clock)
+
+
+def response_loss(params, response, meta_batch):
+    inputs, labels = meta_batch
+    return ((inputs * (1 + response[None])) @ params - labels) ** 2
+
+
+def arbiter(process):
+    agent = aj.mlp_agent((4,), hidden_sizes=(4,))
+    limits = {"min_batch_size": 8, "max_batch_size": 32, "initial_batch_size": 10}
+    rule = aj.arbiter(agent, response_loss, num_features=4, window=WINDOW, **limits)
+    return process.fit(rule, validation=(INPUTS[:32], LABELS[:32]), num_examples=600)
 
 
 def stops(process):
@@ -125,7 +145,7 @@ def growing():
 
 
 def noise_scale():
-    return aj.schedulers.gradient_noise_scale(decay=0.8, min_batch_size=8, max_batch_size=64)
+    return aj.schedulers.gradient_noise_scale(decay=0.8, **LIMITS)
 
 
 RUNS = {
@@ -133,6 +153,13 @@ RUNS = {
     "noise_scale": lambda process: process.fit(noise_scale(), num_examples=1500),
     "goodput": goodput,
     "goodput_on_another_clock": lambda process: goodput(process, clock=7),
+    "noise_floor": lambda process: timed(
+        process, aj.schedulers.noise_floor(step_cost="measured", **LIMITS)
+    ),
+    "expected_gain": lambda process: process.fit(
+        aj.schedulers.expected_gain(**LIMITS), num_examples=600
+    ),
+    "arbiter": arbiter,
     "streamed": lambda process: process.stream(growing()),
     # One process has 3 of 5 examples, the other 2, so the order is not that of one process.
     "streamed_odd": lambda process: process.stream(aj.schedulers.constant(5), num_examples=60),

@@ -64,7 +64,18 @@ def of(runs, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["constant", "noise_scale", "goodput", "streamed", "streamed_short", "aux"]
+    "name",
+    [
+        "constant",
+        "noise_scale",
+        "noise_floor",
+        "expected_gain",
+        "arbiter",
+        "goodput",
+        "streamed",
+        "streamed_short",
+        "aux",
+    ],
 )
 def test_two_processes_equal_one(runs, name):
     one, *both = of(runs, name)
