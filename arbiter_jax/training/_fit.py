@@ -262,8 +262,9 @@ def fit(
         could be trained.
 
     Several processes, which ``jax.distributed.initialize`` has joined, call this together, with the
-    same arguments; the arrays of `data` and of `params` or `state` lie on the devices of them all.
-    The time of a step is that on the clock of process 0.
+    same arguments; the arrays of `data`, or of `params` or `state`, lie on the devices of them all.
+    Before each window they compare what they are about to do, and take the time of a step from the
+    clock of process 0.
 
     >>> import arbiter_jax as aj
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))

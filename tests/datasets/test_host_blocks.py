@@ -21,6 +21,7 @@ from arbiter_jax.batching import (
     next_bucket,
     sample_batch,
 )
+from arbiter_jax.datasets import _block_maker
 
 jitted_sample_batch = jax.jit(sample_batch, static_argnums=3)
 jitted_block_batch = jax.jit(block_batch, static_argnums=2)
@@ -168,6 +169,41 @@ class TestBlocks:
         with datasets.host_blocks(source(), window=5, max_bytes=2 * 4 * 12) as blocks:
             blocks.next_block(3, 4)
         assert len(read) == 6 + 2 * 4  # the block, and what the next one can hold
+
+
+class TestShareOfAProcess:
+    """The second of two processes, which has rows 2 and 3 of 4; training/test_processes has both."""
+
+    def maker(self, monkeypatch, source):
+        monkeypatch.setattr(_block_maker, "spans_processes", lambda sharding: True)
+        monkeypatch.setattr(_block_maker, "process_rows", lambda shape, sharding: np.array([2, 3]))
+        monkeypatch.setattr(_block_maker, "place", lambda batches, bucket_size, sharding: batches)
+        return _block_maker.BlockMaker(iter(source), window=3, sharding=None, max_bytes=2**20)
+
+    @pytest.mark.parametrize(
+        ("batch_size", "share", "expected"),
+        [(4, 2, [[0, 1], [2, 3]]), (3, 1, [[0, 0], [1, 1]]), (1, 0, [[0, 0], [0, 0]])],
+    )
+    def test_its_rows(self, monkeypatch, batch_size, share, expected):
+        """Of the 4 positions it has 1 and 3; where it has none, its rows are padding."""
+        maker = self.maker(monkeypatch, numbered_chunks([5, 5]))
+        request = _block_maker.Request(batch_size, 4, num_steps=2)
+        assert maker.count(request) == 2
+        block = maker.block(request)
+        assert block.batches["y"][:2].tolist() == expected
+        assert (int(block.batch_size), int(block.num_steps)) == (batch_size, 2)
+        maker.drop(block, 4)
+        if share:
+            following = maker.block(request).batches["y"][0].min()
+            assert following == 2 * share
+
+    def test_padding_does_not_end_with_the_source(self, monkeypatch):
+        maker = self.maker(monkeypatch, numbered_chunks([2]))
+        maker.drop(maker.block(_block_maker.Request(4, 4, 1)), 4)
+        assert maker.count(_block_maker.Request(4, 4, 1)) == 0
+        assert maker.block(_block_maker.Request(1, 4, 3)).batches["y"].tolist() == [[0, 0]] * 3
+        empty = self.maker(monkeypatch, [])
+        assert empty.count(_block_maker.Request(1, 4, 3)) == 0
 
 
 class TestEnd:

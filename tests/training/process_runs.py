@@ -26,6 +26,8 @@ LIMITS = {"min_batch_size": 8, "max_batch_size": 64}
 LABELS = INPUTS @ np.arange(4, dtype=np.float32)
 LABELS += np.random.default_rng(1).normal(size=NUM_ROWS).astype(np.float32)
 
+VALIDATION = INPUTS[:32], LABELS[:32]
+
 
 def loss_fn(params, batch):
     inputs, labels = batch
@@ -105,7 +107,7 @@ def timed(process, rule, clock=None):
     module = importlib.import_module("arbiter_jax.training._fit")
     real, module.time = module.time, fake_clock(process.index if clock is None else clock)
     try:
-        return process.fit(rule, num_examples=2000)
+        return process.fit(rule, num_examples=1200)
     finally:
         module.time = real
 
@@ -122,9 +124,9 @@ def response_loss(params, response, meta_batch):
 
 def arbiter(process):
     agent = aj.mlp_agent((4,), hidden_sizes=(4,))
-    limits = {"min_batch_size": 8, "max_batch_size": 32, "initial_batch_size": 10}
+    limits = LIMITS | {"initial_batch_size": 10, "agent_optimizer": optax.adam(0.1)}
     rule = aj.arbiter(agent, response_loss, num_features=4, window=WINDOW, **limits)
-    return process.fit(rule, validation=(INPUTS[:32], LABELS[:32]), num_examples=600)
+    return process.fit(rule, validation=VALIDATION, num_examples=600)
 
 
 def stops(process):
@@ -157,7 +159,9 @@ RUNS = {
         process, aj.schedulers.noise_floor(step_cost="measured", **LIMITS)
     ),
     "expected_gain": lambda process: process.fit(
-        aj.schedulers.expected_gain(**LIMITS), num_examples=600
+        aj.schedulers.expected_gain(loss_fn, measure_every=2, **LIMITS),
+        validation=VALIDATION,
+        num_examples=1200,
     ),
     "arbiter": arbiter,
     "streamed": lambda process: process.stream(growing()),

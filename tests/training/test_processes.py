@@ -15,7 +15,7 @@ import arbiter_jax
 pytestmark = pytest.mark.slow
 
 SCRIPT = pathlib.Path(__file__).with_name("process_runs.py")
-SECONDS = 300  # after which a deadlock is one
+SECONDS = 900  # after which it is a deadlock
 
 
 def start(folder, name, port, count, index, num_devices):
