@@ -7,6 +7,7 @@ from arbiter_jax.batching._blocks import (
     block_rows,
     check_block,
     check_next_block,
+    num_real_rows,
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
@@ -48,6 +49,7 @@ __all__ = [
     "masked_mean",
     "next_bucket",
     "num_groups",
+    "num_real_rows",
     "num_rows",
     "replace_padding",
     "sample_batch",
