@@ -171,6 +171,8 @@ RUNS = {
     "streamed_short": lambda process: process.stream(
         growing(), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
     ),
+    # Groups of 8 rows: two of them hold a step of 12 examples.
+    "streamed_groups": lambda process: process.stream(growing(), micro_batch_size=8),
     "source_ends": lambda process: process.stream(aj.schedulers.constant(8), (60, 40)),
     "source_fails": lambda process: process.stream(aj.schedulers.constant(8), fails=True),
     "aux": lambda process: process.stream(

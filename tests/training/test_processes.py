@@ -74,6 +74,7 @@ def of(runs, name):
         "goodput",
         "streamed",
         "streamed_short",
+        "streamed_groups",
         "aux",
     ],
 )
