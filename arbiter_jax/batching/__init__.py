@@ -8,6 +8,7 @@ from arbiter_jax.batching._blocks import (
     check_block,
     check_next_block,
     interleave_block,
+    num_real_rows,
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
@@ -66,6 +67,7 @@ __all__ = [
     "next_bucket",
     "num_data_devices",
     "num_groups",
+    "num_real_rows",
     "num_rows",
     "replace_padding",
     "sample_batch",

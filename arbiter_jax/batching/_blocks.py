@@ -20,7 +20,7 @@ class Block(NamedTuple):
     With micro-batches it holds groups of rows, in the order of `group_rows`, instead of steps.
     """
 
-    batches: PyTree  # leaves [T, bucket_size, ...], rows in the order of `block_rows`
+    batches: PyTree  # leaves [at most T, bucket_size, ...], rows in the order of `block_rows`
     batch_size: jax.Array | np.integer  # shape=(), dtype=int32, real examples per step
     num_steps: jax.Array | np.integer  # shape=(), dtype=int32, steps that have a batch, <= T
     # shape=(bucket_size,), dtype=int32, the example of each row: `interleaved`, for the devices of a
@@ -34,6 +34,7 @@ def block_rows(
     bucket_size: int,
     num_steps: int,
     position: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """The number of the example that goes into each row of a block.
 
@@ -46,17 +47,59 @@ def block_rows(
       bucket_size: Number of rows per step.
       num_steps: Number of steps that have examples, in [1, T].
       position: Of the block, see :class:`Block`.
+      rows: int[m], increasing, the rows of a step that one process holds; all if None. Only their
+        examples are numbered, ``num_real_rows(batch_size, bucket_size, rows)`` per step.
 
     Returns:
-      int[T, bucket_size] with entries in [0, num_steps * batch_size).
+      int[T, bucket_size] with entries in [0, num_steps * batch_size), or int[T, m].
 
     >>> block_rows(window=3, batch_size=3, bucket_size=4, num_steps=2).tolist()
     [[0, 2, 1, 0], [3, 5, 4, 3], [0, 0, 0, 0]]
+    >>> block_rows(window=2, batch_size=3, bucket_size=4, num_steps=2, rows=np.arange(2)).tolist()
+    [[0, 1], [2, 3]]
     """
-    position = bit_reversed(bucket_size) if position is None else position
-    within = np.where(position < batch_size, position, 0)
+    position = _held(position, bucket_size, rows)
+    real = position < batch_size
+    within = np.where(real, ranks(position), 0)
     step = np.arange(window)[:, None]
-    return np.where(step < num_steps, step * batch_size + within[None, :], 0)
+    return np.where(step < num_steps, step * np.count_nonzero(real) + within[None, :], 0)
+
+
+def ranks(position: np.ndarray) -> np.ndarray:
+    """The rank of each of the positions that a process holds; that of all is the position itself.
+
+    The real examples of a step have the first positions, so it is also the rank among those of them
+    that the process holds.
+    """
+    return np.searchsorted(np.sort(position), position)
+
+
+def _held(position: np.ndarray | None, bucket_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """The example of each of these rows."""
+    position = bit_reversed(bucket_size) if position is None else position
+    return position if rows is None else position[rows]
+
+
+def num_real_rows(
+    batch_size: int,
+    bucket_size: int,
+    rows: np.ndarray | None = None,
+    position: np.ndarray | None = None,
+) -> int:
+    """How many of these rows of a step, int[m] or all if None, hold a real example.
+
+    A step of more examples than the bucket has rows is split into groups; then it is their sum.
+
+    >>> num_real_rows(batch_size=3, bucket_size=4, rows=np.array([2, 3]))
+    1
+    >>> num_real_rows(batch_size=7, bucket_size=4, rows=np.array([2, 3]))  # of groups of 4 and 3
+    3
+    """
+    position = _held(position, bucket_size, rows)
+    num_groups = -(-batch_size // bucket_size)
+    each, more = divmod(batch_size, num_groups)
+    small, large = (int(np.count_nonzero(position < size)) for size in (each, each + 1))
+    return num_groups * small + more * (large - small)
 
 
 def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, jax.Array]:
@@ -85,15 +128,18 @@ def interleave_block(block: Block) -> Block:
     return block._replace(batches=batches, position=position)
 
 
-def check_block(block: Block, window: int | None, bucket_size: int) -> None:
-    """Raises a ValueError if the block was not made for a window of this shape; None: of any length."""
+def check_block(block: Block, window: int | None, bucket_size: int) -> int:
+    """The slots of a block, or a ValueError if it does not fit into this window (None: of any length)."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block.batches)]
-    window = shapes[0][0] if window is None and shapes[0] else window
-    if {shape[:2] for shape in shapes} != {(window, bucket_size)}:
+    forms = {shape[:2] for shape in shapes}
+    slots = max((shape[0] for shape in shapes if shape), default=0)
+    window = max(slots, 1) if window is None else window
+    if forms != {(slots, bucket_size)} or not 1 <= slots <= window:
         raise ValueError(
-            f"data.train must be a block of shape [window, bucket_size, ...] = [{window}, "
+            f"data.train must be a block of shape [window, bucket_size, ...], at most [{window}, "
             f"{bucket_size}, ...], got shapes {shapes}; request it with the sizes of this window."
         )
+    return slots
 
 
 def check_next_block(block: Any, batch_size: int, num_steps: int) -> None:
@@ -128,5 +174,8 @@ class BlockSource(Protocol):
     window: int  # T
 
     def next_block(self, batch_size: int, bucket_size: int, num_steps: int | None = None) -> Block:
-        """The next examples in whole batches; raises StopIteration if less than one is left."""
+        """The next examples in whole batches; raises StopIteration if less than one is left.
+
+        On several processes, all of them get the same number of steps.
+        """
         ...

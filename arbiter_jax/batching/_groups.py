@@ -8,7 +8,7 @@ import jax.typing
 import numpy as np
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching._blocks import Block
+from arbiter_jax.batching._blocks import Block, num_real_rows, ranks
 from arbiter_jax.batching._buckets import next_bucket
 from arbiter_jax.batching._rows import bit_reversed, shard_rows
 from arbiter_jax.batching._sampling import SamplerState, examples_ahead
@@ -109,20 +109,28 @@ def group_rows(
     micro_batch_size: int,
     num_steps: int,
     position: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """As :func:`block_rows`, for a block of groups: int[num_slots, micro_batch_size].
 
-    Group j of step t is in slot t n + j, n being the number of groups of a batch; `position` is that
-    of the :class:`Block`. Padding repeats the
-    first example of its step, and slots without a group repeat the first example of the window.
+    Group j of step t is in slot t n + j, n being the number of groups of a batch. Padding repeats the
+    first example of its step, and slots without a group repeat the first example of the window. The
+    `rows` of a process, if they are given, are the same in every slot.
 
     >>> group_rows(num_slots=4, batch_size=3, micro_batch_size=2, num_steps=1).tolist()
     [[0, 1], [2, 0], [0, 0], [0, 0]]
+    >>> group_rows(num_slots=2, batch_size=7, micro_batch_size=4, num_steps=1, rows=np.arange(2))
+    array([[0, 1],
+           [2, 3]])
     """
     n = -(-batch_size // micro_batch_size)
     step, j = np.divmod(np.arange(num_slots), n)
     each, more = divmod(batch_size, n)
-    start, size = j * each + np.minimum(j, more), each + (j < more)
+    share = num_real_rows(batch_size, micro_batch_size, rows, position)  # of a step
     position = bit_reversed(micro_batch_size) if position is None else position
-    within = np.where(position < size[:, None], start[:, None] + position, 0)
-    return np.where(step[:, None] < num_steps, step[:, None] * batch_size + within, 0)
+    position = position if rows is None else position[rows]
+    real = position < (each + (j < more))[:, None]
+    small, large = (np.count_nonzero(position < size) for size in (each, each + 1))
+    start = j * small + np.minimum(j, more) * (large - small)
+    within = np.where(real, start[:, None] + ranks(position), 0)
+    return np.where(step[:, None] < num_steps, step[:, None] * share + within, 0)

@@ -11,185 +11,76 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from arbiter_jax import _validate
+from arbiter_jax._processes import check_equal, gather, spans_processes
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import (
-    Block,
-    block_rows,
-    block_shape,
-    group_rows,
-    interleaved,
-    is_split,
-    num_rows,
-)
-from arbiter_jax.datasets._epochs import is_resumable
+from arbiter_jax.batching import Block, num_real_rows
+from arbiter_jax.datasets._block_maker import BlockMaker, Request
+from arbiter_jax.datasets._placement import process_rows
 
 _JOIN_SECONDS = 5.0
+_MAX_BYTES = 2**28
 
 
-class _Buffer:
-    """Queue of the examples that were read from the source and not yet used."""
-
-    def __init__(self, source: Any):
-        self._source = source  # an iterator, perhaps with get_state and set_state
-        self._chunks: deque[PyTree] = deque()
-        self._num_rows = 0
-        self._kind: Any = None
-        self._error: BaseException | None = None
-        self._dropped = 0  # rows of the first chunk
-        self._states: deque[Any] = deque()  # of the source, before each of the chunks
-
-    def position(self) -> dict[str, Any] | None:
-        """Where the next row comes from; None if the source cannot say."""
-        if not is_resumable(self._source):
-            return None
-        states = self._states or (self._source.get_state(),)
-        return {"source": states[0], "skip": self._dropped if self._states else 0}
-
-    def go_to(self, position: dict[str, Any]) -> None:
-        """Goes on at a position."""
-        self._chunks.clear()
-        self._states.clear()
-        self._num_rows = self._dropped = 0
-        self._error, skip = None, position["skip"]
-        try:
-            self._source.set_state(position["source"])
-            if self.fill(skip) < skip:
-                raise ValueError(
-                    "source must hold what it held when it was saved, but it has ended before."
-                )
-            self.drop(skip)
-        except BaseException as error:  # raised when rows are requested
-            self._error = error
-
-    def _read(self) -> None:
-        state = self._source.get_state() if is_resumable(self._source) else None
-        chunk = jax.tree.map(np.asarray, next(self._source))
-        count, kind = num_rows(chunk, name="each chunk of the source"), _kind(chunk)
-        if self._kind not in (None, kind):
-            raise ValueError(
-                "source must yield chunks of the same structure, shape and dtype, got "
-                f"{self._kind[1]} and {kind[1]}."
-            )
-        for leaf in jax.tree.leaves(chunk) if self._kind is None else ():
-            if leaf.dtype.kind in "OSUMm":
-                raise ValueError(f"source must yield chunks of numbers, got dtype {leaf.dtype}.")
-        self._kind = kind
-        self._chunks.append(chunk)
-        self._states.append(state)
-        self._num_rows += count
-
-    def fill(self, wanted: int) -> int:
-        """Reads until there are `wanted` rows or the source has ended; returns how many there are.
-
-        An exception of the source is kept and raised on every call that needs more rows: a
-        generator raises it only once.
-        """
-        while self._num_rows < wanted:
-            if self._error is None:
-                try:
-                    self._read()
-                    continue
-                except BaseException as error:  # raised below, and again on later calls
-                    self._error = error
-            if isinstance(self._error, StopIteration):
-                break
-            raise self._error
-        return min(self._num_rows, wanted)
-
-    def block(
-        self, window: int, batch_size: int, bucket_size: int, num_steps: int, position: Any
-    ) -> PyTree:
-        """The first `num_steps * batch_size` rows as [T, bucket, ...]; they stay in the buffer.
-
-        Steps of more rows than the bucket are split into groups; see :func:`group_rows`.
-        """
-        missing, parts, chunks = num_steps * batch_size, [], iter(self._chunks)
-        while missing:
-            parts.append(jax.tree.map(lambda x, n=missing: x[:n], next(chunks)))
-            missing -= len(jax.tree.leaves(parts[-1])[0])
-        num_slots, _ = block_shape(window, batch_size, bucket_size)
-        arrange = block_rows if batch_size <= bucket_size else group_rows
-        rows = arrange(num_slots, batch_size, bucket_size, num_steps, position)
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[rows], *parts)
-
-    def drop(self, count: int) -> None:
-        """Removes the first `count` rows."""
-        self._num_rows -= count
-        while count:
-            length = len(jax.tree.leaves(self._chunks[0])[0])
-            if length > count:
-                self._dropped += count
-                self._chunks[0] = jax.tree.map(lambda x, n=count: x[n:], self._chunks[0])
-                return
-            self._chunks.popleft()
-            self._states.popleft()
-            self._dropped = 0
-            count -= length
+def _try(make: Callable[[Request], Any], request: Request) -> Any:
+    """What is made, or the exception that the main thread is to raise instead."""
+    try:
+        return make(request)
+    except BaseException as error:
+        return error
 
 
-def _kind(chunk: PyTree) -> tuple[Any, list[Any]]:
-    """Structure, shapes and dtypes of a chunk, which all chunks of a source share."""
-    leaves, structure = jax.tree.flatten(chunk)
-    return structure, [(leaf.shape[1:], str(leaf.dtype)) for leaf in leaves]
+def _serves(block: Block, guess: Request | None, request: Request) -> bool:
+    """Whether a block that was made on a guess holds all that can be had of what is asked for."""
+    num_slots = jax.tree.leaves(block.batches)[0].shape[0]
+    room = num_slots // -(-request.batch_size // request.bucket_size)  # steps
+    same_sizes = guess is not None and guess[:2] == request[:2]
+    return same_sizes and min(request.num_steps, room) <= int(block.num_steps)
 
 
 def _serve(
-    source: Iterator[PyTree],
+    source: Any,
+    maker: BlockMaker,
     window: int,
-    sharding: Any,
     requests: queue.SimpleQueue,
     results: queue.SimpleQueue,
 ) -> None:
-    """The thread: answers requests (batch_size, bucket_size, num_steps) and prefetches.
+    """The thread: answers requests and prefetches; a request may also be a position to go to.
 
-    A result is a block, or the exception to raise instead.
+    A result is a block and the position after it, or the exception to raise instead of the block.
     """
-    buffer = _Buffer(source)
-
-    def make(request: tuple[int, int, int]) -> Block | BaseException:
-        batch_size, bucket_size, num_steps = request
-        try:
-            num_steps = min(num_steps, buffer.fill(num_steps * batch_size) // batch_size)
-            if num_steps < 1:
-                return StopIteration()
-            position = interleaved(bucket_size) if is_split(sharding) else None
-            block = buffer.block(window, batch_size, bucket_size, num_steps, position)
-            sizes = np.int32(batch_size), np.int32(num_steps)
-            return Block(jax.device_put(block, sharding), *sizes, position)
-        except BaseException as error:
-            return error
-
     request, guess, result = requests.get(), None, None
     while request is not None:
         if isinstance(request, dict):
             result = None
-            buffer.go_to(request)
+            maker.buffer.go_to(request)
             request = requests.get()
             continue
-        *sizes, num_steps = request
-        if isinstance(result, Block) and sizes == guess and num_steps <= result.num_steps:
-            result = result._replace(num_steps=np.int32(num_steps))
+        if request.counts:
+            results.put(_try(maker.count, request))
+            request = requests.get()
+            continue
+        if isinstance(result, Block) and _serves(result, guess, request):
+            fewer = np.minimum(result.num_steps, np.int32(request.num_steps))
+            result = result._replace(num_steps=fewer)
         else:
-            result = make(request)
+            result = _try(maker.block, request)
         if isinstance(result, Block):
-            batch_size, bucket_size = guess = sizes
-            buffer.drop(int(result.num_steps) * batch_size)
-        results.put((result, buffer.position()))
+            maker.drop(result, request)
+        results.put((result, maker.buffer.position()))
         if isinstance(result, Block):
             # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
             # every batch size in the same bucket still finds all its rows in the buffer.
-            num_slots, num_steps = block_shape(window, batch_size, bucket_size)
-            result = make((batch_size, bucket_size, num_steps))
+            guess = request._replace(num_steps=window)
+            result = _try(maker.block, guess)
             with contextlib.suppress(BaseException):  # raised when these rows are requested
-                buffer.fill(num_slots * bucket_size)
+                maker.fill(guess)
         request = requests.get()
     close = getattr(source, "close", None)
     if close is not None:
@@ -205,7 +96,13 @@ def _stop(thread: threading.Thread, requests: queue.SimpleQueue) -> None:
 class HostBlocks:
     """Blocks of batches from an iterator over examples; see :func:`host_blocks`."""
 
-    def __init__(self, source: Iterable[PyTree], window: int, sharding: Any = None):
+    def __init__(
+        self,
+        source: Iterable[PyTree],
+        window: int,
+        sharding: Any = None,
+        max_bytes: int = _MAX_BYTES,
+    ):
         # Iterating over one of these would take their rows, parts or keys for chunks.
         is_data = isinstance(source, tuple | Mapping | str | bytes) or hasattr(source, "dtype")
         if is_data or not isinstance(source, Iterable):
@@ -214,14 +111,18 @@ class HostBlocks:
                 f"{type(source).__name__}; datasets.epochs(data) makes one from arrays."
             )
         self.num_examples = 0  # examples in all blocks so far, without padding
+        self.num_local_examples = 0  # of them, those from the source of this process
+        self.sharding = sharding
         self.window = _validate.integer(window=window, minimum=1)
+        max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
         iterator = iter(source)
-        self._position = _Buffer(iterator).position()
+        maker = BlockMaker(iterator, self.window, sharding, max_bytes)
+        self._position = maker.buffer.position()
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_serve,
-            args=(iterator, self.window, sharding, self._requests, self._results),
+            args=(iterator, maker, self.window, self._requests, self._results),
             name="arbiter_jax.host_blocks",
             daemon=True,
         )
@@ -248,13 +149,18 @@ class HostBlocks:
             T // n steps; only a single step of more groups than that takes more, a power of two.
 
         Returns:
-          A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...]. Near the end of the
-          source it holds as many whole batches as are left, ``block.num_steps``.
+          A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...], or of fewer steps or
+          groups if those are larger than `max_bytes`, but at least one step. Near the end of the
+          source it holds as many whole batches as are left, ``block.num_steps``. Several processes
+          call this together, and get as many steps as the one whose source has the fewest left.
 
         Raises:
-          StopIteration: If the source has fewer than B examples left.
+          StopIteration: If the source, or that of another process, does not have enough examples
+            left for a step.
           ValueError: If a size is out of range, the blocks are closed, or the chunks of the source
             do not have the same structure, shapes and dtypes.
+          RuntimeError: If the source of another process has raised an error, or processes ask for
+            different sizes.
           Exception: Whatever the source raises.
         """
         bucket_size = _validate.power_of_two(bucket_size=bucket_size)
@@ -262,18 +168,50 @@ class HostBlocks:
         batch_size = _validate.integer(batch_size=batch_size, minimum=1, maximum=most)
         num_steps = self.window if num_steps is None else num_steps
         num_steps = _validate.integer(num_steps=num_steps, minimum=1, maximum=self.window)
-        num_steps = min(num_steps, block_shape(self.window, batch_size, bucket_size)[1])
         if not self._finalizer.alive:
             raise ValueError("the blocks are closed; make new ones with host_blocks(...).")
-        self._requests.put((batch_size, bucket_size, num_steps))
-        result, self._position = self._results.get()
-        if isinstance(result, BaseException):
-            raise result
-        self.num_examples += int(result.num_steps) * batch_size
-        return result
+        request = Request(batch_size, bucket_size, num_steps)
+        if spans_processes(self.sharding):
+            request = request._replace(num_steps=self._common_steps(request))
+        block, self._position = self._ask(request)
+        if isinstance(block, BaseException):
+            raise block
+        shape = jax.tree.leaves(block.batches)[0].shape
+        rows = process_rows(shape, self.sharding) if spans_processes(self.sharding) else None
+        self.num_examples += int(block.num_steps) * batch_size
+        self.num_local_examples += int(block.num_steps) * num_real_rows(
+            batch_size, bucket_size, rows, block.position
+        )
+        return block
+
+    def _ask(self, request: Request) -> Any:
+        self._requests.put(request)
+        return self._results.get()
+
+    def _common_steps(self, request: Request) -> int:
+        """The steps that every process has examples for; raises on all of them if there are none."""
+        answer = self._ask(request._replace(counts=True))
+        error = isinstance(answer, BaseException)
+        steps = 0 if error else answer
+        failed, steps, sizes, buckets = gather(
+            error, steps, request.batch_size, request.bucket_size
+        )
+        if error:
+            raise answer
+        if any(failed):
+            raise RuntimeError(
+                f"the source of process {failed.index(1)} has raised an error, which that process "
+                "shows: no process gets a block that another one lacks."
+            )
+        check_equal(batch_size=sizes, bucket_size=buckets)
+        if min(steps) < 1:
+            raise StopIteration
+        return min(steps)
 
     def get_state(self) -> dict[str, Any]:
         """Where the next block begins, made of what the source's own ``get_state()`` returns.
+
+        Each of several processes has its own.
 
         Raises:
           ValueError: If the source has no ``get_state()`` and ``set_state(state)``.
@@ -284,13 +222,18 @@ class HostBlocks:
                 "run was saved, got one without, such as a generator: use datasets.epochs(data), "
                 "or a dataset of grain."
             )
-        return {**self._position, "num_examples": self.num_examples}
+        return {
+            **self._position,
+            "num_examples": self.num_examples,
+            "num_local_examples": self.num_local_examples,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where :meth:`get_state` was called, perhaps in another process."""
         self.get_state()  # raises
         self._position = {"source": state["source"], "skip": state["skip"]}
         self.num_examples = state["num_examples"]
+        self.num_local_examples = state["num_local_examples"]
         self._requests.put(self._position)
 
     def close(self) -> None:
@@ -305,7 +248,11 @@ class HostBlocks:
 
 
 def host_blocks(
-    source: Iterable[PyTree], *, window: int, sharding: jax.sharding.Sharding | None = None
+    source: Iterable[PyTree],
+    *,
+    window: int,
+    sharding: jax.sharding.Sharding | None = None,
+    max_bytes: int = _MAX_BYTES,
 ) -> HostBlocks:
     """Trains on more data than fits on the device: prefetches it from the host, window by window.
 
@@ -322,6 +269,12 @@ def host_blocks(
         data = aj.Data(blocks.next_block(size, bucket_size), validation)
         state, info = aj.run_window(state, data, bucket_size=bucket_size, window=T, ...)
 
+    With a `sharding` over the devices of several processes, each process reads a source of its own
+    and supplies the rows that its devices hold: its share of the B examples of a step, in the order
+    of its source. The shares of processes that split the rows evenly differ by at most one example,
+    or by one in each group where micro-batches split a step. Nothing is sent between the processes
+    but the number of steps that each has left.
+
     Args:
       source: Iterable over chunks, pytrees of arrays [n, ...] with any n >= 1, used only by the
         thread. :func:`epochs` makes an endless one from arrays. Where its iterator has
@@ -329,15 +282,19 @@ def host_blocks(
         blocks have them too, and a run is saved with its place in the data.
       window: T, number of steps per block, an integer >= 1; pass the same to training.
       sharding: Where to put the blocks; their second axis is that of the examples. If None, on the
-        default device.
+        default device. Processes that hold the same rows must read the same source.
+      max_bytes: Limit for a block, in bytes on one device, an integer >= 1; two blocks exist at a
+        time. A larger block has fewer steps than T, at least one, and so has the window: the next
+        decision is read the earlier. That number is the same for all blocks of a bucket, so there
+        is still one program for each. Where micro-batches split a step, it counts groups.
 
     Returns:
       A :class:`HostBlocks`, a context manager with
       ``next_block(batch_size, bucket_size, num_steps=None)``.
 
     Raises:
-      ValueError: If source is data itself or cannot be iterated over, or window is not an
-        integer >= 1.
+      ValueError: If source is data itself or cannot be iterated over, or window or max_bytes is not
+        an integer >= 1.
 
     *Guarantees*:
       * Each example is used exactly once, in the order of the source, however the sizes change;
@@ -358,4 +315,4 @@ def host_blocks(
     >>> [record.num_examples for record in result.history], blocks.num_examples
     ([60, 96], 96)
     """
-    return HostBlocks(source, window, sharding)
+    return HostBlocks(source, window, sharding, max_bytes)

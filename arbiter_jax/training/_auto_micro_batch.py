@@ -22,9 +22,14 @@ _SHARE = 0.8  # of the memory: the rest is for what else a process keeps on the 
 class MicroBatch:
     """The micro-batch of one run, host side: a number, none, or the one that "auto" finds."""
 
-    def __init__(self, micro_batch_size: Any):
+    def __init__(self, micro_batch_size: Any, shared: bool = False):
         if isinstance(micro_batch_size, str):
             _validate.one_of(("auto",), micro_batch_size=micro_batch_size)
+            if shared:
+                raise ValueError(
+                    "micro_batch_size must be a power of two or None where several processes train "
+                    "together, got 'auto': each of them would find its own."
+                )
         self.is_auto = isinstance(micro_batch_size, str)
         self.size: int | None = None  # "auto" has none until a program does not fit
         if micro_batch_size is not None and not self.is_auto:
@@ -80,9 +85,12 @@ class MicroBatch:
         def shapes(rows: int) -> Any:
             if not is_streamed:
                 return data
-            num_slots, _ = block_shape(window, batch_size, rows)
-            like = lambda x: jax.ShapeDtypeStruct((num_slots, rows, *x.shape[2:]), x.dtype)
             old = self._block
+            held, of_rows = jax.tree.leaves(old.batches)[0].shape[:2]
+            # A short block has as many rows as its limit of bytes allows.
+            fitting = window if held >= window else max(1, min(window, held * of_rows // rows))
+            num_slots, _ = block_shape(fitting, batch_size, rows)
+            like = lambda x: jax.ShapeDtypeStruct((num_slots, rows, *x.shape[2:]), x.dtype)
             return data._replace(train=old._replace(batches=jax.tree.map(like, old.batches)))
 
         def compile_window(rows: int, micro_batch_size: int | None) -> Any:

@@ -17,6 +17,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
+from arbiter_jax._processes import read, spans_processes
 from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._ahead import CompileAhead
@@ -30,6 +31,7 @@ from arbiter_jax.training._checks import (
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._mesh import in_mesh, place
+from arbiter_jax.training._next_plan import next_plan
 from arbiter_jax.training._out_of_memory import is_out_of_memory, out_of_memory
 from arbiter_jax.training._records import (
     Callback,
@@ -40,7 +42,7 @@ from arbiter_jax.training._records import (
 )
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Plan, Run, check_budget
-from arbiter_jax.training._run_data import data_of_window, on_device
+from arbiter_jax.training._run_data import data_of_window, on_device, room_for
 from arbiter_jax.training._seeds import are_several, fit_seeds
 from arbiter_jax.training._state import Data, init_state
 from arbiter_jax.training._window import run_window
@@ -68,9 +70,8 @@ def _train_window(
             ahead.wait(bucket_size)
             bucket_size = micro.fitting_bucket(size, bucket_size, data, run.window, arguments)
         window_data, num_steps = data_of_window(data, size, bucket_size, wanted, run.mesh)
-        if num_steps < wanted:  # the source has ended, and the rule decides on what is left
-            run.rest, run.is_cut = None, False
         if num_steps < 1:
+            run.got(plan, 0)
             run.source_ended = True
             return False
         micro.saw(window_data)
@@ -87,7 +88,8 @@ def _train_window(
         arguments = functools.partial(advance, run.state, num_steps=num_steps, step_seconds=0.0)
         lowered = ahead.start(arguments, window_data, bucket_size, micro.options)
         check_concrete(tx=info)
-        info = jax.device_get(info)
+        info = read(info)
+        run.got(plan, num_steps, room_for(window_data, size))
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -176,7 +178,8 @@ def fit(
       key: PRNG key or an int. The run is a pure function of it. A vector of k keys, typed or raw,
         trains k seeds in one program; see below.
       callbacks: Called as ``callback(record, state)`` after every window, one function or several;
-        a true result ends the run.
+        a true result ends the run. Of several processes each calls its own, and a true result of
+        one ends the run on all.
       model_state: State of the model that is not trained by gradients, or None.
       state: Where to resume from: a :class:`TrainState` of the same `tx`. `params` is then unused.
         The range of batch sizes is that of `tx`, as in :func:`resume_state`.
@@ -199,7 +202,7 @@ def fit(
       checkpoints: ``aj.checkpoints(directory)``: where the run is saved, every few windows and at
         its end. SIGTERM and Ctrl-C then wait for the running window, save the run, and end the
         program as usual: with exit code 143, or with a KeyboardInterrupt. A second Ctrl-C does not
-        wait.
+        wait. A signal to one of several processes ends all of them, after the same window.
       resume: Whether to go on from the newest complete checkpoint; without one the run starts from
         the beginning. The result is that of a run which was never stopped, bit for bit, if rules
         do not go by measured times.
@@ -213,12 +216,19 @@ def fit(
       ValueError: If an argument is out of its range or not what it should be, the data is empty,
         `tx` holds no rule or more than one, its rule was built for another budget, or the
         checkpoints are those of another run.
+      RuntimeError: On every one of several processes, if they have not decided alike on a batch
+        size, the steps of a window or the examples seen.
       OutOfMemoryError: If a window does not fit into the memory of the device. It carries the
         history and, where it can still be read, the last state; it names the last checkpoint.
 
     Warns:
       UserWarning: If losses were not finite, a source of blocks ended before the budget, or nothing
         could be trained.
+
+    Several processes, which ``jax.distributed.initialize`` has joined, call this together, with the
+    same arguments; the arrays of `data`, or of `params` or `state`, lie on the devices of them all.
+    Before each window they compare what they are about to do, and take the time of a step from the
+    clock of process 0.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
@@ -271,7 +281,8 @@ def fit(
     )
     if clock is not None:
         _validate.function("clock() -> seconds", clock=clock)
-    run = Run(state, num_examples, end, window, mesh, MicroBatch(micro_batch_size))
+    shared = spans_processes((state, data))
+    run = Run(state, num_examples, end, window, mesh, MicroBatch(micro_batch_size, shared))
     del state  # donated to the first window
     ahead = CompileAhead(run.state)
     keeper = Keeper(checkpoints, resume, run, data.train)
@@ -283,11 +294,16 @@ def fit(
         contextlib.closing(ahead),
     ):
         is_ended = keeper.resume(tx, callbacks)
-        while not is_ended and not interrupts.received and (plan := run.next_plan()) is not None:
-            if not _train_window(run, plan, data, advance, clock, keeper, ahead):
+        plan, is_ended = next_plan(run, is_ended, interrupts, shared)
+        while plan is not None:
+            if not _train_window(run, run.begin(plan), data, advance, clock, keeper, ahead):
                 break
             is_ended = any_ends(callbacks, run.history[-1], run.whole_state())
+            # Before the run is saved, because all processes save it at once.
+            plan, is_ended = next_plan(run, is_ended, interrupts, shared)
             keeper.after_window(is_ended)
+            if interrupts.received and not shared:
+                break
         keeper.finish(interrupts)
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=3)

@@ -19,6 +19,7 @@ class Interrupts:
 
     def __init__(self, enabled: bool):
         self.received: signal.Signals | None = None
+        self._is_own = True  # not that of another process
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -36,9 +37,14 @@ class Interrupts:
 
     def _hold_back(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if number == signal.SIGINT and self.received is signal.SIGINT:
+        if number == signal.SIGINT and self.received is signal.SIGINT and self._is_own:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.received, self._is_own = signal.Signals(number), True
+
+    def take_over(self, number: signal.Signals) -> None:
+        """Takes a signal that another process has got as if it had come here, if none has."""
+        if self.received is None:
+            self.received, self._is_own = number, False
 
     def end(self) -> None:
         """Ends the program as the signal would have, if there was one."""

@@ -66,7 +66,7 @@ class Run:
             self.rest = rest._replace(bucket_size=self.micro.limited(rows))
 
     def next_plan(self) -> Plan | None:
-        """The next window, or None where this call ends.
+        """The next window as a whole, or None where this call ends. It changes nothing.
 
         A window that an earlier call was stopped in is finished first. One that the budget has cut
         is not: the rule decides on what is left.
@@ -82,17 +82,42 @@ class Run:
                 # The step takes no more examples than its bucket has rows, or than it is told.
                 size = _smaller_batch(self.state, self.seen, self.num_examples)
                 whole = Plan(size, self.micro.limited(size), 1)
-            if whole.batch_size < 1 or whole.steps_until(self.end, self.seen) < 1:
+            if whole.batch_size < 1:
                 return None
-            if self.rest is not None:
-                self.state = self.state._replace(unfinished=no_unfinished_window())
-        num_steps = whole.steps_until(self.end, self.seen)
-        if num_steps < 1:
-            return None
-        self.is_cut = num_steps < whole.steps_until(self.num_examples, self.seen)
-        left = whole.num_steps - num_steps
-        self.rest = whole._replace(num_steps=left) if left else None
-        return whole._replace(num_steps=num_steps)
+        return whole if self.limited(whole).num_steps >= 1 else None
+
+    def limited(self, whole: Plan) -> Plan:
+        """What this call takes of a window."""
+        return whole._replace(num_steps=whole.steps_until(self.end, self.seen))
+
+    def begin(self, whole: Plan) -> Plan:
+        """What is to be trained now of the window that :meth:`next_plan` has found."""
+        if self.rest is not None and whole is not self.rest:
+            self.state = self.state._replace(unfinished=no_unfinished_window())
+        plan = self.limited(whole)
+        self.is_cut = plan.num_steps < whole.steps_until(self.num_examples, self.seen)
+        self._leave(whole, whole.num_steps - plan.num_steps)
+        return plan
+
+    def _leave(self, whole: Plan, num_steps: int) -> None:
+        self.rest = whole._replace(num_steps=num_steps) if num_steps else None
+        self.is_cut = self.is_cut and num_steps > 0
+
+    def got(self, plan: Plan, num_steps: int, room: int | None = None) -> None:
+        """Takes over for how many steps of a window there were examples.
+
+        Where they were fewer than the plan's, the rule decides on what is left.
+
+        Args:
+          plan: From :meth:`begin`.
+          num_steps: Steps that were taken.
+          room: Steps that the block had room for, None where the data is no block: that is as long
+            as the whole window can be.
+        """
+        if num_steps < plan.num_steps:
+            self._leave(plan, 0)
+        elif self.rest is not None and room is not None:
+            self._leave(self.rest, min(self.rest.num_steps, room - num_steps))
 
     def record(
         self, plan: Plan, info: StepInfo, seconds: float, compilations: Compilations

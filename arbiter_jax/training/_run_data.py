@@ -46,6 +46,14 @@ def _to_device(data: PyTree, mesh: jax.sharding.Mesh | None) -> Any:
         ) from error
 
 
+def room_for(data: Data, batch_size: int) -> int | None:
+    """The steps that the block of a window has room for; None where the data is no block."""
+    if not isinstance(data.train, Block):
+        return None
+    num_slots, num_rows = jax.tree.leaves(data.train.batches)[0].shape[:2]
+    return num_slots // -(-batch_size // num_rows)
+
+
 def data_of_window(
     data: Data,
     batch_size: int,

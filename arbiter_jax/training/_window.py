@@ -242,7 +242,8 @@ def run_window(
       state: From :func:`init_state` or a window before.
       data: ``Data(train, validation)``, pytrees of arrays on the device. `train` may also be a
         :class:`arbiter_jax.batching.Block`, whose batches are used as they are: the sampler stays
-        where it is, and steps for which the block has no batch are not taken.
+        where it is, and steps for which the block has no batch are not taken. A block of fewer than
+        T steps makes a shorter window.
       num_steps: int32[], how many of the T steps to take; all if None. It is traced, so that the
         last window of a run needs no program of its own.
       step_seconds: float32[], measured time of one step in the last window, for rules that ask.
@@ -276,8 +277,8 @@ def run_window(
         draws its share from its own rows of `data.train`, see :mod:`arbiter_jax.training._mesh`.
 
     Returns:
-      (state, info): info is a StepInfo whose leaves have a leading axis T; steps not taken have
-      batch size 0 and zeros everywhere else.
+      (state, info): info is a StepInfo whose leaves have a leading axis T, or that of a block of
+      fewer steps; steps not taken have batch size 0 and zeros everywhere else.
 
     Raises:
       ValueError: If window < 1, the bucket is not a power of two or smaller than the mesh, the data
@@ -314,7 +315,8 @@ def run_window(
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
     log_trace(state, data, tx=tx, loss_fn=loss_fn, bucket_size=bucket_size, window=window)
     if isinstance(data.train, Block):
-        check_block(data.train, None if in_groups else window, bucket_size)
+        slots = check_block(data.train, None if in_groups else window, bucket_size)
+        window = min(window, slots)  # a large block has fewer steps
         wanted = window if num_steps is None else num_steps
         num_steps = jnp.minimum(wanted, data.train.num_steps)
     requested = requests(state.opt_state)

@@ -11,6 +11,7 @@ from arbiter_jax.batching import (
     block_rows,
     check_block,
     interleave_block,
+    num_real_rows,
 )
 
 ROWS = np.arange(100, 124).reshape(2, 4, 3)  # [window, bucket_size, features]
@@ -32,6 +33,30 @@ def test_block_rows_hold_every_example_once(batch_size, num_steps):
     assert (rows[num_steps:] == 0).all()
 
 
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 6, 8])
+def test_block_rows_of_several_processes(batch_size, num_processes):
+    """Each numbers its own examples; together they are those of one process, dealt out in turn."""
+    window, num_steps, bucket_size = 3, 2, 8
+    shares = []
+    for rows in np.split(np.arange(bucket_size), num_processes):
+        share = num_real_rows(batch_size, bucket_size, rows)
+        numbers = block_rows(window, batch_size, bucket_size, num_steps, rows)
+        real = bit_reversed(bucket_size)[rows] < batch_size
+        assert np.count_nonzero(real) == share
+        found = np.sort(numbers[:num_steps, real], axis=1).ravel()
+        np.testing.assert_array_equal(found, np.arange(num_steps * share))
+        # The examples of a step keep their order: the rank of a row is that of its position.
+        order = np.argsort(bit_reversed(bucket_size)[rows][real])
+        np.testing.assert_array_equal(numbers[0, real][order], np.arange(share))
+        first = np.arange(num_steps)[:, None] * share
+        assert (numbers[:num_steps, ~real] == first).all()
+        assert (numbers[num_steps:] == 0).all()
+        shares.append(share)
+    assert sum(shares) == batch_size
+    assert max(shares) - min(shares) <= 1
+
+
 def test_block_batch_is_one_step():
     batch, mask = block_batch(block({"x": ROWS, "y": ROWS[..., 0]}), 1, 4)
     np.testing.assert_array_equal(batch["x"], ROWS[1])
@@ -40,8 +65,9 @@ def test_block_batch_is_one_step():
 
 
 def test_check_block():
-    check_block(block(), 2, 4)
-    for window, bucket_size in ((3, 4), (2, 8)):
+    assert check_block(block(), 2, 4) == 2
+    assert check_block(block(), 3, 4) == 2  # fewer steps than the window may have
+    for window, bucket_size in ((1, 4), (2, 8)):
         message = rf"\[{window}, {bucket_size}, \.\.\.\], got shapes \[\(2, 4, 3\)\]; request it"
         with pytest.raises(ValueError, match=message):
             check_block(block(), window, bucket_size)

@@ -21,6 +21,7 @@ from arbiter_jax.batching import (
     next_bucket,
     sample_batch,
 )
+from arbiter_jax.datasets import _block_maker
 
 jitted_sample_batch = jax.jit(sample_batch, static_argnums=3)
 jitted_block_batch = jax.jit(block_batch, static_argnums=2)
@@ -130,6 +131,81 @@ class TestBlocks:
         assert block["x"].sharding == sharding
         assert block["x"].addressable_shards[0].data.shape == (2, 2, 2)
 
+    def test_a_block_has_as_many_steps_as_fit(self):
+        """12 bytes a row, of which a device has all, or one in four."""
+        mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+        sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+        for placed, max_bytes in ((None, 2 * 4 * 12), (sharding, 2 * 12)):
+            options = {"window": 5, "sharding": placed, "max_bytes": max_bytes}
+            with datasets.host_blocks(numbered_chunks([40]), **options) as blocks:
+                shapes, seen = [], []
+                for batch_size, bucket_size, num_steps in (
+                    (3, 4, 5),
+                    (4, 4, 1),
+                    (4, 4, 2),
+                    (5, 8, 5),
+                ):
+                    block = blocks.next_block(batch_size, bucket_size, num_steps)
+                    real = bit_reversed(bucket_size) < batch_size
+                    rows = np.asarray(block.batches["y"])[: int(block.num_steps), real]
+                    seen += np.sort(rows, axis=1).ravel().tolist()
+                    shapes.append((*block.batches["y"].shape, int(block.num_steps)))
+            # A step of 8 rows alone is as large as the limit.
+            assert shapes == [(2, 4, 2), (2, 4, 1), (2, 4, 2), (1, 8, 1)]
+            assert seen == list(range(23))
+
+    def test_one_step_may_be_larger_than_the_limit(self):
+        with datasets.host_blocks(numbered_chunks([40]), window=5, max_bytes=1) as blocks:
+            assert blocks.next_block(7, 8).batches["y"].shape == (1, 8)
+
+    def test_a_short_block_is_prefetched(self):
+        read = []
+
+        def source():
+            for chunk in numbered_chunks([1] * 40):
+                read.append(1)
+                yield chunk
+
+        with datasets.host_blocks(source(), window=5, max_bytes=2 * 4 * 12) as blocks:
+            blocks.next_block(3, 4)
+        assert len(read) == 6 + 2 * 4  # the block, and what the next one can hold
+
+
+class TestShareOfAProcess:
+    """The second of two processes, which has rows 2 and 3 of 4; training/test_processes has both."""
+
+    def maker(self, monkeypatch, source):
+        monkeypatch.setattr(_block_maker, "spans_processes", lambda sharding: True)
+        monkeypatch.setattr(_block_maker, "process_rows", lambda shape, sharding: np.array([2, 3]))
+        monkeypatch.setattr(_block_maker, "place", lambda batches, bucket_size, sharding: batches)
+        return _block_maker.BlockMaker(iter(source), window=3, sharding=None, max_bytes=2**20)
+
+    @pytest.mark.parametrize(
+        ("batch_size", "share", "expected"),
+        [(4, 2, [[0, 1], [2, 3]]), (3, 1, [[0, 0], [1, 1]]), (1, 0, [[0, 0], [0, 0]])],
+    )
+    def test_its_rows(self, monkeypatch, batch_size, share, expected):
+        """Of the 4 positions it has 1 and 3; where it has none, its rows are padding."""
+        maker = self.maker(monkeypatch, numbered_chunks([5, 5]))
+        request = _block_maker.Request(batch_size, 4, num_steps=2)
+        assert maker.count(request) == 2
+        block = maker.block(request)
+        assert block.batches["y"][:2].tolist() == expected
+        assert (int(block.batch_size), int(block.num_steps)) == (batch_size, 2)
+        maker.drop(block, request)
+        if share:
+            following = maker.block(request).batches["y"][0].min()
+            assert following == 2 * share
+
+    def test_padding_does_not_end_with_the_source(self, monkeypatch):
+        maker = self.maker(monkeypatch, numbered_chunks([2]))
+        request = _block_maker.Request(4, 4, 1)
+        maker.drop(maker.block(request), request)
+        assert maker.count(request) == 0
+        assert maker.block(_block_maker.Request(1, 4, 3)).batches["y"].tolist() == [[0, 0]] * 3
+        empty = self.maker(monkeypatch, [])
+        assert empty.count(_block_maker.Request(1, 4, 3)) == 0
+
 
 class TestEnd:
     def test_a_source_that_ends(self):
@@ -205,6 +281,15 @@ class TestEnd:
     def test_bad_sizes(self):
         with pytest.raises(ValueError, match="window must be an integer >= 1"):
             datasets.host_blocks([], window=0)
+        with pytest.raises(ValueError, match="max_bytes must be an integer >= 1"):
+            datasets.host_blocks([], window=1, max_bytes=0)
+        mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+        options = {"window": 1, "sharding": NamedSharding(mesh, PartitionSpec(None, "data"))}
+        with datasets.host_blocks(numbered_chunks([9]), **options) as blocks:
+            message = r"sharding must split a block of shape \[1, 2, 2\] evenly, got NamedSharding"
+            with pytest.raises(ValueError, match=message):
+                blocks.next_block(2, 2)
+            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]
         with datasets.host_blocks(numbered_chunks([9]), window=1) as blocks:
             with pytest.raises(ValueError, match="batch_size must be an integer >= 1 and <= 4"):
                 blocks.next_block(5, 4)

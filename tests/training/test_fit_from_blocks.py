@@ -98,6 +98,23 @@ def test_equals_training_from_the_device(growing):
             np.testing.assert_allclose(result.per_step(name), expected.per_step(name), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("no_cached_programs")
+@pytest.mark.parametrize(
+    "growing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["arbiter", "growing"]
+)
+def test_few_bytes_make_short_windows(growing):
+    """2 steps of a bucket of 8 rows, 1 of a bucket of 16, and one program each."""
+    tx, row_bytes = chain(growing), 4 * (NUM_INPUTS + 1)
+    expected = fit(tx, draw(0))
+    limit = {"window": WINDOW, "max_bytes": 2 * 8 * row_bytes}
+    with datasets.host_blocks(same_order(tx, 400), **limit) as blocks:
+        result = fit(tx, blocks)
+    assert result.num_compilations == 1 + growing
+    assert {(r.bucket_size, r.num_steps) for r in result.history} <= {(8, 2), (16, 1)}
+    np.testing.assert_array_equal(result.per_step("batch_size"), expected.per_step("batch_size"))
+    assert_same_training(result.state, expected.state)
+
+
 def test_an_own_loop_takes_a_block_a_window():
     tx = chain()
     expected = fit(tx, draw(0), num_examples=80)
