@@ -129,7 +129,7 @@ def interleave_block(block: Block) -> Block:
 
 
 def check_block(block: Block, window: int | None, bucket_size: int) -> int:
-    """The slots of a block, or a ValueError if it does not fit into this window (None: of any length)."""
+    """The slots of a block; a ValueError if a window (None: of any length) cannot take it."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block.batches)]
     forms = {shape[:2] for shape in shapes}
     slots = max((shape[0] for shape in shapes if shape), default=0)

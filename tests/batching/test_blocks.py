@@ -41,7 +41,7 @@ def test_block_rows_of_several_processes(batch_size, num_processes):
     shares = []
     for rows in np.split(np.arange(bucket_size), num_processes):
         share = num_real_rows(batch_size, bucket_size, rows)
-        numbers = block_rows(window, batch_size, bucket_size, num_steps, rows)
+        numbers = block_rows(window, batch_size, bucket_size, num_steps, rows=rows)
         real = bit_reversed(bucket_size)[rows] < batch_size
         assert np.count_nonzero(real) == share
         found = np.sort(numbers[:num_steps, real], axis=1).ravel()

@@ -18,6 +18,7 @@ from arbiter_jax.batching import (
     block_batch,
     examples_ahead,
     init_sampler,
+    interleaved,
     next_bucket,
     sample_batch,
 )
@@ -146,7 +147,10 @@ class TestBlocks:
                     (5, 8, 5),
                 ):
                     block = blocks.next_block(batch_size, bucket_size, num_steps)
-                    real = bit_reversed(bucket_size) < batch_size
+                    order = (
+                        bit_reversed(bucket_size) if placed is None else interleaved(bucket_size)
+                    )
+                    real = order < batch_size
                     rows = np.asarray(block.batches["y"])[: int(block.num_steps), real]
                     seen += np.sort(rows, axis=1).ravel().tolist()
                     shapes.append((*block.batches["y"].shape, int(block.num_steps)))
@@ -289,7 +293,7 @@ class TestEnd:
             message = r"sharding must split a block of shape \[1, 2, 2\] evenly, got NamedSharding"
             with pytest.raises(ValueError, match=message):
                 blocks.next_block(2, 2)
-            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]
+            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 1, 2, 3]]  # interleaved
         with datasets.host_blocks(numbered_chunks([9]), window=1) as blocks:
             with pytest.raises(ValueError, match="batch_size must be an integer >= 1 and <= 4"):
                 blocks.next_block(5, 4)
@@ -300,7 +304,7 @@ class TestEnd:
             with pytest.raises(ValueError, match="num_steps must be an integer >= 1 and <= 1"):
                 blocks.next_block(4, 4, num_steps=2)
             # No example was lost.
-            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]
+            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 1, 2, 3]]  # interleaved
 
     def test_closing_ends_the_thread_and_the_source(self):
         closed = []
