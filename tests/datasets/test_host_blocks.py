@@ -304,7 +304,7 @@ class TestEnd:
             with pytest.raises(ValueError, match="num_steps must be an integer >= 1 and <= 1"):
                 blocks.next_block(4, 4, num_steps=2)
             # No example was lost.
-            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 1, 2, 3]]  # interleaved
+            assert blocks.next_block(4, 4).batches["y"].tolist() == [[0, 2, 1, 3]]
 
     def test_closing_ends_the_thread_and_the_source(self):
         closed = []
