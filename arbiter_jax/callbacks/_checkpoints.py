@@ -174,7 +174,7 @@ class _OpenCheckpoints:
         self._manager.save(
             len(checkpoint.history),
             args=args.Composite(
-                state=args.StandardSave(jax.tree.map(_not_empty, checkpoint.state)),
+                state=args.StandardSave(jax.tree.map(_storable, checkpoint.state)),
                 history=args.StandardSave(arrays),
                 meta=args.JsonSave(meta),
             ),
@@ -186,8 +186,12 @@ class _OpenCheckpoints:
         self._manager.close()
 
 
-def _not_empty(leaf: Any) -> Any:
-    return leaf if leaf.size else np.zeros((1,), leaf.dtype)
+def _storable(leaf: Any) -> Any:
+    """What Orbax takes of an array: not an empty one, nor one of a single process of several."""
+    if not leaf.size:
+        return np.zeros((1,), leaf.dtype)
+    local = jax.process_count() > 1 and leaf.is_fully_addressable
+    return np.asarray(leaf) if local else leaf
 
 
 def _like(leaf: Any) -> Any:
