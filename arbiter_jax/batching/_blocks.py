@@ -96,8 +96,7 @@ def block_batch(block: Block, t: jax.Array, bucket_size: int) -> tuple[PyTree, j
 
 
 def check_block(block: Block, window: int | None, bucket_size: int) -> int:
-    """The slots of a block, or a ValueError if it does not fit into this window (None: of any length).
-    """
+    """The slots of a block, or a ValueError if it does not fit into this window; None for any."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(block.batches)]
     forms = {shape[:2] for shape in shapes}
     slots = max((shape[0] for shape in shapes if shape), default=0)
