@@ -39,6 +39,16 @@ def gather(*numbers: int) -> list[list[int]]:
     return table.T.tolist()
 
 
+def gather_text(text: str) -> list[str]:
+    """A text of every process. Main thread only."""
+    letters = np.frombuffer(text.encode(), np.uint8)
+    (lengths,) = gather(len(letters))
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: len(letters)] = letters
+    table = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:n].tobytes().decode() for row, n in zip(table, lengths, strict=True)]
+
+
 def check_equal(**values: list[int]) -> None:
     """Raises a RuntimeError, on every process, if the processes do not agree on a number.
 

@@ -42,6 +42,24 @@ def test_one_clock_and_any_stop(others):
     assert not stop
 
 
+def test_every_reason_to_stop_is_kept(others):
+    others[:] = [(bits(0.5), 4), (bits(0.5), 1)]
+    assert _processes.agree(0.5, 0) == (0.5, 5)
+
+
+def test_a_text_of_every_process(monkeypatch):
+    theirs = b"a longer text"
+
+    def process_allgather(x):
+        if x.dtype == np.uint8:
+            assert len(x) == len(theirs)
+            return np.stack([x, np.frombuffer(theirs, np.uint8)])
+        return np.stack([x, np.array([(len(theirs), 0)], np.uint32)])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", process_allgather)
+    assert _processes.gather_text("größer") == ["größer", "a longer text"]
+
+
 def test_a_difference_is_an_error(others):
     others[:] = [(bits(0.5), 0, 16, 3, 96)]
     message = r"differ in batch_size, \[8, 16\] and in num_examples, \[64, 96\] \(process 0, 1"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import _validate
+from arbiter_jax._processes import gather_text
 from arbiter_jax.callbacks._history import PackedHistory, unpack
 from arbiter_jax.training import TrainState
 from arbiter_jax.training._checkpointing import Checkpoint, first_difference
@@ -58,6 +60,9 @@ def checkpoints(directory: str | os.PathLike[str], *, every: int = 1, keep: int 
     ``state`` inside a checkpoint is an ordinary one of Orbax: ``StandardCheckpointer().restore(
     path + "/state", aj.init_state(params, tx, key))`` reads it, to go on under another range with
     ``fit(..., state=...)``, say.
+
+    Several processes that train together pass the same directory, on a disk that they share. Each
+    goes on at its place in its own source, so there must be as many of them as before.
 
     Args:
       directory: Where to, on a disk that outlives the process. It is made if it is not there.
@@ -132,10 +137,18 @@ class _OpenCheckpoints:
             # Orbax writes no empty array.
             state=jax.tree.map(lambda x, y: x if y.size else y, found.state, like),
             history=unpack(found.history, meta["segments"]),
-            position=_decoded(meta["position"]),
+            position=self._own_position(meta["positions"]),
             is_ended=meta["is_ended"],
             num_cache_hits=meta["num_cache_hits"],
         )
+
+    def _own_position(self, positions: list[Any]) -> Any:
+        if len(positions) != jax.process_count():
+            raise ValueError(
+                f"{self.latest()} must be a checkpoint of as many processes as there are now, "
+                f"{jax.process_count()}, got one of {len(positions)}: each goes on in its own source."
+            )
+        return _decoded(positions[jax.process_index()])
 
     def _checked(self, read: Any) -> dict[str, Any]:
         path = self.latest()
@@ -167,14 +180,14 @@ class _OpenCheckpoints:
             "format": _FORMAT,
             "identity": list(self._identity.items()),
             "segments": segments,
-            "position": _encoded(checkpoint.position),
+            "positions": _of_all_processes(_encoded(checkpoint.position)),
             "is_ended": checkpoint.is_ended,
             "num_cache_hits": checkpoint.num_cache_hits,
         }
         self._manager.save(
             len(checkpoint.history),
             args=args.Composite(
-                state=args.StandardSave(jax.tree.map(_not_empty, checkpoint.state)),
+                state=args.StandardSave(jax.tree.map(_storable, checkpoint.state)),
                 history=args.StandardSave(arrays),
                 meta=args.JsonSave(meta),
             ),
@@ -186,8 +199,19 @@ class _OpenCheckpoints:
         self._manager.close()
 
 
-def _not_empty(leaf: Any) -> Any:
-    return leaf if leaf.size else np.zeros((1,), leaf.dtype)
+def _of_all_processes(position: Any) -> list[Any]:
+    """The positions of all processes, of which Orbax writes what the first one has."""
+    if jax.process_count() == 1:
+        return [position]
+    return [json.loads(text) for text in gather_text(json.dumps(position))]
+
+
+def _storable(leaf: Any) -> Any:
+    """What Orbax takes of an array: not an empty one, nor one of a single process of several."""
+    if not leaf.size:
+        return np.zeros((1,), leaf.dtype)
+    local = jax.process_count() > 1 and leaf.is_fully_addressable
+    return np.asarray(leaf) if local else leaf
 
 
 def _like(leaf: Any) -> Any:

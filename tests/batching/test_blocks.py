@@ -10,6 +10,7 @@ from arbiter_jax.batching import (
     block_batch,
     block_rows,
     check_block,
+    group_rows,
     interleave_block,
     num_real_rows,
 )
@@ -55,6 +56,28 @@ def test_block_rows_of_several_processes(batch_size, num_processes):
         shares.append(share)
     assert sum(shares) == batch_size
     assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [9, 16, 37])
+def test_group_rows_of_several_processes(batch_size, num_processes):
+    """Each numbers its own examples, in the rows that are real on all."""
+    bucket_size, num_steps, n = 8, 2, -(-batch_size // 8)
+    sizes = [each.size for each in np.array_split(np.arange(batch_size), n)]
+    shares = []
+    for rows in np.split(np.arange(bucket_size), num_processes):
+        share = num_real_rows(batch_size, bucket_size, rows)
+        numbers = group_rows(2 * n + 1, batch_size, bucket_size, num_steps, rows)
+        real = bit_reversed(bucket_size)[rows] < np.array(sizes)[:, None]
+        for step in range(num_steps):
+            slots = numbers[step * n : (step + 1) * n]
+            expected = step * share + np.arange(share)
+            np.testing.assert_array_equal(np.sort(slots[real]), expected)
+            assert (slots[~real] == step * share).all()
+        assert (numbers[-1] == 0).all()
+        shares.append(share)
+    assert sum(shares) == batch_size
+    assert max(shares) - min(shares) <= n
 
 
 def test_block_batch_is_one_step():

@@ -158,6 +158,20 @@ class TestBlocks:
             assert shapes == [(2, 4, 2), (2, 4, 1), (2, 4, 2), (1, 8, 1)]
             assert seen == list(range(23))
 
+    def test_a_block_has_as_many_groups_as_fit(self):
+        """5 groups of 2 rows of 12 bytes: 2 steps of 2 groups, or one of any number of groups."""
+        options = {"window": 8, "max_bytes": 5 * 2 * 12}
+        with datasets.host_blocks(numbered_chunks([60]), **options) as blocks:
+            shapes, seen = [], []
+            for batch_size, num_steps in ((3, 8), (3, 1), (4, 8), (2, 8), (11, 8), (1, 2)):
+                block = blocks.next_block(batch_size, 2, num_steps, micro_batch_size=2)
+                shapes.append((*block.batches["y"].shape, int(block.num_steps)))
+                rows = np.asarray(block.batches["y"])
+                seen += np.unique(rows).tolist()
+        held = [(5, 2, 2), (5, 2, 1), (5, 2, 2), (5, 2, 5), (8, 2, 1), (5, 2, 2)]
+        assert shapes == held
+        assert sorted(set(seen)) == list(range(6 + 3 + 8 + 10 + 11 + 2))
+
     def test_one_step_may_be_larger_than_the_limit(self):
         with datasets.host_blocks(numbered_chunks([40]), window=5, max_bytes=1) as blocks:
             assert blocks.next_block(7, 8).batches["y"].shape == (1, 8)
@@ -200,6 +214,16 @@ class TestShareOfAProcess:
         if share:
             following = maker.block(request).batches["y"][0].min()
             assert following == 2 * share
+
+    def test_its_rows_of_groups(self, monkeypatch):
+        """Of a step of 7 examples in groups of 4 and 3 it has 2 and 1."""
+        maker = self.maker(monkeypatch, numbered_chunks([5, 5]))
+        request = _block_maker.Request(7, 4, num_steps=3)
+        assert maker.count(request) == 1  # of three slots
+        block = maker.block(request)
+        assert block.batches["y"].tolist() == [[0, 1], [2, 0], [0, 0]]
+        maker.drop(block, request)
+        assert maker.block(request).batches["y"].tolist() == [[3, 4], [5, 3], [3, 3]]
 
     def test_padding_does_not_end_with_the_source(self, monkeypatch):
         maker = self.maker(monkeypatch, numbered_chunks([2]))

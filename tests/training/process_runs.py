@@ -7,6 +7,9 @@ import functools
 import importlib
 import itertools
 import json
+import os
+import pathlib
+import signal
 import sys
 import types
 import warnings
@@ -42,8 +45,8 @@ def loss_with_aux(params, batch):
 class Process:
     """Where this process stands, and a run on the devices of all."""
 
-    def __init__(self, count, index):
-        self.count, self.index = count, index
+    def __init__(self, count, index, folder):
+        self.count, self.index, self.folder = count, index, folder
         self.mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 
     def sharding(self, *axes):
@@ -136,6 +139,30 @@ def stops(process):
     return process.fit(aj.schedulers.constant(6), callbacks=callbacks)
 
 
+def killed(process):
+    """The last process gets SIGTERM in the second window, and all are started again."""
+    mine = [x[process.index :: process.count] for x in (INPUTS, LABELS)]
+    directory = process.folder / f"checkpoints_of_{process.count}"
+
+    def run(**options):
+        source = datasets.epochs(tuple(mine), chunk_size=5 + process.index, seed=process.index)
+        sharding = process.sharding(None, "data")
+        with datasets.host_blocks(source, window=WINDOW, sharding=sharding) as blocks:
+            return process.fit(noise_scale(), blocks, num_examples=600, **options)
+
+    def kill(record, state):
+        if record.window_index == 1 and process.index == process.count - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saved = aj.checkpoints(directory, every=3)
+    found = {"whole": run()}
+    try:
+        run(checkpoints=saved, callbacks=kill)
+    except SystemExit as end:
+        found |= {"exit": end.code, "saved": sorted(path.name for path in directory.iterdir())}
+    return found | {"resumed": run(checkpoints=saved, resume=True)}
+
+
 def differs(process):
     """The last process has another budget."""
     end = 200 if process.index == 0 else 16
@@ -179,6 +206,7 @@ RUNS = {
         aj.schedulers.constant(6), num_examples=60, loss_fn=loss_with_aux, has_aux=True
     ),
     "stops": stops,
+    "killed": killed,
     "differs": differs,
 }
 
@@ -194,7 +222,7 @@ def main(results, port, count, index):
     count, index = int(count), int(index)
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, index)
-    process = Process(count, index)
+    process = Process(count, index, pathlib.Path(results).parent)
     found = {name: outcome(functools.partial(run), process) for name, run in RUNS.items()}
     with open(results, "w") as file:
         json.dump(found, file)

@@ -70,8 +70,9 @@ def fit(tx, train, num_examples=200, **options):
 
 
 def assert_same_training(state, expected):
-    """All but the sampler of the training data, which blocks leave where it was."""
-    leave = {"train_sampler": None}
+    """All but the sampler of the training data, which blocks leave where it was, and the steps that
+    the budget has left of the last window, which another end does not leave."""
+    leave = {"train_sampler": None, "unfinished": None}
     chex.assert_trees_all_close(state._replace(**leave), expected._replace(**leave), atol=1e-6)
 
 
@@ -114,6 +115,26 @@ def test_few_bytes_make_short_windows(growing):
     np.testing.assert_array_equal(result.per_step("batch_size"), expected.per_step("batch_size"))
     # What the budget leaves of the last window: none of a short one.
     assert_same_training(result.state, expected.state._replace(unfinished=result.state.unfinished))
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "first_leg", "num_steps"), [(None, [3, 2], 3), (4, [2, 2, 1], 2)]
+)
+def test_legs_on_short_blocks_are_one_run(micro_batch_size, first_leg, num_steps):
+    """A window is as long as its block, also if it is cut in two."""
+    tx = optax.chain(optax.sgd(0.01), aj.schedulers.constant(6))
+    limit = {"window": WINDOW, "max_bytes": 6 * 4 * 4 * (NUM_INPUTS + 1)}
+    options = {"num_examples": 120, "micro_batch_size": micro_batch_size}
+    with datasets.host_blocks(same_order(tx, 400), **limit) as blocks:
+        whole = fit(tx, blocks, **options)
+    with datasets.host_blocks(same_order(tx, 400), **limit) as blocks:
+        legs = [fit(tx, blocks, stop_at=30, **options)]
+        legs += [fit(tx, blocks, state=legs[0].state, **options)]
+    steps = lambda result: [record.num_steps for record in result.history]
+    assert steps(whole)[:-1] == [num_steps] * (19 // num_steps)
+    assert steps(legs[0]) == first_leg
+    assert steps(legs[1]) == [1, *steps(whole)[len(first_leg) :]]
+    chex.assert_trees_all_equal(legs[1].state, whole.state)
 
 
 def test_an_own_loop_takes_a_block_a_window():

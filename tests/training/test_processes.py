@@ -126,6 +126,14 @@ def test_a_stop_on_one_process_ends_all(runs):
     assert [found["windows"] for found in both] == [one["windows"]] * 2
 
 
+def test_a_signal_to_one_process_ends_all(runs):
+    """After the same window, with a checkpoint that each goes on from in its own source."""
+    for found in of(runs, "killed"):
+        assert (found["exit"], found["saved"]) == (143, ["2"])
+        for quantity in ("windows", "params", "losses"):
+            assert found["resumed"][quantity] == found["whole"][quantity]
+
+
 def test_another_decision_is_an_error_on_all(runs):
     _, *both = of(runs, "differs")
     assert both[0]["error"] == both[1]["error"]
