@@ -56,7 +56,8 @@ class Run:
     def go_on_from(self, state: TrainState) -> None:
         """Takes a state over, with what it says for the host."""
         carried = jax.device_get((state.num_examples, state.step_seconds, state.unfinished))
-        self.state, self.seen, self.step_seconds = state, int(carried[0]), float(carried[1])
+        self.state, self.seen = state, int(carried[0])
+        self.step_seconds = float(carried[1]) or float("nan")
         self.measures = "step_seconds" in requests(state.opt_state).signals
         rest = Plan(*map(int, carried[2]))
         self.rest = None
@@ -149,7 +150,8 @@ class Run:
         """The state, with what only the host knows: a run goes on from it as if it had not ended."""
         state = self.state
         if self.measures:
-            state = state._replace(step_seconds=jnp.asarray(self.step_seconds, jnp.float32))
+            seconds = np.nan_to_num(self.step_seconds)
+            state = state._replace(step_seconds=jnp.asarray(seconds, jnp.float32))
         if self.rest is not None:
             unfinished = Unfinished(*(jnp.asarray(x, jnp.int32) for x in self.rest))
             state = state._replace(unfinished=unfinished)

@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
     progress: jax.Array  # shape=(), dtype=float32, scale-invariant updates; see adascale
     progress_error: jax.Array  # shape=(), dtype=float32, what rounding has added to `progress`
     num_nonfinite: jax.Array  # shape=(), dtype=int32, steps whose loss was not finite
-    step_seconds: jax.Array  # shape=(), dtype=float32, measured for rules that ask; nan: unknown
+    step_seconds: jax.Array  # shape=(), dtype=float32, measured for rules that ask; 0: unknown
     unfinished: Unfinished  # what `fit` has left of a window that it was stopped in
 
 
@@ -103,7 +103,7 @@ def init_state(
         progress=zero(jnp.float32),
         progress_error=zero(jnp.float32),
         num_nonfinite=zero(jnp.int32),
-        step_seconds=jnp.full((), jnp.nan, jnp.float32),
+        step_seconds=zero(jnp.float32),
         unfinished=no_unfinished_window(),
     )
     return copy_state(state)

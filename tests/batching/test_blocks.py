@@ -67,7 +67,7 @@ def test_group_rows_of_several_processes(batch_size, num_processes):
     shares = []
     for rows in np.split(np.arange(bucket_size), num_processes):
         share = num_real_rows(batch_size, bucket_size, rows)
-        numbers = group_rows(2 * n + 1, batch_size, bucket_size, num_steps, rows)
+        numbers = group_rows(2 * n + 1, batch_size, bucket_size, num_steps, rows=rows)
         real = bit_reversed(bucket_size)[rows] < np.array(sizes)[:, None]
         for step in range(num_steps):
             slots = numbers[step * n : (step + 1) * n]

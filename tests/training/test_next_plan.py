@@ -19,7 +19,7 @@ TERM, INT = 1 << signal.SIGTERM, 1 << signal.SIGINT
 def run():
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
     state = aj.init_state(jnp.zeros(()), tx, 0)
-    return Run(state, num_examples=100, end=20, window=10, micro=MicroBatch(None))
+    return Run(state, num_examples=100, end=20, window=10, mesh=None, micro=MicroBatch(None))
 
 
 def decide(monkeypatch, run, theirs=0, own=None, is_ended=False):
