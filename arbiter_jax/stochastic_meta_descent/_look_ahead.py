@@ -23,7 +23,7 @@ from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.batching import advance, num_rows, sample_batch
 from arbiter_jax.gradients import Gradient, masked_value_and_grad
 from arbiter_jax.training import TrainState
-from arbiter_jax.training._window import inner_step
+from arbiter_jax.training._inner_step import inner_step
 
 # Ranges of the effective learning rate, of 1 - momentum, and of the decay.
 _BOUNDS = {"learning_rate": (1e-4, 10.0), "momentum": (1e-4, 1.0), "decay": (1e-4, 1e3)}

@@ -220,7 +220,10 @@ class _Seeds:
         self.histories = [[] for _ in self.seen]
         unfinished = np.stack(jax.device_get(self.state.unfinished), axis=-1)
         # Windows that an earlier call was stopped in, to be finished first.
-        self.rests = [_Plan(*map(int, row[:3])) if row[2] > 0 else None for row in unfinished]
+        self.rests = [
+            _Plan(int(size), int(rows), int(steps)) if steps > 0 else None
+            for size, rows, steps in unfinished
+        ]
 
     def next_plans(self) -> list[_Plan | None] | None:
         """Who trains what in the next window, None for a seed that does not; None at the end."""

@@ -17,8 +17,8 @@ import jax.typing
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import Count, compensated_sum
-from arbiter_jax._numerics import all_finite, cond_in_place, tree_where
+from arbiter_jax._count import Count
+from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
     LossFn,
@@ -41,7 +41,6 @@ from arbiter_jax.batching import (
     sample_shared,
 )
 from arbiter_jax.gradients import (
-    Gradient,
     GradientFn,
     masked_value_and_grad,
     value_grad_and_stats,
@@ -50,7 +49,6 @@ from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._checks import (
     check_data,
     check_functions,
-    check_gradient,
     check_on_device,
     check_same_chain,
     check_state,
@@ -59,6 +57,7 @@ from arbiter_jax.training._checks import (
     explained,
 )
 from arbiter_jax.training._compile_log import log_trace
+from arbiter_jax.training._inner_step import inner_step
 from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
 from arbiter_jax.training._micro_batches import (
     check_micro_batch_size,
@@ -68,9 +67,7 @@ from arbiter_jax.training._micro_batches import (
 )
 from arbiter_jax.training._signals import (
     check_validation,
-    gradient_signals,
     moved_leaves,
-    update_noise,
     validation_signals,
     with_moved_grad,
     with_zero_statistics,
@@ -80,84 +77,6 @@ from arbiter_jax.training._state import (
     TrainState,
     abstract_state,
 )
-
-
-def inner_step(
-    state: TrainState,
-    batch: PyTree,
-    mask: jax.Array,
-    *,
-    gradient_fn: GradientFn,
-    tx: optax.GradientTransformationExtraArgs,
-    signals: dict[str, Any] | None = None,
-) -> tuple[TrainState, Gradient]:
-    """One descent step on one masked batch: gradient, `tx.update`, new parameters, counters.
-
-    Args:
-      state: Where to start from.
-      batch: Pytree of arrays [M, ...], or what else `gradient_fn` takes for a batch.
-      mask: bool[M], True for a real example; or their number, int32[], for a batch in groups.
-      gradient_fn: See :mod:`arbiter_jax.gradients`.
-      tx: The transformation; it gets `value`, `grad`, `batch_size`, the counters before the step
-        (`num_steps`, `num_examples`, `num_accumulated`, `progress`), and `signals`.
-      signals: More extra arguments of ``tx.update``. `update_noise` is computed if a rule asks for it
-        and it is not among them.
-
-    Returns:
-      (state, gradient). The model state of a batch whose loss, gradient or new model state is not
-      finite is the one before it: running averages never forget a NaN.
-    """
-    requested = requests(state.opt_state)
-    batch_size = jnp.sum(mask, dtype=jnp.int32)
-    key = jax.random.fold_in(state.key, state.num_steps)
-    gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
-    check_gradient(gradient, state.params, state.model_state)
-    if state.model_state is not None:
-        gradient = _with_usable_model_state(gradient, state.model_state)
-    signals = {
-        **(signals or {}),
-        **gradient_signals(gradient, requested.signals),
-        "batch_size": batch_size,
-        "num_steps": state.num_steps,
-        "num_examples": state.num_examples,
-        "num_accumulated": requested.num_accumulated(state.num_accumulated),
-        "progress": state.progress,
-    }
-    if "update_noise" in requested.signals and "update_noise" not in signals:
-        signals["update_noise"] = update_noise(
-            tx,
-            gradient.grads,
-            state.opt_state,
-            state.params,
-            **signals | {"gradient_noise": gradient.gradient_noise},
-        )
-    updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params, **signals)
-    after = requests(opt_state)
-    progress, progress_error = compensated_sum(
-        state.progress, state.progress_error, after.progress_since(requested)
-    )
-    state = state._replace(
-        params=optax.apply_updates(state.params, updates),
-        model_state=gradient.model_state,
-        opt_state=opt_state,
-        num_steps=optax.safe_increment(state.num_steps),
-        num_examples=state.num_examples + batch_size,
-        num_accumulated=after.accumulated_after(requested, state.num_accumulated, batch_size),
-        progress=progress,
-        progress_error=progress_error,
-        num_nonfinite=state.num_nonfinite + ~jnp.isfinite(gradient.value),
-    )
-    return state, gradient
-
-
-def _with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
-    """The gradient, with the model state before the step if this batch would poison it."""
-    new = gradient.model_state
-    # A model state may hold infinities from its start; then loss and gradient alone decide.
-    usable = all_finite(gradient.value, gradient.grads) & (
-        all_finite(new) | ~all_finite(model_state)
-    )
-    return gradient._replace(model_state=tree_where(usable, new, model_state))
 
 
 def _explain(

@@ -14,7 +14,7 @@ from flax import nnx
 import arbiter_jax as aj
 from arbiter_jax import models
 from arbiter_jax.gradients import Gradient, masked_value_and_grad, value_grad_and_stats
-from arbiter_jax.training._window import inner_step
+from arbiter_jax.training._inner_step import inner_step
 
 NUM_INPUTS = 3
 

@@ -17,8 +17,8 @@ from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.batching._sampling import permuted_index
 from arbiter_jax.gradients import masked_value_and_grad
 from arbiter_jax.training import count_compilations
+from arbiter_jax.training._inner_step import inner_step
 from arbiter_jax.training._state import copy_state
-from arbiter_jax.training._window import inner_step
 
 NUM_EXAMPLES, NUM_INPUTS, NUM_CLASSES = 200, 4, 3
 
