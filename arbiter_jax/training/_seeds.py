@@ -260,10 +260,12 @@ class _Seeds:
             return rest.until(self.end, seen)
         num_steps = min([self.window, *(max(1, n) for n in window_steps)])
         plan = _Plan(size, next_bucket(max(sizes)), num_steps).until(self.end, seen)
-        if plan is not None or self.end != self.num_examples:
-            return plan
-        size = batch_of_the_rest(size, least, seen, num_steps_taken, self.num_examples)
-        return _Plan(size, size, 1, is_rest=True) if size else None
+        if plan is None and self.end == self.num_examples:
+            size = batch_of_the_rest(size, least, seen, num_steps_taken, self.num_examples)
+            plan = _Plan(size, size, 1, is_rest=True) if size else None
+        if plan is not None:
+            self.rests[index] = None  # the budget has cut it: the rule decides on what is left
+        return plan
 
     def train_window(self, plans: list[_Plan | None]) -> list[WindowRecord | None]:
         """Trains one window of all seeds that have a plan, and records it."""

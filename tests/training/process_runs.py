@@ -76,14 +76,16 @@ class Process:
             "num_compilations": result.num_compilations,
         }
         if options.get("has_aux"):
-            real = lambda r: aj.batching.bit_reversed(r.bucket_size) < r.batch_size
+            real = lambda r: aj.batching.interleaved(r.bucket_size) < r.batch_size
             found["aux"] = [r.info.aux["losses"][:, real(r)].tolist() for r in result.history]
         return found
 
     def stream(self, rule, lengths=(400, 400), fails=False, **options):
         """On the rows of a stream that the processes take in turn."""
         rows = np.arange(2 * max(lengths)) % NUM_ROWS
-        mine = rows[self.index :: self.count][: lengths[self.index] if self.count > 1 else None]
+        mine = rows
+        if self.count > 1:  # in twos, as the rows of a mesh of two devices a process
+            mine = rows[rows // 2 % self.count == self.index][: lengths[self.index]]
 
         def source():
             for start in range(0, len(mine), 7):
@@ -169,8 +171,9 @@ def differs(process):
     return process.fit(aj.schedulers.constant(6), stop_at=end)
 
 
-def growing():
-    return aj.schedulers.from_schedule(optax.piecewise_constant_schedule(6, {8: 2}))
+def growing(factor=1.5):
+    """Sizes of which each process supplies half, in fours: those of rows that are interleaved."""
+    return aj.schedulers.from_schedule(optax.piecewise_constant_schedule(8, {8: factor}))
 
 
 def noise_scale():
@@ -198,12 +201,12 @@ RUNS = {
     "streamed_short": lambda process: process.stream(
         growing(), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
     ),
-    # Groups of 8 rows: two of them hold a step of 12 examples.
-    "streamed_groups": lambda process: process.stream(growing(), micro_batch_size=8),
+    # Groups of 8 rows: two of them hold a step of 16 examples.
+    "streamed_groups": lambda process: process.stream(growing(2), micro_batch_size=8),
     "source_ends": lambda process: process.stream(aj.schedulers.constant(8), (60, 40)),
     "source_fails": lambda process: process.stream(aj.schedulers.constant(8), fails=True),
     "aux": lambda process: process.stream(
-        aj.schedulers.constant(6), num_examples=60, loss_fn=loss_with_aux, has_aux=True
+        aj.schedulers.constant(12), num_examples=96, loss_fn=loss_with_aux, has_aux=True
     ),
     "stops": stops,
     "killed": killed,
