@@ -68,6 +68,8 @@ def test_a_run_that_has_ended_is_read(tmp_path):
     assert_same_run(arrays(again), arrays(first))
     assert [r.seconds for r in again.history] == [r.seconds for r in first.history]
     assert again.num_compilations == first.num_compilations
+    with pytest.warns(UserWarning, match="trained nothing: state has seen 240 examples, more than"):
+        assert len(fit(tmp_path, num_examples=100).history) == 6
     # A larger budget goes on from there.
     longer = fit(tmp_path, num_examples=400)
     assert [r.window_index for r in longer.history] == list(range(10))
