@@ -130,9 +130,7 @@ def what_went_wrong(
             f"fit has trained nothing: the next batch is larger than the {end - seen} examples that "
             f"are left of {end}; raise {limit} or let the rule take smaller batches."
         )
-    elif (
-        seen > num_examples
-    ):  # also a run that was resumed, whose history is that of the one before
+    elif seen > num_examples:  # a resumed run has the history of the one before
         found.append(
             f"fit has trained nothing: state has seen {seen} examples, more than the num_examples of "
             f"{num_examples}, which include them; raise it."
