@@ -256,6 +256,7 @@ NUMBERS = [
     V("a window of one step", like_trained(lambda: params_of(window=1)), True),
     V("a bucket of no power of two", lambda: int(sample(batch_size=12, bucket_size=12)[2].sum()), 12),
     U("a budget of less than a batch", lambda: fit(num_examples=9), "fit has trained nothing"),
+    U("a leg of less than a batch", lambda: fit(num_examples=99, stop_at=9), "raise stop_at or let"),
     E("next_bucket of a float", lambda: aj.next_bucket(2.5), r"n must be an integer >= 1, got 2\.5"),
     E("all_buckets backwards", lambda: aj.all_buckets(8, 4), "maximum must be >= minimum"),
     E("a batch size that is text", lambda: sample(batch_size="4"), "batch_size must be an integer >= 0, got '4'"),

@@ -111,12 +111,16 @@ class _OpenCheckpoints:
         self._ocp = _orbax()
         self._identity = identity
         self._history = PackedHistory()
-        self._manager = self._ocp.CheckpointManager(
-            directory,
-            options=self._ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
-            ),
+        options = self._ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
+        try:
+            self._manager = self._ocp.CheckpointManager(directory, options=options)
+        except OSError as error:
+            raise ValueError(
+                f"directory of aj.checkpoints must be one that can be written into, got {directory}: "
+                f"{error.strerror or error}."
+            ) from error
 
     def latest(self) -> str | None:
         """Path of the newest complete checkpoint, or None."""
@@ -130,9 +134,21 @@ class _OpenCheckpoints:
         number = self._manager.latest_step()
         read = lambda **items: self._manager.restore(number, args=args.Composite(**items))
         meta = self._checked(lambda: read(meta=args.JsonRestore()).meta)
-        found = read(
-            state=args.StandardRestore(jax.tree.map(_like, like)), history=args.StandardRestore()
-        )
+        items = {
+            "state": args.StandardRestore(jax.tree.map(_like, like)),
+            "history": args.StandardRestore(),
+        }
+        try:
+            found = read(**items)
+        except (
+            KeyError,
+            ValueError,
+            OSError,
+        ) as error:  # what Orbax says of files that are damaged
+            raise ValueError(
+                f"{self.latest()} must be a whole checkpoint, got one that cannot be read: delete it "
+                "to go on from the one before."
+            ) from error
         return Checkpoint(
             # Orbax writes no empty array.
             state=jax.tree.map(lambda x, y: x if y.size else y, found.state, like),

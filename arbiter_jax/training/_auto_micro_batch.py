@@ -24,7 +24,11 @@ class MicroBatch:
 
     def __init__(self, micro_batch_size: Any, shared: bool = False):
         if isinstance(micro_batch_size, str):
-            _validate.one_of(("auto",), micro_batch_size=micro_batch_size)
+            if micro_batch_size != "auto":
+                raise ValueError(
+                    "micro_batch_size must be a power of two >= 1, 'auto' or None, got "
+                    f"{micro_batch_size!r}."
+                )
             if shared:
                 raise ValueError(
                     "micro_batch_size must be a power of two or None where several processes train "

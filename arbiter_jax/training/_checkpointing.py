@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._processes import read
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import BlockSource
 from arbiter_jax.training._checks import node_parts
@@ -97,6 +98,17 @@ def first_difference(saved: dict[str, str], expected: dict[str, str]) -> str | N
     return None if more is None else f"{more} is more than this run has"
 
 
+def _check_same_key(saved: TrainState, expected: TrainState, path: str | None) -> None:
+    """Raises a ValueError if a run was saved under another key: its draws would be taken silently."""
+    # A run never changes this key. On several processes every one has all of it.
+    found, key = (read(state.key) for state in (saved, expected))
+    if not np.array_equal(found, key):
+        raise ValueError(
+            f"{path} must be a checkpoint of a run with this key, got one with another: pass the same "
+            "key to go on with that run, or another directory to aj.checkpoints for this one."
+        )
+
+
 class Keeper:
     """Saves a run while it goes on, and puts it back; without `checkpoints` it does nothing."""
 
@@ -132,6 +144,7 @@ class Keeper:
         if self._open is None or self._open.latest() is None:
             return False
         run, saved = self._run, self._open.restore(self._run.state)
+        _check_same_key(saved.state, run.state, self._open.latest())
         run.go_on_from(resume_state(saved.state, tx))
         run.history = saved.history
         run.num_cache_hits = saved.num_cache_hits

@@ -125,11 +125,12 @@ def what_went_wrong(
             "arbiter_jax.datasets.epochs(...), or a smaller num_examples."
         )
     elif not history and (seen == 0 or 10 * (end - seen) >= num_examples) and seen < end:
+        limit = "num_examples" if end == num_examples else "stop_at"
         found.append(
             f"fit has trained nothing: the next batch is larger than the {end - seen} examples that "
-            f"are left of {end}; raise num_examples or let the rule take smaller batches."
+            f"are left of {end}; raise {limit} or let the rule take smaller batches."
         )
-    elif seen > num_examples and not history:
+    elif seen > num_examples:  # a resumed run has the history of the one before
         found.append(
             f"fit has trained nothing: state has seen {seen} examples, more than the num_examples of "
             f"{num_examples}, which include them; raise it."

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import time
 
@@ -67,6 +68,8 @@ def test_a_run_that_has_ended_is_read(tmp_path):
     assert_same_run(arrays(again), arrays(first))
     assert [r.seconds for r in again.history] == [r.seconds for r in first.history]
     assert again.num_compilations == first.num_compilations
+    with pytest.warns(UserWarning, match="trained nothing: state has seen 240 examples, more than"):
+        assert len(fit(tmp_path, num_examples=100).history) == 6
     # A larger budget goes on from there.
     longer = fit(tmp_path, num_examples=400)
     assert [r.window_index for r in longer.history] == list(range(10))
@@ -293,6 +296,35 @@ def test_another_run_is_refused_by_its_difference(tmp_path):
         ) as error:
             fit(tmp_path, **options)
         assert str(error.value).endswith("pass another directory to aj.checkpoints for this run.")
+
+
+def test_another_key_is_refused(tmp_path):
+    """A loop over seeds that forgets to change the directory would get one seed again and again."""
+    fit(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"/6 must be a checkpoint of a run with this key, got one"
+    ):
+        fit(tmp_path, key=2)
+
+
+@pytest.mark.parametrize("part", ["state", "history"])
+def test_damaged_files_are_named(part, tmp_path):
+    whole = fit(tmp_path)
+    files = [path for path in (tmp_path / "6" / part).rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"/6 must be a whole checkpoint, got .*: delete it to go"):
+        fit(tmp_path)
+    shutil.rmtree(tmp_path / "6")
+    assert_same_run(arrays(fit(tmp_path)), arrays(whole))
+
+
+def test_a_place_that_cannot_be_written_is_named():
+    message = (
+        r"^directory of aj.checkpoints must be one that can be written into, got /dev/null/a: N"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit("/dev/null/a")
 
 
 def test_another_format_is_refused(tmp_path):

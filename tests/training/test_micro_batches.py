@@ -379,7 +379,7 @@ def test_auto_is_halved_where_memory_runs_out(donated, monkeypatch, caplog):
 
 @pytest.mark.parametrize("micro", [0, 48, 2.0, True, "large"])
 def test_refuses_what_is_no_micro_batch(micro):
-    with pytest.raises(ValueError, match=r"^micro_batch_size must be "):
+    with pytest.raises(ValueError, match=r"^micro_batch_size must be a power of two >= 1"):
         fit(plain(), micro)
     with pytest.raises(ValueError, match=r"^micro_batch_size must be a power of two"):
         run(plain(), start(plain(), 8), 8, micro)
