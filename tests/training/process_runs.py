@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import datasets
+from arbiter_jax import batching, datasets
 
 WINDOW, NUM_ROWS = 4, 64
 INPUTS = np.random.default_rng(0).normal(size=(NUM_ROWS, 4)).astype(np.float32)
@@ -76,7 +76,8 @@ class Process:
             "num_compilations": result.num_compilations,
         }
         if options.get("has_aux"):
-            real = lambda r: aj.batching.interleaved(r.bucket_size) < r.batch_size
+            order = batching.interleaved if jax.device_count() > 1 else batching.bit_reversed
+            real = lambda r: np.argsort(order(r.bucket_size))[: r.batch_size]
             found["aux"] = [r.info.aux["losses"][:, real(r)].tolist() for r in result.history]
         return found
 
