@@ -73,7 +73,10 @@ def _serve(
             result = _try(maker.block, request)
         if isinstance(result, Block):
             maker.drop(result, request)
-        results.put((result, maker.buffer.position()))
+        position = _try(lambda _: maker.buffer.position(), request)
+        if isinstance(position, BaseException):  # of the source's get_state
+            result, position = position, None
+        results.put((result, position))
         if isinstance(result, Block):
             # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
             # every batch size in the same bucket still finds all its rows in the buffer.
