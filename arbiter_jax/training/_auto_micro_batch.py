@@ -39,7 +39,7 @@ class MicroBatch:
                     f"micro_batch_size must be at least {num_data_devices()}, the devices that share "
                     f"the rows of a batch, got {micro_batch_size}."
                 )
-        self._fitting: set[int] = set()  # buckets whose programs were found to fit
+        self._fitting: set[int] = set()  # buckets whose programs fit, as long as there is no limit
         self._block: Any = None  # shapes of the last block from the host
 
     def limited(self, bucket_size: int) -> int:
@@ -76,7 +76,8 @@ class MicroBatch:
           window: T.
           run: :func:`run_window` of everything but the data and what the bucket says.
         """
-        if not self.is_auto or bucket_size in self._fitting:
+        # A bucket below a micro-batch that was found needs less than that.
+        if not self.is_auto or self.size is not None or bucket_size in self._fitting:
             return bucket_size
         is_streamed = isinstance(data.train, BlockSource)
         if is_streamed and self._block is None:  # nobody knows yet what an example looks like
@@ -102,7 +103,7 @@ class MicroBatch:
 
         limit, wanted = _SHARE * _memory(), bucket_size
         while bucket_size > num_data_devices():
-            in_groups = bucket_size if bucket_size != wanted or self.size else None
+            in_groups = bucket_size if bucket_size < wanted else None
             fixed, varying = _needed(functools.partial(compile_window, bucket_size, in_groups))
             if fixed + varying <= limit:
                 break
@@ -140,7 +141,6 @@ class MicroBatch:
         ):
             return False
         self.size = bucket_size // 2
-        self._fitting.add(self.size)
         _log.warning(
             "micro_batch_size='auto': %d rows, because the device ran out of memory with %d.",
             self.size,
