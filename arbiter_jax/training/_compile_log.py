@@ -21,14 +21,14 @@ def log_trace(state: Any, data: Any, **static: Any) -> None:
     Args:
       state: A TrainState, traced.
       data: A Data, traced.
-      **static: The static arguments.
+      **static: All static arguments.
     """
     if not logger.isEnabledFor(logging.DEBUG):
         return
     arrays = {"the types of state": state, "the types of data": data}
     now = {name: str(jax.tree.map(jax.typeof, tree)) for name, tree in arrays.items()}
-    # Integers by their value, functions and chains by their identity, which keeps nothing alive.
-    now |= {name: x if isinstance(x, int) else id(x) for name, x in static.items()}
+    # Functions and chains by their identity, which keeps nothing alive.
+    now |= {name: x if isinstance(x, int | str) else id(x) for name, x in static.items()}
     changed = [_change(name, x) for name, x in now.items() if _last.get(name, x) != x]
     reason = f"new: {', '.join(changed)}" if changed else "nothing new" if _last else "the first"
     _last.clear()

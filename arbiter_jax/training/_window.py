@@ -232,7 +232,21 @@ def run_window(
             "out one of the two."
         )
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
-    log_trace(state, data, tx=tx, loss_fn=loss_fn, bucket_size=bucket_size, window=window)
+    log_trace(
+        state,
+        data,
+        bucket_size=bucket_size,
+        window=window,
+        num_agent_inputs=num_agent_inputs,
+        micro_batch_size=micro_batch_size,
+        tx=tx,
+        loss_fn=loss_fn,
+        gradient_fn=gradient_fn,
+        transform_batch=transform_batch,
+        inputs_of=inputs_of,
+        has_aux=has_aux,
+        sampling=sampling,
+    )
     if isinstance(data.train, Block):
         slots = check_block(data.train, None if in_groups else window, bucket_size)
         window = min(window, slots)  # a large block has fewer steps
