@@ -100,8 +100,8 @@ def first_difference(saved: dict[str, str], expected: dict[str, str]) -> str | N
 class Keeper:
     """Saves a run while it goes on, and puts it back; without `checkpoints` it does nothing."""
 
-    def __init__(self, checkpoints: Any, resume: Any, run: Run, source: Any):
-        self._run = run
+    def __init__(self, checkpoints: Any, resume: Any, run: Run):
+        self._run, source = run, run.data.train
         self._source: Any = source if isinstance(source, BlockSource) else None
         self._every = 1
         self._open: OpenCheckpoints | None = None

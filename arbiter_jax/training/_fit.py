@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -41,27 +40,17 @@ from arbiter_jax.training._records import (
     what_went_wrong,
 )
 from arbiter_jax.training._resume import resume_state
-from arbiter_jax.training._run import Plan, Run, check_budget
+from arbiter_jax.training._run import Plan, Run, check_budget, check_lengths
 from arbiter_jax.training._run_data import data_of_window, on_device, room_for
 from arbiter_jax.training._seeds import are_several, fit_seeds
-from arbiter_jax.training._state import Data, init_state
+from arbiter_jax.training._state import init_state
 from arbiter_jax.training._window import run_window
 
 
-def _train_window(
-    run: Run,
-    plan: Plan,
-    data: Data,
-    advance: functools.partial[Any],
-    clock: Callable[[], float] | None,
-    keeper: Keeper,
-    ahead: CompileAhead,
-) -> bool:
+def _train_window(run: Run, plan: Plan, keeper: Keeper, ahead: CompileAhead) -> bool:
     """Trains one window and records it; False if there are no examples left for it."""
     size, bucket_size, wanted = plan
-    micro = run.micro
-    now = time.perf_counter if clock is None else clock
-    given = run.state
+    data, advance, micro, given = run.data, run.advance, run.micro, run.state
     try:
         with count_compilations() as searched:
             arguments = functools.partial(
@@ -75,7 +64,7 @@ def _train_window(
             run.source_ended = True
             return False
         micro.saw(window_data)
-        before = now()
+        before = run.now()
         with count_compilations() as compilations:
             run.state, info = advance(
                 given,
@@ -94,23 +83,16 @@ def _train_window(
         if not is_out_of_memory(error):
             raise
         if micro.halve(bucket_size, given, data):
-            return _train_window(
-                run,
-                plan._replace(bucket_size=micro.limited(bucket_size)),
-                data,
-                advance,
-                clock,
-                keeper,
-                ahead,
-            )
+            plan = plan._replace(bucket_size=micro.limited(bucket_size))
+            return _train_window(run, plan, keeper, ahead)
         raise out_of_memory(run.history, given, size, bucket_size, keeper.latest()) from error
     info = jax.tree.map(lambda x: x[:num_steps], info)
-    seconds = float(now() - before)
+    seconds = run.now() - before
     plan = plan._replace(bucket_size=bucket_size, num_steps=num_steps)
     run.record(plan, info, seconds, searched + compilations)
     # A time that includes a compilation is not the time of a step. A given clock counts as it is:
     # what was compiled before, and what was not, is no part of the run.
-    compiled = clock is None and (compilations.num_programs or lowered)
+    compiled = run.clock is None and (compilations.num_programs or lowered)
     run.measured(float("nan") if compiled else seconds / num_steps)
     return True
 
@@ -248,12 +230,7 @@ def fit(
     """
     if are_several(key):
         return fit_seeds(**locals())
-    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
-    end = num_examples
-    if stop_at is not None:
-        end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
-    window = _validate.integer(window=window, minimum=1)
-    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
     callbacks = as_callbacks(callbacks)
     check_transformation(tx)
     data = on_device(data, window, mesh)
@@ -282,12 +259,12 @@ def fit(
     if clock is not None:
         _validate.function("clock() -> seconds", clock=clock)
     shared = spans_processes((state, data))
-    run = Run(state, num_examples, end, window, mesh, MicroBatch(micro_batch_size, shared))
+    micro = MicroBatch(micro_batch_size, shared)
+    run = Run(state, data, advance, num_examples, end, window, mesh, micro, clock)
     del state  # donated to the first window
     ahead = CompileAhead(run.state)
-    keeper = Keeper(checkpoints, resume, run, data.train)
-    now = time.perf_counter if clock is None else clock
-    start = now()
+    keeper = Keeper(checkpoints, resume, run)
+    start = run.now()
     with (
         Interrupts(enabled=checkpoints is not None) as interrupts,
         contextlib.closing(keeper),
@@ -296,7 +273,7 @@ def fit(
         is_ended = keeper.resume(tx, callbacks)
         plan, is_ended = next_plan(run, is_ended, interrupts, shared)
         while plan is not None:
-            if not _train_window(run, run.begin(plan), data, advance, clock, keeper, ahead):
+            if not _train_window(run, run.begin(plan), keeper, ahead):
                 break
             is_ended = any_ends(callbacks, run.history[-1], run.whole_state())
             # Before the run is saved, because all processes save it at once.
@@ -305,6 +282,7 @@ def fit(
             if interrupts.received and not shared:
                 break
         keeper.finish(interrupts)
+    interrupts.end()  # a signal that came while the last checkpoint was written
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=3)
-    return run.result(float(now() - start), ahead.compilations())
+    return run.result(run.now() - start, ahead.compilations())
