@@ -116,7 +116,7 @@ class Keeper:
             return
         if not hasattr(checkpoints, "open") or not hasattr(checkpoints, "every"):
             raise ValueError(f"checkpoints must be aj.checkpoints(directory), got {checkpoints!r}.")
-        self._position()  # before any work is done that could not be gone on with
+        self._position()  # before any work is done that could not be resumed
         self._every = checkpoints.every
         opened: OpenCheckpoints = checkpoints.open(identity_of(run.state))
         self._open, latest = opened, opened.latest()

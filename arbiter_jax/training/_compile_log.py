@@ -1,4 +1,4 @@
-"""Says at the level DEBUG of the logger "arbiter_jax" why a window program was made."""
+"""Logs at level DEBUG, as "arbiter_jax", why a window program was traced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def log_trace(state: Any, data: Any, **static: Any) -> None:
     """Logs what :func:`run_window` is traced for, and what of it the last trace did not have.
 
     A program is traced once for each combination of its static arguments and the types of the others,
-    so that what has changed is why there is one more.
+    so what has changed since the last trace is the reason for this one.
 
     Args:
       state: A TrainState, traced.

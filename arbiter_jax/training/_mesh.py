@@ -15,10 +15,11 @@ blocks from the host                    rows split; ``host_blocks(..., sharding=
                                         PartitionSpec(None, "data")))`` sends each device its own
 ======================================  =========================================================
 
-A batch size counts the examples of all devices. A run on n devices takes the examples and the
-decisions of a run on one, to rounding, with these exceptions: random numbers that are drawn for each
-row (dropout, `transform_batch`) meet other examples, because rows are ordered otherwise; and
-sampling="local" is stratified by device, so that its batches depend on n.
+A batch size counts the examples of all devices. A run on n devices takes the same examples and
+makes the same decisions as a run on one, to rounding, with two exceptions: random numbers that are
+drawn for each row (dropout, `transform_batch`) meet other examples, because rows are in another
+order; and sampling="local" is stratified by device, so its batches depend on n. It needs the same
+number of examples on each device, and works without micro-batches only.
 
 Axes of type Explicit, which ``jax.make_mesh`` makes by default, are made Auto within a window, so that
 loss functions are ordinary array code. Arrays that such a function captures instead of taking them as

@@ -51,9 +51,9 @@ class Run:
     history: list[WindowRecord] = dataclasses.field(default_factory=list)
     step_seconds: float = float("nan")  # measured time of a step of the last window
     num_cache_hits: int = 0
-    seconds: float = 0.0  # of the calls before, of a run that was resumed
+    seconds: float = 0.0  # of the calls that a resumed run had before
     source_ended: bool = False
-    rest: Plan | None = None  # steps of the last window that it was not let take
+    rest: Plan | None = None  # steps of the last window that this call did not take
     is_cut: bool = False  # whether this call ends in the middle of a window
     measures: bool = False  # whether a rule asks for the measured time of a step
 
@@ -65,7 +65,7 @@ class Run:
         return float(time.perf_counter() if self.clock is None else self.clock())
 
     def go_on_from(self, state: TrainState) -> None:
-        """Takes a state over, with what it says for the host."""
+        """Continues from a state, and from what it stores for the host."""
         carried = jax.device_get((state.num_examples, state.step_seconds, state.unfinished))
         self.state, self.seen = state, int(carried[0])
         self.step_seconds = float(carried[1]) or float("nan")
@@ -103,7 +103,7 @@ class Run:
         return whole._replace(num_steps=whole.steps_until(self.end, self.seen))
 
     def begin(self, whole: Plan) -> Plan:
-        """What is to be trained now of the window that :meth:`next_plan` has found."""
+        """The part of the window from :meth:`next_plan` that this call trains."""
         if self.rest is not None and whole is not self.rest:
             self.state = self.state._replace(unfinished=no_unfinished_window())
         plan = self.limited(whole)
@@ -116,7 +116,7 @@ class Run:
         self.is_cut = self.is_cut and num_steps > 0
 
     def got(self, plan: Plan, num_steps: int, room: int | None = None) -> None:
-        """Takes over for how many steps of a window there were examples.
+        """Notes for how many steps of a window there were examples.
 
         Where they were fewer than the plan's, the rule decides on what is left.
 
@@ -152,13 +152,13 @@ class Run:
         )
 
     def measured(self, step_seconds: float) -> None:
-        """Takes over what a step of the last window has taken."""
+        """Notes the measured time of a step of the last window."""
         # All steps of a window are given the same time, also those that are left of it.
         if self.measures and not self.is_cut:
             self.step_seconds = step_seconds
 
     def whole_state(self) -> TrainState:
-        """The state, with what only the host knows: a run goes on from it as if it had not ended."""
+        """The state, with what only the host knows: a run that continues from it is the same run."""
         state = self.state
         if self.measures:
             seconds = np.nan_to_num(self.step_seconds)

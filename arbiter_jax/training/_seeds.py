@@ -49,7 +49,7 @@ from arbiter_jax.training._run_data import on_device
 from arbiter_jax.training._state import Data, TrainState, Unfinished, copy_state, init_state
 from arbiter_jax.training._window import run_window
 
-_OF_ONE_RUN = {  # arguments of `fit` that a run over several keys does not take, as they must be
+_OF_ONE_RUN = {  # arguments of `fit` that several keys do not allow -> what they must be
     "checkpoints": None,
     "clock": None,
     "mesh": None,
@@ -320,7 +320,7 @@ class _Seeds:
         return self.state._replace(unfinished=Unfinished(*columns))
 
     def whole_state(self) -> TrainState:
-        """The state, with the windows that were not let end."""
+        """The state, with the unfinished windows."""
         return self._with_unfinished(self.rests)
 
     def _out_of_memory(self, given: TrainState, bucket_size: int) -> OutOfMemoryError:
