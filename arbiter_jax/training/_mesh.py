@@ -68,6 +68,7 @@ from arbiter_jax.batching import (
     interleave_block,
     num_data_devices,
 )
+from arbiter_jax.training._state import Data
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -112,7 +113,7 @@ def in_mesh(fit: Function) -> Function:
             context = jax.sharding.get_mesh()
         except ValueError:  # within jit, vmap or grad, where `fit` says what to do instead
             return fit(*args, **options)
-        mesh = _mesh_of(context, args, options) if mesh is None else mesh
+        mesh = _mesh_of(context, [*args, *options.values()]) if mesh is None else mesh
         if mesh is None:
             return fit(*args, **options)
         auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
@@ -123,9 +124,12 @@ def in_mesh(fit: Function) -> Function:
     return call  # pyright: ignore[reportReturnType]
 
 
-def _mesh_of(context: Mesh, *trees: PyTree) -> Mesh | None:
+def _mesh_of(context: Mesh, arguments: list[Any]) -> Mesh | None:
     """The mesh of the context, or of the first array that lies on one with an axis "data"."""
     meshes: list[Any] = [context]
+    # The data may be any object with these attributes, which need not be a pytree.
+    of_data = [[getattr(x, name, None) for name in Data._fields] for x in arguments]
+    trees = [*arguments, *of_data]
     for leaf in jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator)):
         meshes.append(getattr(getattr(leaf, "sharding", None), "mesh", None))
     found = [x for x in meshes if isinstance(x, Mesh) and DATA_AXIS in x.axis_names]

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 import chex
 import jax
@@ -287,6 +288,13 @@ def test_fit_from_blocks_on_a_mesh(sharding):
 def test_a_small_bucket_has_a_row_for_each_device():
     result = run_fit(data(), params(), mesh=make_mesh(8), stop_at=20)
     assert [(record.batch_size, record.bucket_size) for record in result.history] == [(5, 8)]
+
+
+def test_the_mesh_of_any_kind_of_data_is_found():
+    placed = put(data(), make_mesh(8))
+    other = types.SimpleNamespace(train=placed.train, validation=placed.validation)
+    result = run_fit(other, params(), stop_at=20)
+    assert [record.bucket_size for record in result.history] == [8]
 
 
 # Errors
