@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -107,9 +108,10 @@ class MicroBatch:
             fixed, varying = _needed(functools.partial(compile_window, bucket_size, in_groups))
             if fixed + varying <= limit:
                 break
-            # What depends on the number of rows grows in proportion to it.
-            fits = bucket_size * max(limit - fixed, 0.0) / varying
-            largest = 1 << max(int(fits), 1).bit_length() - 1
+            # What depends on the number of rows grows in proportion to it, if the compiler has said
+            # how much it is; else half the rows are tried.
+            share = (limit - fixed) / varying if fixed < limit and varying < math.inf else 0.5
+            largest = 1 << max(int(bucket_size * share), 1).bit_length() - 1
             bucket_size = max(min(bucket_size // 2, largest), num_data_devices())
         self._fitting.add(bucket_size)
         if bucket_size < wanted:
@@ -164,7 +166,7 @@ def _needed(compile_window: Callable[[], Any]) -> tuple[float, float]:
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return 0.0, float("inf")
+        return 0.0, math.inf
     if found is None:  # a backend that does not say
         return 0.0, 0.0
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes

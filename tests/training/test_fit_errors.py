@@ -296,7 +296,9 @@ def test_what_gradient_fn_returns_is_checked(call, made, message):
 @pytest.mark.parametrize("call", [fit, run_window])
 def test_local_sampling_has_no_micro_batches(call):
     """From the first window on, not only when the batches are that large."""
-    with pytest.raises(ValueError, match=r"^sampling must be 'exact' .* micro-batches, got 'local'"):
+    with pytest.raises(
+        ValueError, match=r"^sampling must be 'exact' .* micro-batches, got 'local'"
+    ):
         call(sampling="local", micro_batch_size=64)
 
 
