@@ -274,8 +274,8 @@ def host_blocks(
 
     With a `sharding` over the devices of several processes, each process reads a source of its own
     and supplies the rows that its devices hold: its share of the B examples of a step, in the order
-    of its source. The shares of processes that split the rows evenly differ by at most one example,
-    or by one in each group where micro-batches split a step. Nothing is sent between the processes
+    of its source. The shares of processes that split the rows evenly differ by at most two examples,
+    or by two in each group where micro-batches split a step. Nothing is sent between the processes
     but the number of steps that each has left.
 
     Args:
