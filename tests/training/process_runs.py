@@ -73,14 +73,22 @@ class Process:
             "num_compilations": result.num_compilations,
         }
         if options.get("has_aux"):
-            real = lambda r: aj.batching.bit_reversed(r.bucket_size) < r.batch_size
+            several = jax.device_count() > 1
+            order = aj.batching.interleaved if several else aj.batching.bit_reversed
+            real = lambda r: np.argsort(order(r.bucket_size))[: r.batch_size]
             found["aux"] = [r.info.aux["losses"][:, real(r)].tolist() for r in result.history]
         return found
 
-    def stream(self, rule, lengths=(400, 400), fails=False, **options):
-        """On the rows of a stream that the processes take in turn."""
-        rows = np.arange(2 * max(lengths)) % NUM_ROWS
-        mine = rows[self.index :: self.count][: lengths[self.index] if self.count > 1 else None]
+    def stream(self, rule, lengths=(400, 400), fails=False, sizes=(6, 6), **options):
+        """On the rows of a stream that two processes take in turn, two of each four in a batch.
+
+        Batches, or groups of rows, have the first size for 48 examples, then the second.
+        """
+        number = np.arange(2 * max(lengths))
+        in_batch = number % np.where(number < 48, *sizes)
+        mine = number % NUM_ROWS
+        if self.count > 1:  # as in `batching.interleaved`
+            mine = mine[in_batch % 4 // 2 == self.index][: lengths[self.index]]
 
         def source():
             for start in range(0, len(mine), 7):
@@ -183,16 +191,18 @@ RUNS = {
         num_examples=1200,
     ),
     "arbiter": arbiter,
-    "streamed": lambda process: process.stream(growing()),
+    "streamed": lambda process: process.stream(growing(), sizes=(6, 12)),
     # One process has 3 of 5 examples, the other 2, so the order is not that of one process.
     "streamed_odd": lambda process: process.stream(aj.schedulers.constant(5), num_examples=60),
     # Two steps of a bucket of 8 rows.
     "streamed_short": lambda process: process.stream(
-        growing(), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
+        growing(), sizes=(6, 12), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
     ),
     # Groups of 8 rows: two of them hold a step of 12 examples.
     "streamed_groups": lambda process: process.stream(growing(), micro_batch_size=8),
-    "source_ends": lambda process: process.stream(aj.schedulers.constant(8), (60, 40)),
+    "source_ends": lambda process: process.stream(
+        aj.schedulers.constant(8), (60, 40), sizes=(8, 8)
+    ),
     "source_fails": lambda process: process.stream(aj.schedulers.constant(8), fails=True),
     "aux": lambda process: process.stream(
         aj.schedulers.constant(6), num_examples=60, loss_fn=loss_with_aux, has_aux=True
