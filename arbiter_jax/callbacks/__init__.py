@@ -1,4 +1,4 @@
-"""What a run does besides training: it is saved, so that it can be killed and gone on with."""
+"""What a run does besides training: it is saved, so that it can be killed and resumed."""
 
 from arbiter_jax.callbacks._checkpoints import Checkpoints, checkpoints
 

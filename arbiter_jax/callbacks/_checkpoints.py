@@ -50,10 +50,10 @@ class Checkpoints:
 
 
 def checkpoints(directory: str | os.PathLike[str], *, every: int = 1, keep: int = 3) -> Checkpoints:
-    """Saves a run while it trains, so that it can be killed at any moment and gone on with.
+    """Saves a run while it trains, so that it can be killed at any moment and resumed.
 
-    Pass it to :func:`arbiter_jax.fit`, with ``resume=True``: a script that was preempted is then
-    started again as it is. A checkpoint holds the whole :class:`arbiter_jax.TrainState`, the history,
+    Pass it to :func:`arbiter_jax.fit` with ``resume=True``: a script that was preempted is then
+    simply started again. A checkpoint holds the whole :class:`arbiter_jax.TrainState`, the history,
     the measured time of a step, and where the run stands in its data. It is written in the
     background, and counts only when it is whole.
 
@@ -61,8 +61,12 @@ def checkpoints(directory: str | os.PathLike[str], *, every: int = 1, keep: int 
     path + "/state", aj.init_state(params, tx, key))`` reads it, to go on under another range with
     ``fit(..., state=...)``, say.
 
+    A source of blocks must have ``get_state()`` and ``set_state(state)``, as that of
+    :func:`arbiter_jax.datasets.host_blocks` over ``datasets.epochs`` has. The `aux` of a loss must be
+    made of dicts with text keys, lists, tuples and arrays.
+
     Several processes that train together pass the same directory, on a disk that they share. Each
-    goes on at its place in its own source, so there must be as many of them as before.
+    continues at its place in its own source, so there must be as many of them as before.
 
     Args:
       directory: Where to, on a disk that outlives the process. It is made if it is not there.

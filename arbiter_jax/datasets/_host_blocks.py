@@ -73,7 +73,10 @@ def _serve(
             result = _try(maker.block, request)
         if isinstance(result, Block):
             maker.drop(result, request)
-        results.put((result, maker.buffer.position()))
+        position = _try(lambda _: maker.buffer.position(), request)
+        if isinstance(position, BaseException):  # of the source's get_state
+            result, position = position, None
+        results.put((result, position))
         if isinstance(result, Block):
             # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
             # every batch size in the same bucket still finds all its rows in the buffer.
@@ -272,7 +275,7 @@ def host_blocks(
     With a `sharding` over the devices of several processes, each process reads a source of its own
     and supplies the rows that its devices hold: its share of the B examples of a step, in the order
     of its source. The shares of processes that split the rows evenly differ by at most two examples,
-    or by one in each group where micro-batches split a step. Nothing is sent between the processes
+    or by two in each group where micro-batches split a step. Nothing is sent between the processes
     but the number of steps that each has left.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ class MicroBatch:
                     f"micro_batch_size must be at least {num_data_devices()}, the devices that share "
                     f"the rows of a batch, got {micro_batch_size}."
                 )
-        self._fitting: set[int] = set()  # buckets whose programs were found to fit
+        self._fitting: set[int] = set()  # buckets whose programs fit, as long as there is no limit
         self._block: Any = None  # shapes of the last block from the host
 
     def limited(self, bucket_size: int) -> int:
@@ -80,7 +81,8 @@ class MicroBatch:
           window: T.
           run: :func:`run_window` of everything but the data and what the bucket says.
         """
-        if not self.is_auto or bucket_size in self._fitting:
+        # A bucket below a micro-batch that was found needs less than that.
+        if not self.is_auto or self.size is not None or bucket_size in self._fitting:
             return bucket_size
         is_streamed = isinstance(data.train, BlockSource)
         if is_streamed and self._block is None:  # nobody knows yet what an example looks like
@@ -106,13 +108,14 @@ class MicroBatch:
 
         limit, wanted = _SHARE * _memory(), bucket_size
         while bucket_size > num_data_devices():
-            in_groups = bucket_size if bucket_size != wanted or self.size else None
+            in_groups = bucket_size if bucket_size < wanted else None
             fixed, varying = _needed(functools.partial(compile_window, bucket_size, in_groups))
             if fixed + varying <= limit:
                 break
-            # What depends on the number of rows grows in proportion to it.
-            fits = bucket_size * max(limit - fixed, 0.0) / varying
-            largest = 1 << max(int(fits), 1).bit_length() - 1
+            # What depends on the number of rows grows in proportion to it, if the compiler has said
+            # how much it is; else half the rows are tried.
+            share = (limit - fixed) / varying if fixed < limit and varying < math.inf else 0.5
+            largest = 1 << max(int(bucket_size * share), 1).bit_length() - 1
             bucket_size = max(min(bucket_size // 2, largest), num_data_devices())
         self._fitting.add(bucket_size)
         if bucket_size < wanted:
@@ -144,7 +147,6 @@ class MicroBatch:
         ):
             return False
         self.size = bucket_size // 2
-        self._fitting.add(self.size)
         _log.warning(
             "micro_batch_size='auto': %d rows, because the device ran out of memory with %d.",
             self.size,
@@ -168,7 +170,7 @@ def _needed(compile_window: Callable[[], Any]) -> tuple[float, float]:
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return 0.0, float("inf")
+        return 0.0, math.inf
     if found is None:  # a backend that does not say
         return 0.0, 0.0
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes

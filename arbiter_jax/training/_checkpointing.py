@@ -112,8 +112,8 @@ def _check_same_key(saved: TrainState, expected: TrainState, path: str | None) -
 class Keeper:
     """Saves a run while it goes on, and puts it back; without `checkpoints` it does nothing."""
 
-    def __init__(self, checkpoints: Any, resume: Any, run: Run, source: Any):
-        self._run = run
+    def __init__(self, checkpoints: Any, resume: Any, run: Run):
+        self._run, source = run, run.data.train
         self._source: Any = source if isinstance(source, BlockSource) else None
         self._every = 1
         self._open: OpenCheckpoints | None = None
@@ -128,7 +128,7 @@ class Keeper:
             return
         if not hasattr(checkpoints, "open") or not hasattr(checkpoints, "every"):
             raise ValueError(f"checkpoints must be aj.checkpoints(directory), got {checkpoints!r}.")
-        self._position()  # before any work is done that could not be gone on with
+        self._position()  # before any work is done that could not be resumed
         self._every = checkpoints.every
         opened: OpenCheckpoints = checkpoints.open(identity_of(run.state))
         self._open, latest = opened, opened.latest()

@@ -1,4 +1,4 @@
-"""Says at the level DEBUG of the logger "arbiter_jax" why a window program was made."""
+"""Logs at level DEBUG, as "arbiter_jax", why a window program was traced."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def log_trace(state: Any, data: Any, **static: Any) -> None:
     """Logs what :func:`run_window` is traced for, and what of it the last trace did not have.
 
     A program is traced once for each combination of its static arguments and the types of the others,
-    so that what has changed is why there is one more.
+    so what has changed since the last trace is the reason for this one.
 
     Args:
       state: A TrainState, traced.
       data: A Data, traced.
-      **static: The static arguments.
+      **static: All static arguments.
     """
     if not logger.isEnabledFor(logging.DEBUG):
         return
     arrays = {"the types of state": state, "the types of data": data}
     now = {name: str(jax.tree.map(jax.typeof, tree)) for name, tree in arrays.items()}
-    # Integers by their value, functions and chains by their identity, which keeps nothing alive.
-    now |= {name: x if isinstance(x, int) else id(x) for name, x in static.items()}
+    # Functions and chains by their identity, which keeps nothing alive.
+    now |= {name: x if isinstance(x, int | str) else id(x) for name, x in static.items()}
     changed = [_change(name, x) for name, x in now.items() if _last.get(name, x) != x]
     reason = f"new: {', '.join(changed)}" if changed else "nothing new" if _last else "the first"
     _last.clear()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,6 +30,7 @@ from arbiter_jax.training._checks import (
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._mesh import in_mesh, place
+from arbiter_jax.training._micro_batches import check_sampling
 from arbiter_jax.training._next_plan import next_plan
 from arbiter_jax.training._out_of_memory import is_out_of_memory, out_of_memory
 from arbiter_jax.training._records import (
@@ -41,27 +41,17 @@ from arbiter_jax.training._records import (
     what_went_wrong,
 )
 from arbiter_jax.training._resume import resume_state
-from arbiter_jax.training._run import Plan, Run, check_budget
+from arbiter_jax.training._run import Plan, Run, check_budget, check_lengths
 from arbiter_jax.training._run_data import data_of_window, on_device, room_for
 from arbiter_jax.training._seeds import are_several, fit_seeds
-from arbiter_jax.training._state import Data, init_state
+from arbiter_jax.training._state import init_state
 from arbiter_jax.training._window import run_window
 
 
-def _train_window(
-    run: Run,
-    plan: Plan,
-    data: Data,
-    advance: functools.partial[Any],
-    clock: Callable[[], float] | None,
-    keeper: Keeper,
-    ahead: CompileAhead,
-) -> bool:
+def _train_window(run: Run, plan: Plan, keeper: Keeper, ahead: CompileAhead) -> bool:
     """Trains one window and records it; False if there are no examples left for it."""
     size, bucket_size, wanted = plan
-    micro = run.micro
-    now = time.perf_counter if clock is None else clock
-    given = run.state
+    data, advance, micro, given = run.data, run.advance, run.micro, run.state
     try:
         with count_compilations() as searched:
             arguments = functools.partial(
@@ -75,7 +65,7 @@ def _train_window(
             run.source_ended = True
             return False
         micro.saw(window_data)
-        before = now()
+        before = run.now()
         with count_compilations() as compilations:
             run.state, info = advance(
                 given,
@@ -94,23 +84,16 @@ def _train_window(
         if not is_out_of_memory(error):
             raise
         if micro.halve(bucket_size, given, data):
-            return _train_window(
-                run,
-                plan._replace(bucket_size=micro.limited(bucket_size)),
-                data,
-                advance,
-                clock,
-                keeper,
-                ahead,
-            )
+            plan = plan._replace(bucket_size=micro.limited(bucket_size))
+            return _train_window(run, plan, keeper, ahead)
         raise out_of_memory(run.history, given, size, bucket_size, keeper.latest()) from error
     info = jax.tree.map(lambda x: x[:num_steps], info)
-    seconds = float(now() - before)
+    seconds = run.now() - before
     plan = plan._replace(bucket_size=bucket_size, num_steps=num_steps)
     run.record(plan, info, seconds, searched + compilations)
     # A time that includes a compilation is not the time of a step. A given clock counts as it is:
     # what was compiled before, and what was not, is no part of the run.
-    compiled = clock is None and (compilations.num_programs or lowered)
+    compiled = run.clock is None and (compilations.num_programs or lowered)
     run.measured(float("nan") if compiled else seconds / num_steps)
     return True
 
@@ -145,19 +128,19 @@ def fit(
 
     The run ends when a whole batch no longer fits into what is left of `num_examples`, so two runs
     with the same budget differ by less than one batch. If that would leave a tenth of the budget or
-    more, because the rule leapt to a batch above the mean of those so far, the run goes on with the
-    largest power of two that fits and is in the rule's range.
+    more, because the rule leapt to a batch above the mean of those so far, the run continues with
+    the largest power of two that fits and is in the rule's range.
 
     **Several seeds**: with a vector of k keys, the arrays of `params`, and of `model_state` or
     `state`, have a leading axis of k, e.g. ``params=jax.vmap(init)(keys)``. Each seed is trained as
-    ``fit(..., params=params_i, key=keys[i])`` would, up to float rounding (which a long run amplifies):
-    it has its own batch sizes, windows and end. They share the data and a bucket, that of the largest
-    batch among them, whose padding costs time where their batch sizes differ, and a step takes the
-    path of a measurement where any of them measures. The result has a stacked `state` and one history
-    per seed; ``result.of_seed(i)`` is that of one. A callback gets the list of their records once a
-    window. Rules that read the clock, and sources of blocks, are for one run at a time. On two
-    CPU cores it saves little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time
-    of eight runs.
+    ``fit(..., params=params_i, key=keys[i])`` trains it, to rounding, which a long run amplifies: it
+    has its own batch sizes, windows and end. The seeds share the data and a bucket, that of the
+    largest batch among them; padding costs time where their batch sizes differ, and every step at
+    which one of them measures costs as much as if all did. The result has a stacked `state` and one
+    history per seed; ``result.of_seed(i)`` is the result of one. A callback gets the list of their
+    records once per window. Several seeds exclude rules that read the clock, sources of blocks, and
+    `mesh`, `sampling`, `micro_batch_size`, `checkpoints` and `clock`. On two CPU cores they save
+    little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time of eight runs.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
@@ -172,14 +155,14 @@ def fit(
       stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,
         num_examples]: to change something and go on with `state`. Rules still plan for
         `num_examples`. If that is in the middle of a window, the next call finishes it first: two
-        calls train as one does.
+        calls give the result of one.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
         same. A rule may ask for shorter windows.
       key: PRNG key or an int. The run is a pure function of it. A vector of k keys, typed or raw,
-        trains k seeds in one program; see below.
+        trains k seeds in one program; see above.
       callbacks: Called as ``callback(record, state)`` after every window, one function or several;
-        a true result ends the run. Of several processes each calls its own, and a true result of
-        one ends the run on all.
+        a true result ends the run. Each of several processes calls its own, and a true result on
+        one of them ends the run on all.
       model_state: State of the model that is not trained by gradients, or None.
       state: Where to resume from: a :class:`TrainState` of the same `tx`. `params` is then unused.
         The range of batch sizes is that of `tx`, as in :func:`resume_state`.
@@ -193,31 +176,32 @@ def fit(
         that lie on it stay as they are, the others are replicated. If None, the mesh of the context
         or of the arrays, or one device. See :mod:`arbiter_jax.training._mesh`.
       sampling: "exact": the examples that one device would draw. "local": each device draws from
-        its own rows of `data.train`, which then never move.
+        its own rows of `data.train`, which then never move; every device must have the same number
+        of rows, and there can be no `micro_batch_size`.
       micro_batch_size: A power of two, the most rows that are computed at once; larger batches take
         them in groups, in one program for all sizes: see :func:`run_window`. It bounds the memory of
         a window and the number of programs, ``max(1, log2(micro_batch_size /
         next_bucket(min_batch_size)) + 1)``. "auto" for the largest whose program fits into .8 of the
-        device's memory, and half of it whenever that runs out; None for no limit.
+        device's memory, halved whenever memory runs out (one process only); None for no limit.
       checkpoints: ``aj.checkpoints(directory)``: where the run is saved, every few windows and at
         its end. SIGTERM and Ctrl-C then wait for the running window, save the run, and end the
-        program as usual: with exit code 143, or with a KeyboardInterrupt. A second Ctrl-C does not
-        wait. A signal to one of several processes ends all of them, after the same window.
+        program as usual: with exit code 143, or with a KeyboardInterrupt. A second Ctrl-C ends it
+        at once. A signal to one of several processes ends all of them, after the same window.
       resume: Whether to go on from the newest complete checkpoint; without one the run starts from
-        the beginning. The result is that of a run which was never stopped, bit for bit, if rules
-        do not go by measured times.
-      clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes a run that goes by
-        measured times repeatable. All that it measures counts, compilation included.
+        the beginning. The result is bit for bit that of a run that was never stopped, unless rules
+        read measured times.
+      clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes runs of rules that read
+        measured times repeatable. Everything it measures counts, including compilation.
 
     Returns:
-      A :class:`FitResult`; of a resumed run with the whole history.
+      A :class:`FitResult`; that of a resumed run has the whole history.
 
     Raises:
       ValueError: If an argument is out of its range or not what it should be, the data is empty,
         `tx` holds no rule or more than one, its rule was built for another budget, or the
         checkpoints are those of another run.
-      RuntimeError: On every one of several processes, if they have not decided alike on a batch
-        size, the steps of a window or the examples seen.
+      RuntimeError: On every one of several processes, if they differ in a batch size, the steps of a
+        window or the examples seen.
       OutOfMemoryError: If a window does not fit into the memory of the device. It carries the
         history and, where it can still be read, the last state; it names the last checkpoint.
 
@@ -225,10 +209,10 @@ def fit(
       UserWarning: If losses were not finite, a source of blocks ended before the budget, or nothing
         could be trained.
 
-    Several processes, which ``jax.distributed.initialize`` has joined, call this together, with the
-    same arguments; the arrays of `data`, or of `params` or `state`, lie on the devices of them all.
-    Before each window they compare what they are about to do, and take the time of a step from the
-    clock of process 0.
+    **Several processes**, joined by ``jax.distributed.initialize``, call this together with the same
+    arguments; the arrays of `data`, `params` or `state` lie on the devices of all of them. Before
+    each window they compare what they are about to do, and take the time of a step from the clock
+    of process 0.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
@@ -248,12 +232,7 @@ def fit(
     """
     if are_several(key):
         return fit_seeds(**locals())
-    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
-    end = num_examples
-    if stop_at is not None:
-        end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
-    window = _validate.integer(window=window, minimum=1)
-    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
     callbacks = as_callbacks(callbacks)
     check_transformation(tx)
     data = on_device(data, window, mesh)
@@ -281,13 +260,14 @@ def fit(
     )
     if clock is not None:
         _validate.function("clock() -> seconds", clock=clock)
+    check_sampling(sampling, micro_batch_size)
     shared = spans_processes((state, data))
-    run = Run(state, num_examples, end, window, mesh, MicroBatch(micro_batch_size, shared))
+    micro = MicroBatch(micro_batch_size, shared)
+    run = Run(state, data, advance, num_examples, end, window, mesh, micro, clock)
     del state  # donated to the first window
     ahead = CompileAhead(run.state)
-    keeper = Keeper(checkpoints, resume, run, data.train)
-    now = time.perf_counter if clock is None else clock
-    start = now()
+    keeper = Keeper(checkpoints, resume, run)
+    start = run.now()
     with (
         Interrupts(enabled=checkpoints is not None) as interrupts,
         contextlib.closing(keeper),
@@ -296,7 +276,7 @@ def fit(
         is_ended = keeper.resume(tx, callbacks)
         plan, is_ended = next_plan(run, is_ended, interrupts, shared)
         while plan is not None:
-            if not _train_window(run, run.begin(plan), data, advance, clock, keeper, ahead):
+            if not _train_window(run, run.begin(plan), keeper, ahead):
                 break
             is_ended = any_ends(callbacks, run.history[-1], run.whole_state())
             # Before the run is saved, because all processes save it at once.
@@ -305,6 +285,7 @@ def fit(
             if interrupts.received and not shared:
                 break
         keeper.finish(interrupts)
+    interrupts.end()  # a signal that came while the last checkpoint was written
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
         warnings.warn(message, UserWarning, stacklevel=3)
-    return run.result(float(now() - start), ahead.compilations())
+    return run.result(run.now() - start, ahead.compilations())

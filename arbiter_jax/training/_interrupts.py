@@ -13,8 +13,8 @@ _HELD_BACK = (signal.SIGTERM, signal.SIGINT)
 class Interrupts:
     """While it is open, a signal is noted in `received` instead of ending the process at once.
 
-    A second Ctrl-C raises KeyboardInterrupt where it comes. Only the main thread can do this: on
-    another one, or where it is not enabled, nothing is held back.
+    A second Ctrl-C raises KeyboardInterrupt at once. Only the main thread can hold signals back: on
+    another one, or where this is not enabled, they act as usual.
     """
 
     def __init__(self, enabled: bool):

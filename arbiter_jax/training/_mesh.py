@@ -15,10 +15,11 @@ blocks from the host                    rows split; ``host_blocks(..., sharding=
                                         PartitionSpec(None, "data")))`` sends each device its own
 ======================================  =========================================================
 
-A batch size counts the examples of all devices. A run on n devices takes the examples and the
-decisions of a run on one, to rounding, with these exceptions: random numbers that are drawn for each
-row (dropout, `transform_batch`) meet other examples, because rows are ordered otherwise; and
-sampling="local" is stratified by device, so that its batches depend on n.
+A batch size counts the examples of all devices. A run on n devices takes the same examples and
+makes the same decisions as a run on one, to rounding, with two exceptions: random numbers that are
+drawn for each row (dropout, `transform_batch`) meet other examples, because rows are in another
+order; and sampling="local" is stratified by device, so its batches depend on n. It needs the same
+number of examples on each device, and works without micro-batches only.
 
 Axes of type Explicit, which ``jax.make_mesh`` makes by default, are made Auto within a window, so that
 loss functions are ordinary array code. Arrays that such a function captures instead of taking them as
@@ -67,6 +68,7 @@ from arbiter_jax.batching import (
     interleave_block,
     num_data_devices,
 )
+from arbiter_jax.training._state import Data
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -111,7 +113,7 @@ def in_mesh(fit: Function) -> Function:
             context = jax.sharding.get_mesh()
         except ValueError:  # within jit, vmap or grad, where `fit` says what to do instead
             return fit(*args, **options)
-        mesh = _mesh_of(context, args, options) if mesh is None else mesh
+        mesh = _mesh_of(context, [*args, *options.values()]) if mesh is None else mesh
         if mesh is None:
             return fit(*args, **options)
         auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
@@ -122,9 +124,12 @@ def in_mesh(fit: Function) -> Function:
     return call  # pyright: ignore[reportReturnType]
 
 
-def _mesh_of(context: Mesh, *trees: PyTree) -> Mesh | None:
+def _mesh_of(context: Mesh, arguments: list[Any]) -> Mesh | None:
     """The mesh of the context, or of the first array that lies on one with an axis "data"."""
     meshes: list[Any] = [context]
+    # The data may be any object with these attributes, which need not be a pytree.
+    of_data = [[getattr(x, name, None) for name in Data._fields] for x in arguments]
+    trees = [*arguments, *of_data]
     for leaf in jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator)):
         meshes.append(getattr(getattr(leaf, "sharding", None), "mesh", None))
     found = [x for x in meshes if isinstance(x, Mesh) and DATA_AXIS in x.axis_names]

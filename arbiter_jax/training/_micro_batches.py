@@ -38,6 +38,16 @@ def check_micro_batch_size(micro_batch_size: Any, bucket_size: int) -> None:
         )
 
 
+def check_sampling(sampling: Any, micro_batch_size: Any) -> None:
+    """Raises a ValueError if batches cannot be drawn like this."""
+    _validate.one_of(("exact", "local"), sampling=sampling)
+    if sampling == "local" and micro_batch_size is not None:
+        raise ValueError(
+            "sampling must be 'exact' where a batch is computed in micro-batches, got 'local': leave "
+            "out one of the two."
+        )
+
+
 def steps_of_groups(block: Block, num_steps: Any) -> jax.Array:
     """How many steps to take from a block of groups, at most as many as it has room for."""
     leaf = jax.tree.leaves(block.batches)[0]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import batch_of_the_rest, next_bucket, num_data_devices
 from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._compilations import Compilations
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._records import FitResult, WindowRecord
-from arbiter_jax.training._state import TrainState, Unfinished, no_unfinished_window
+from arbiter_jax.training._state import Data, TrainState, Unfinished, no_unfinished_window
 
 
 class Plan(NamedTuple):
@@ -35,26 +39,33 @@ class Run:
     """Everything that `fit` keeps on the host between two windows."""
 
     state: TrainState
+    data: Data
+    advance: functools.partial[Any]  # `run_window` with what all windows of the run share
     num_examples: int  # the budget
     end: int  # examples at which this call ends, at most the budget
     window: int  # T
     mesh: jax.sharding.Mesh | None
     micro: MicroBatch  # the most rows that are computed at once, if there is a limit
+    clock: Callable[[], float] | None = None  # in place of time.perf_counter
     seen: int = 0  # examples so far
     history: list[WindowRecord] = dataclasses.field(default_factory=list)
     step_seconds: float = float("nan")  # measured time of a step of the last window
     num_cache_hits: int = 0
-    seconds: float = 0.0  # of the calls before, of a run that was resumed
+    seconds: float = 0.0  # of the calls that a resumed run had before
     source_ended: bool = False
-    rest: Plan | None = None  # steps of the last window that it was not let take
+    rest: Plan | None = None  # steps of the last window that this call did not take
     is_cut: bool = False  # whether this call ends in the middle of a window
     measures: bool = False  # whether a rule asks for the measured time of a step
 
     def __post_init__(self) -> None:
         self.go_on_from(self.state)
 
+    def now(self) -> float:
+        """Seconds on the clock of the run."""
+        return float(time.perf_counter() if self.clock is None else self.clock())
+
     def go_on_from(self, state: TrainState) -> None:
-        """Takes a state over, with what it says for the host."""
+        """Continues from a state, and from what it stores for the host."""
         carried = jax.device_get((state.num_examples, state.step_seconds, state.unfinished))
         self.state, self.seen = state, int(carried[0])
         self.step_seconds = float(carried[1]) or float("nan")
@@ -92,7 +103,7 @@ class Run:
         return whole._replace(num_steps=whole.steps_until(self.end, self.seen))
 
     def begin(self, whole: Plan) -> Plan:
-        """What is to be trained now of the window that :meth:`next_plan` has found."""
+        """The part of the window from :meth:`next_plan` that this call trains."""
         if self.rest is not None and whole is not self.rest:
             self.state = self.state._replace(unfinished=no_unfinished_window())
         plan = self.limited(whole)
@@ -105,7 +116,7 @@ class Run:
         self.is_cut = self.is_cut and num_steps > 0
 
     def got(self, plan: Plan, num_steps: int, room: int | None = None) -> None:
-        """Takes over for how many steps of a window there were examples.
+        """Notes for how many steps of a window there were examples.
 
         Where they were fewer than the plan's, the rule decides on what is left.
 
@@ -141,13 +152,13 @@ class Run:
         )
 
     def measured(self, step_seconds: float) -> None:
-        """Takes over what a step of the last window has taken."""
+        """Notes the measured time of a step of the last window."""
         # All steps of a window are given the same time, also those that are left of it.
         if self.measures and not self.is_cut:
             self.step_seconds = step_seconds
 
     def whole_state(self) -> TrainState:
-        """The state, with what only the host knows: a run goes on from it as if it had not ended."""
+        """The state, with what only the host knows: a run that continues from it is the same run."""
         state = self.state
         if self.measures:
             seconds = np.nan_to_num(self.step_seconds)
@@ -167,6 +178,18 @@ class Run:
             num_cache_hits=self.num_cache_hits + ahead.num_cache_hits,
             seconds=self.seconds + seconds,
         )
+
+
+def check_lengths(
+    num_examples: Any, stop_at: Any, window: Any, num_agent_inputs: Any
+) -> tuple[int, int, int]:
+    """(num_examples, end, window) of a call of `fit`, or a ValueError if one is out of its range."""
+    num_examples = end = _validate.integer(num_examples=num_examples, minimum=1)
+    if stop_at is not None:
+        end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
+    window = _validate.integer(window=window, minimum=1)
+    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    return num_examples, end, window
 
 
 def check_budget(opt_state: PyTree, num_examples: int) -> None:

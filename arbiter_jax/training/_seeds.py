@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arbiter_jax import _validate
 from arbiter_jax._count import Count, as_count
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
@@ -45,12 +44,12 @@ from arbiter_jax.training._records import (
     what_went_wrong,
 )
 from arbiter_jax.training._resume import resume_state
-from arbiter_jax.training._run import check_budget
+from arbiter_jax.training._run import check_budget, check_lengths
 from arbiter_jax.training._run_data import on_device
 from arbiter_jax.training._state import Data, TrainState, Unfinished, copy_state, init_state
 from arbiter_jax.training._window import run_window
 
-_OF_ONE_RUN = {  # arguments of `fit` that a run over several keys does not take, as they must be
+_OF_ONE_RUN = {  # arguments of `fit` that several keys do not allow -> what they must be
     "checkpoints": None,
     "clock": None,
     "mesh": None,
@@ -98,12 +97,7 @@ def fit_seeds(
                 f"{name} must be {_OF_ONE_RUN.get(name)!r} where key holds several keys, got "
                 f"{value!r}: run the seeds one after the other."
             )
-    num_examples = _validate.integer(num_examples=num_examples, minimum=1)
-    end = num_examples
-    if stop_at is not None:
-        end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
-    window = _validate.integer(window=window, minimum=1)
-    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
+    num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
     callbacks = as_callbacks(callbacks)
     check_transformation(tx)
     data = on_device(data, window)
@@ -328,7 +322,7 @@ class _Seeds:
         return self.state._replace(unfinished=Unfinished(*columns))
 
     def whole_state(self) -> TrainState:
-        """The state, with the windows that were not let end."""
+        """The state, with the unfinished windows."""
         return self._with_unfinished(self.rests)
 
     def _out_of_memory(self, given: TrainState, bucket_size: int) -> OutOfMemoryError:

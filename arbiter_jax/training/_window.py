@@ -61,6 +61,7 @@ from arbiter_jax.training._inner_step import inner_step
 from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
 from arbiter_jax.training._micro_batches import (
     check_micro_batch_size,
+    check_sampling,
     gradient_fns_of_groups,
     steps_of_groups,
     transformed,
@@ -193,7 +194,8 @@ def run_window(
         which is in memory at a time: their number is traced. The result is that of one large bucket,
         but BatchNorm and dropout see each group by itself. Pass it to :func:`next_window` as well.
       sampling: "exact": the examples of one device, on any mesh. "local": each device of a mesh
-        draws its share from its own rows of `data.train`, see :mod:`arbiter_jax.training._mesh`.
+        draws its share from its own rows of `data.train`, which excludes a `micro_batch_size`; see
+        :mod:`arbiter_jax.training._mesh`.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T, or that of a block of
@@ -224,15 +226,24 @@ def run_window(
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     check_micro_batch_size(micro_batch_size, bucket_size)
     in_groups = bucket_size == micro_batch_size
-    _validate.one_of(("exact", "local"), sampling=sampling)
+    check_sampling(sampling, micro_batch_size)
     check_bucket_of_mesh(bucket_size)
-    if in_groups and sampling == "local":
-        raise ValueError(
-            "sampling must be 'exact' where a batch is computed in micro-batches, got 'local': leave "
-            "out one of the two."
-        )
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
-    log_trace(state, data, tx=tx, loss_fn=loss_fn, bucket_size=bucket_size, window=window)
+    log_trace(
+        state,
+        data,
+        bucket_size=bucket_size,
+        window=window,
+        num_agent_inputs=num_agent_inputs,
+        micro_batch_size=micro_batch_size,
+        tx=tx,
+        loss_fn=loss_fn,
+        gradient_fn=gradient_fn,
+        transform_batch=transform_batch,
+        inputs_of=inputs_of,
+        has_aux=has_aux,
+        sampling=sampling,
+    )
     if isinstance(data.train, Block):
         slots = check_block(data.train, None if in_groups else window, bucket_size)
         window = min(window, slots)  # a large block has fewer steps

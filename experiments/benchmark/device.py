@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -208,15 +207,15 @@ def step_rows(task: Task, batch_size: int, pairs: int) -> Iterator[dict[str, Any
 
 def throughput_rows(task: Task, shapes: Shapes, pairs: int) -> Iterator[dict[str, Any]]:
     """Examples a second at several sizes, without and with micro-batches, and the cost model."""
-    kinds: dict[str, dict[str, int]] = {"": {}}
-    if "micro_batch_size" in inspect.signature(aj.run_window).parameters:
-        kinds[f", micro-batches of {shapes.micro_batch_size}"] = {
-            "micro_batch_size": shapes.micro_batch_size
-        }
+    micro_batch_size = shapes.micro_batch_size
+    kinds: dict[str, dict[str, int]] = {
+        "": {},
+        f", micro-batches of {micro_batch_size}": {"micro_batch_size": micro_batch_size},
+    }
     seconds = {}
     for kind, options in kinds.items():
         for size in shapes.batch_sizes:
-            if options and size <= shapes.micro_batch_size:
+            if options and size <= micro_batch_size:
                 continue  # the same program as without
             row = {"method": f"{task.name}, B = {size}{kind}"}
             bucket = min([aj.next_bucket(size), *options.values()])
@@ -233,7 +232,8 @@ def throughput_rows(task: Task, shapes: Shapes, pairs: int) -> Iterator[dict[str
                 seconds[size] = 1e-3 * milliseconds
             rate = 1e3 * size / milliseconds
             yield row | {"milliseconds": milliseconds, "note": f"{rate:,.0f} examples/s"}
-    yield cost_row(task, seconds)
+    if len(seconds) > 1:  # else memory was too small for them
+        yield cost_row(task, seconds)
 
 
 def cost_row(task: Task, seconds: dict[int, float]) -> dict[str, Any]:

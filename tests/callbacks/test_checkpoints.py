@@ -128,6 +128,19 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert numbers(tmp_path) == [2]
 
 
+def test_a_signal_during_the_last_write_is_not_lost():
+    class Saved:
+        every = 1
+        open = lambda self, identity: self
+        latest = lambda self: None
+        save = lambda self, checkpoint: None
+        close = lambda self: os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"num_examples": 40, "window": 4, "checkpoints": Saved()}
+    with pytest.raises(SystemExit):
+        aj.fit(loss_fn, START, chain(), DATA, **options)
+
+
 def test_signals_are_left_alone_without_checkpoints():
     seen = []
     look = lambda record, state: seen.append(signal.getsignal(signal.SIGTERM))

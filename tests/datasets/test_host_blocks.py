@@ -265,6 +265,30 @@ class TestEnd:
                 with pytest.raises(RuntimeError, match="the disk is gone"):
                     blocks.next_block(size, size)
 
+    def test_an_exception_of_its_place_is_raised(self):
+        class Source:
+            def __init__(self):
+                self.asked = 0
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                return np.ones(4)
+
+            def get_state(self):
+                self.asked += 1
+                if self.asked > 2:  # after the first chunk, which the block uses up
+                    raise OSError("the disk is gone")
+                return 0
+
+            set_state = None
+
+        with datasets.host_blocks(Source(), window=1) as blocks:
+            for _ in range(2):
+                with pytest.raises(OSError, match="the disk is gone"):
+                    blocks.next_block(4, 4)
+
     def test_rows_before_an_exception_are_delivered(self):
         def source():
             yield from numbered_chunks([10])

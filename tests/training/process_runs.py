@@ -4,14 +4,12 @@ With a count of 1 they are the runs on one device that the others are compared w
 """
 
 import functools
-import importlib
 import itertools
 import json
 import os
 import pathlib
 import signal
 import sys
-import types
 import warnings
 
 import jax
@@ -20,7 +18,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import batching, datasets
+from arbiter_jax import datasets
 
 WINDOW, NUM_ROWS = 4, 64
 INPUTS = np.random.default_rng(0).normal(size=(NUM_ROWS, 4)).astype(np.float32)
@@ -53,7 +51,6 @@ class Process:
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
 
     def put(self, tree, *axes):
-        # `fit(..., mesh=mesh)` in its place, once that exists.
         sharding = self.sharding(*axes)
         whole = lambda x: jax.make_array_from_callback(
             np.shape(x), sharding, np.asarray(x).__getitem__
@@ -76,17 +73,22 @@ class Process:
             "num_compilations": result.num_compilations,
         }
         if options.get("has_aux"):
-            order = batching.interleaved if jax.device_count() > 1 else batching.bit_reversed
+            several = jax.device_count() > 1
+            order = aj.batching.interleaved if several else aj.batching.bit_reversed
             real = lambda r: np.argsort(order(r.bucket_size))[: r.batch_size]
             found["aux"] = [r.info.aux["losses"][:, real(r)].tolist() for r in result.history]
         return found
 
-    def stream(self, rule, lengths=(400, 400), fails=False, **options):
-        """On the rows of a stream that the processes take in turn."""
-        rows = np.arange(2 * max(lengths)) % NUM_ROWS
-        mine = rows
-        if self.count > 1:  # in twos, as the rows of a mesh of two devices a process
-            mine = rows[rows // 2 % self.count == self.index][: lengths[self.index]]
+    def stream(self, rule, lengths=(400, 400), fails=False, sizes=(6, 6), **options):
+        """On the rows of a stream that two processes take in turn, two of each four in a batch.
+
+        Batches, or groups of rows, have the first size for 48 examples, then the second.
+        """
+        number = np.arange(2 * max(lengths))
+        in_batch = number % np.where(number < 48, *sizes)
+        mine = number % NUM_ROWS
+        if self.count > 1:  # as in `batching.interleaved`
+            mine = mine[in_batch % 4 // 2 == self.index][: lengths[self.index]]
 
         def source():
             for start in range(0, len(mine), 7):
@@ -104,18 +106,13 @@ class Process:
 def fake_clock(seed):
     """Random times, so that another clock is another run."""
     times = itertools.accumulate(np.random.default_rng(seed).uniform(0.1, 10, size=1000))
-    return types.SimpleNamespace(perf_counter=lambda: float(next(times)))
+    return lambda: float(next(times))
 
 
 def timed(process, rule, clock=None):
     """A run of a rule that reads the clock, which is another one on each process."""
-    # `fit(..., clock=...)` in its place, once that exists.
-    module = importlib.import_module("arbiter_jax.training._fit")
-    real, module.time = module.time, fake_clock(process.index if clock is None else clock)
-    try:
-        return process.fit(rule, num_examples=1200)
-    finally:
-        module.time = real
+    clock = fake_clock(process.index if clock is None else clock)
+    return process.fit(rule, num_examples=1200, clock=clock)
 
 
 def goodput(process, clock=None):
@@ -172,9 +169,8 @@ def differs(process):
     return process.fit(aj.schedulers.constant(6), stop_at=end)
 
 
-def growing(factor=1.5):
-    """Sizes of which each process supplies half, in fours: those of rows that are interleaved."""
-    return aj.schedulers.from_schedule(optax.piecewise_constant_schedule(8, {8: factor}))
+def growing():
+    return aj.schedulers.from_schedule(optax.piecewise_constant_schedule(6, {8: 2}))
 
 
 def noise_scale():
@@ -195,19 +191,21 @@ RUNS = {
         num_examples=1200,
     ),
     "arbiter": arbiter,
-    "streamed": lambda process: process.stream(growing()),
+    "streamed": lambda process: process.stream(growing(), sizes=(6, 12)),
     # One process has 3 of 5 examples, the other 2, so the order is not that of one process.
     "streamed_odd": lambda process: process.stream(aj.schedulers.constant(5), num_examples=60),
     # Two steps of a bucket of 8 rows.
     "streamed_short": lambda process: process.stream(
-        growing(), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
+        growing(), sizes=(6, 12), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
     ),
-    # Groups of 8 rows: two of them hold a step of 16 examples.
-    "streamed_groups": lambda process: process.stream(growing(2), micro_batch_size=8),
-    "source_ends": lambda process: process.stream(aj.schedulers.constant(8), (60, 40)),
+    # Groups of 8 rows: two of them hold a step of 12 examples.
+    "streamed_groups": lambda process: process.stream(growing(), micro_batch_size=8),
+    "source_ends": lambda process: process.stream(
+        aj.schedulers.constant(8), (60, 40), sizes=(8, 8)
+    ),
     "source_fails": lambda process: process.stream(aj.schedulers.constant(8), fails=True),
     "aux": lambda process: process.stream(
-        aj.schedulers.constant(12), num_examples=96, loss_fn=loss_with_aux, has_aux=True
+        aj.schedulers.constant(6), num_examples=60, loss_fn=loss_with_aux, has_aux=True
     ),
     "stops": stops,
     "killed": killed,

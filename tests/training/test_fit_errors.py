@@ -293,6 +293,15 @@ def test_what_gradient_fn_returns_is_checked(call, made, message):
         call(loss_fn=None, gradient_fn=lambda params, batch, mask, model_state, key: made)
 
 
+@pytest.mark.parametrize("call", [fit, run_window])
+def test_local_sampling_has_no_micro_batches(call):
+    """From the first window on, not only when the batches are that large."""
+    with pytest.raises(
+        ValueError, match=r"^sampling must be 'exact' .* micro-batches, got 'local'"
+    ):
+        call(sampling="local", micro_batch_size=64)
+
+
 @pytest.mark.parametrize("returned", [None, jnp.zeros(3), {"mean": jnp.zeros(2)}])
 def test_another_model_state_is_named(returned):
     loss = lambda params, batch, *rest: (loss_fn(params, batch), returned)

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 import chex
 import jax
@@ -235,8 +236,8 @@ def test_halves_are_those_of_one_device():
 # fit
 
 
-def run_fit(data, params, mesh=None, **options):
-    tx = optax.chain(optax.adam(0.01), aj.schedulers.constant(5))
+def run_fit(data, params, mesh=None, batch_size=5, **options):
+    tx = optax.chain(optax.adam(0.01), aj.schedulers.constant(batch_size))
     fit = functools.partial(aj.fit, num_examples=60, window=4, mesh=mesh, **options)
     return fit(loss_fn, params, tx, data)
 
@@ -285,8 +286,15 @@ def test_fit_from_blocks_on_a_mesh(sharding):
 
 
 def test_a_small_bucket_has_a_row_for_each_device():
-    result = run_fit(data(), params(), mesh=make_mesh(8), stop_at=20)
-    assert [(record.batch_size, record.bucket_size) for record in result.history] == [(5, 8)]
+    result = run_fit(data(), params(), mesh=make_mesh(8), batch_size=3, stop_at=12)
+    assert [(record.batch_size, record.bucket_size) for record in result.history] == [(3, 8)]
+
+
+def test_the_mesh_of_any_kind_of_data_is_found():
+    placed = put(data(), make_mesh(8))
+    other = types.SimpleNamespace(train=placed.train, validation=placed.validation)
+    result = run_fit(other, params(), batch_size=3, stop_at=12)
+    assert [record.bucket_size for record in result.history] == [8]
 
 
 # Errors

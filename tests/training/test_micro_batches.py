@@ -341,6 +341,23 @@ def test_auto_with_memory_for_everything_is_none(caplog):
     chex.assert_trees_all_equal(*(result.state for result in results))
 
 
+def test_auto_tries_half_where_no_program_is_made(monkeypatch):
+    """Where the compiler itself runs out of memory, it does not say how much a row needs."""
+    tried = []
+
+    def needed(compile_window):
+        tried.append(compile_window.args)
+        return (0.0, np.inf if compile_window.args[0] > 16 else 0.0)
+
+    monkeypatch.setattr(_auto_micro_batch, "_needed", needed)
+    micro = _auto_micro_batch.MicroBatch("auto")
+    search = lambda size, rows: micro.fitting_bucket(size, rows, aj.Data(jnp.ones(9)), 4, None)
+    assert search(60, 64) == 16
+    assert tried == [(64, None), (32, 32), (16, 16)]
+    assert search(5, 8) == 8
+    assert len(tried) == 3  # a smaller bucket fits, too
+
+
 @pytest.mark.parametrize("donated", [False, True])
 def test_auto_is_halved_where_memory_runs_out(donated, monkeypatch, caplog):
     original = _fit.run_window

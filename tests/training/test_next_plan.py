@@ -1,5 +1,6 @@
 """The next window of several processes, without the processes: what the others want is simulated."""
 
+import functools
 import signal
 
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ TERM, INT = 1 << signal.SIGTERM, 1 << signal.SIGINT
 def run():
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
     state = aj.init_state(jnp.zeros(()), tx, 0)
-    return Run(state, num_examples=100, end=20, window=10, mesh=None, micro=MicroBatch(None))
+    data, advance = aj.Data(jnp.ones(50)), functools.partial(aj.run_window, tx=tx)
+    return Run(state, data, advance, 100, end=20, window=10, mesh=None, micro=MicroBatch(None))
 
 
 def decide(monkeypatch, run, theirs=0, own=None, is_ended=False):
