@@ -15,7 +15,7 @@ from tests.training.resume_runs import KINDS, NAMES, arrays, assert_same_run, fi
 # A few of the matrix by default: each reads other things that have to survive.
 DEFAULT = {
     ("goodput", "streamed"),
-    ("noise_floor", "batch_norm"),
+    ("gradient_noise_scale", "batch_norm"),
     ("arbiter", "resident"),
 }
 MATRIX = [

@@ -27,7 +27,7 @@ def measured_by_examples(**limits):
 
 CASES = {name: case.make for name, case in (RULES | ARBITERS).items() if name != "goodput"}
 CASES["expected_gain"] = measured_by_examples
-FAST = ("constant", "gradient_noise_scale", "noise_floor", "arbiter")
+FAST = ("constant", "gradient_noise_scale", "arbiter")
 
 
 def loss_fn(params, batch):
