@@ -1,8 +1,8 @@
 """Several processes that train one model: what the hosts decide is the same on all of them.
 
-Every process runs the same Python program, and a program that only some of them start waits forever
-for the others. So the hosts compare, once a window and outside of any compiled program, what they
-are about to do. Nothing here communicates where all arrays lie on the devices of one process.
+All processes run the same Python code, and a compiled program that only some of them start waits
+forever for the others. So before each window the hosts compare what they are about to do. Where all
+arrays lie on the devices of one process, nothing here communicates.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ class HostBlocks:
             `micro_batch_size`.
           num_steps: Number of steps, an integer in [1, T]. If None, T.
           micro_batch_size: That of `run_window`, or None. Where `bucket_size` equals it, a step of
-            more examples is split into n groups of so many rows. The block then holds T groups, of
-            T // n steps; only a single step of more groups than that takes more, a power of two.
+            more examples is split into n groups of `bucket_size` rows. The block then holds T groups,
+            enough for T // n steps. If n > T, it holds one step, in the next power of two of groups.
 
         Returns:
           A :class:`arbiter_jax.batching.Block` of arrays [T, bucket_size, ...], or of fewer steps or

@@ -177,7 +177,7 @@ def _mean(
       params: What the gradients should be like.
       model_state: Goes through all groups in turn.
       moments: What else the loop carries.
-      moments_after: Makes it anew after each group.
+      moments_after: Returns the moments updated with a group.
 
     Returns:
       (out, mean, total, moments): the Gradient, the same in at least float32, and the total weight;

@@ -210,7 +210,7 @@ def check_concrete(**arguments: PyTree) -> None:
         if any(map(_validate.is_traced, jax.tree.leaves(tree))):
             raise ValueError(
                 f"{name} must hold arrays with values, got traced ones: fit decides on the host, so "
-                "call it outside of jit, vmap and grad, and use aj.run_window inside of them."
+                "call it outside jit, vmap and grad; inside them, use aj.run_window."
             )
 
 

@@ -19,7 +19,7 @@ def next_plan(
     Args:
       run: Where it stands. The measured time of a step becomes that of process 0.
       is_ended: Whether a callback of this process has ended the run. One that does ends it for all.
-      interrupts: Signals that this process has got; it is told of those of the others.
+      interrupts: Signals that this process has received; those of the other processes are added.
       shared: Whether several processes train together; all of them then call this.
 
     Raises:

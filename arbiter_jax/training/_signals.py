@@ -52,9 +52,9 @@ def moved_leaves(
 ) -> PyTree | None:
     """Which parameters a chain moves by their gradients; None if all of them.
 
-    Frozen parameters, and those that only decay, have gradients too, whose noise says nothing about
-    the size of a batch. They are found in the traced ``tx.update``; where it cannot be traced by
-    itself, all parameters count as moved, and so they do where none is.
+    Frozen parameters also have gradients, and so do parameters that only decay, but the noise of
+    these gradients says nothing about the batch size. The trace of ``tx.update`` shows which ones
+    they are. All parameters count as moved if it cannot be traced by itself, or if none is moved.
 
     Args:
       tx: The whole chain.

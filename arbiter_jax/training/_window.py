@@ -23,6 +23,7 @@ from arbiter_jax.base import (
     MEASURED_SIGNALS,
     LossFn,
     PyTree,
+    Requests,
     StepInfo,
     get_batch_size,
     requests,
@@ -42,8 +43,6 @@ from arbiter_jax.batching import (
 )
 from arbiter_jax.gradients import (
     GradientFn,
-    masked_value_and_grad,
-    value_grad_and_stats,
 )
 from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._checks import (
@@ -57,21 +56,23 @@ from arbiter_jax.training._checks import (
     explained,
 )
 from arbiter_jax.training._compile_log import log_trace
+from arbiter_jax.training._gradient_fns import (
+    gradient_fns,
+    gradient_fns_of_groups,
+    transformed,
+)
 from arbiter_jax.training._inner_step import inner_step
 from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
 from arbiter_jax.training._micro_batches import (
     check_micro_batch_size,
     check_sampling,
-    gradient_fns_of_groups,
     steps_of_groups,
-    transformed,
 )
 from arbiter_jax.training._signals import (
     check_validation,
     moved_leaves,
     validation_signals,
     with_moved_grad,
-    with_zero_statistics,
 )
 from arbiter_jax.training._state import (
     Data,
@@ -189,9 +190,9 @@ def run_window(
         model_state, aux)``; ``StepInfo.aux`` holds `aux`. At steps at which the gradient's noise is
         measured it is that of pieces of the batch: the means of floating-point leaves, the other
         leaves of the last piece.
-      micro_batch_size: Static, a power of two, at least `bucket_size`, or None. In the program of the
-        bucket that equals it, a batch of any size is computed in groups of so many rows, one of
-        which is in memory at a time: their number is traced. The result is that of one large bucket,
+      micro_batch_size: Static, a power of two, at least `bucket_size`, or None. Where `bucket_size`
+        equals it, a batch of any size is computed in groups of `micro_batch_size` rows. Their number
+        is traced, and only one group is in memory at a time. The result is that of one large bucket,
         but BatchNorm and dropout see each group by itself. Pass it to :func:`next_window` as well.
       sampling: "exact": the examples of one device, on any mesh. "local": each device of a mesh
         draws its share from its own rows of `data.train`, which excludes a `micro_batch_size`; see
@@ -265,18 +266,9 @@ def run_window(
         taken = data.train.batch_size
         num_steps = steps_of_groups(data.train, num_steps)
     taken = jnp.asarray(taken, jnp.int32)
-    constants: dict[str, Any] = {}
-    if budget is not None:
-        is_count = isinstance(budget, Count)
-        constants["budget"] = budget if is_count else jnp.asarray(budget, jnp.int32)
-    if "step_seconds" in requested.signals:
-        constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
-    if "persistence" in requested.signals:
-        constants["persistence"] = measure_persistence(tx, state.params)
     if own_bucket_size is not None:
         own_bucket_size = jnp.asarray(own_bucket_size, jnp.int32)
-        if "meta_batch" in requested.signals:
-            constants["num_meta_examples"] = own_bucket_size
+    constants = _constants(state, requested, tx, step_seconds, budget, own_bucket_size)
     tx = with_extra_args(tx)
     moved = None  # all parameters
     measures_pieces = bool(requested.signals & MEASURED_SIGNALS) and gradient_fn is None
@@ -291,9 +283,8 @@ def run_window(
         )
         moved = moved_leaves(tx, state.opt_state, state.params, given)
         tx = tx if moved is None else with_moved_grad(tx, moved)
-    gradient_fns = _gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
     if in_groups:
-        gradient_fns = gradient_fns_of_groups(
+        functions = gradient_fns_of_groups(
             data.train,
             bucket_size,
             transform_batch,
@@ -303,6 +294,8 @@ def run_window(
             trainable=moved,
             has_aux=has_aux,
         )
+    else:
+        functions = gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
 
     def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
         if in_groups:  # drawn group by group, where their gradients are computed
@@ -342,7 +335,7 @@ def run_window(
         if not due and "update_noise" in requested.signals:
             signals["update_noise"] = jax.tree.map(jnp.zeros_like, state.params)
         state, gradient = inner_step(
-            state, batch, mask, gradient_fn=gradient_fns[due], tx=tx, signals=signals
+            state, batch, mask, gradient_fn=functions[due], tx=tx, signals=signals
         )
         metrics = {name: getattr(gradient, name) for name in getattr(gradient, "metrics", ())}
         metrics |= requests(state.opt_state).metrics
@@ -376,24 +369,23 @@ def run_window(
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
 
 
-def _gradient_fns(
-    loss_fn: LossFn | None,
-    given: GradientFn | None,
-    signals: frozenset[str],
-    trainable: PyTree | None,
-    has_aux: bool,
-) -> dict[bool, GradientFn]:
-    """Whether a rule is due -> the gradient function of such a step."""
-    if given is not None:
-        # Traced once, for its shapes as well as for the steps.
-        traced_once = jax.jit(given)
-        return {True: traced_once, False: traced_once}
-    function: Any = loss_fn
-    plain = masked_value_and_grad(function, sampled=True, has_aux=has_aux)
-    if has_aux:  # traced once, as above
-        plain = jax.jit(plain)
-    if not signals & MEASURED_SIGNALS:
-        return {True: plain, False: plain}
-    full = value_grad_and_stats(function, sampled=True, trainable=trainable, has_aux=has_aux)
-    full = jax.jit(full) if has_aux else full
-    return {True: full, False: with_zero_statistics(plain)}
+def _constants(
+    state: TrainState,
+    requested: Requests,
+    tx: optax.GradientTransformation,
+    step_seconds: jax.typing.ArrayLike,
+    budget: Count | jax.typing.ArrayLike | None,
+    own_bucket_size: jax.typing.ArrayLike | None,
+) -> dict[str, Any]:
+    """The extra arguments of ``tx.update`` that are the same at every step of a window."""
+    constants: dict[str, Any] = {}
+    if budget is not None:
+        is_count = isinstance(budget, Count)
+        constants["budget"] = budget if is_count else jnp.asarray(budget, jnp.int32)
+    if "step_seconds" in requested.signals:
+        constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
+    if "persistence" in requested.signals:
+        constants["persistence"] = measure_persistence(tx, state.params)
+    if own_bucket_size is not None and "meta_batch" in requested.signals:
+        constants["num_meta_examples"] = own_bucket_size
+    return constants

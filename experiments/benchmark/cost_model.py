@@ -3,7 +3,7 @@
     T(n, B) = t + c B / n + 2 (n - 1) / n * P / bandwidth + 2 log2(n) * latency + h / steps
 
 t and c come from step times of one device: what a step costs besides its examples, and an example.
-P are the bytes of the gradient, h what the host adds to a window of so many steps. Nothing overlaps
+P are the bytes of the gradient, h what the host adds to a window. Nothing overlaps
 in the model, so that it is an upper bound where XLA hides the all-reduce behind the backward pass.
 """
 
