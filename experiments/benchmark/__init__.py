@@ -59,6 +59,7 @@ def build(config: Config) -> list[Row]:
         *_noise_rows(lenet, mlp, config),
         *_seesaw_rows(mlp, config),
         *_subset_rows(mlp, config),
+        *_micro_batch_rows(lenet, mlp, config),
         *_other_rows(config),
     ]
 
@@ -203,6 +204,35 @@ def _subset_rows(mlp: Network, config: Config) -> list[Row]:
         (f"{name}: the same, memory [MB]", 0.20, lambda: programs.subset(wide, size)[1]),
         (f"{name}: whole step / plain step", 3.00, whole_step),
     ]
+
+
+def _micro_batch_rows(lenet: Network, mlp: Network, config: Config) -> list[Row]:
+    """What batches of any size in one program cost."""
+    total = config.window * config.batch_size
+    rows: list[Row] = [
+        (
+            f"MLP, an example at {size:,} in groups of 256 / in a bucket of 1,024",
+            1.25,
+            lambda size=size: programs.micro_batches(mlp, size, 256, 1024, 8 * total),
+        )
+        for size in (1024, 4096)
+    ]
+    rows.append(
+        (
+            "LeNet, an example at 1,024 in groups of 64 / in a bucket of 64",
+            1.10,
+            lambda: programs.micro_batches(lenet, 1024, 64, 64, 2 * total),
+        )
+    )
+    for network in (lenet, mlp):
+        rows.append(
+            (
+                f"{network.name}, memory at 65,536 in groups of 64 / a bucket of 64",
+                1.50,
+                lambda network=network: programs.micro_batch_memory(network, 65_536, 64),
+            )
+        )
+    return rows
 
 
 def _other_rows(config: Config) -> list[Row]:

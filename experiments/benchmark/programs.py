@@ -37,6 +37,51 @@ def bucket_change(network: Network, batch_size: int) -> tuple[Timed, Timed]:
     return changed, unchanged
 
 
+def micro_batches(
+    network: Network, batch_size: int, micro_batch_size: int, bucket_size: int, num_examples: int
+) -> tuple[Timed, Timed]:
+    """Time of an example: batches in groups of rows, and batches that fill one bucket.
+
+    Args:
+      network: What trains.
+      batch_size: Examples of a batch in groups.
+      micro_batch_size: Rows of a group.
+      bucket_size: Examples of a batch in one bucket.
+      num_examples: Examples per run of either.
+    """
+
+    def per_example(size: int, **options: int) -> Timed:
+        tx = optax.chain(network.optimizer, aj.schedulers.constant(size, max_batch_size=size))
+        run = network.timed(tx, size, max(1, num_examples // size), **options)
+        return lambda: run() / size
+
+    rows = {"bucket_size": micro_batch_size, "micro_batch_size": micro_batch_size}
+    return per_example(batch_size, **rows), per_example(bucket_size)
+
+
+def micro_batch_memory(
+    network: Network, batch_size: int, micro_batch_size: int
+) -> tuple[Timed, Timed]:
+    """Temporary memory of a window in MB: of a large batch in groups, and of one such group."""
+
+    def megabytes(size: int, **options: int) -> float:
+        tx = optax.chain(network.optimizer, aj.schedulers.constant(size, max_batch_size=size))
+        lowered = aj.run_window.lower(
+            aj.init_state(network.params, tx, 0),
+            network.data,
+            loss_fn=network.losses.loss_fn,
+            tx=tx,
+            bucket_size=micro_batch_size,
+            window=10,
+            **options,
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    many = functools.partial(megabytes, batch_size, micro_batch_size=micro_batch_size)
+    one = functools.partial(megabytes, micro_batch_size)
+    return functools.cache(many), functools.cache(one)
+
+
 def subset(network: Network, batch_size: int) -> tuple[tuple[Timed, Timed], tuple[Timed, Timed]]:
     """A gradient over selected examples, from layers and from per-example gradients.
 
