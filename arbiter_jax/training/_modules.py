@@ -143,7 +143,16 @@ def _checked(returned: Any, has_aux: bool) -> tuple[Any, ...]:
 def _changed(after: nnx.State, model_state: nnx.State) -> nnx.State:
     """The new model state, in the form and the types of the old one."""
     found = dict(jax.tree_util.tree_leaves_with_path(after))
-    keep = lambda path, old: _as_array(found.get(path, old)).astype(old.dtype)
+
+    def keep(path, old):
+        new = _as_array(found.get(path, old))
+        if new.shape != old.shape:
+            raise ValueError(
+                "loss_fn must keep the shapes of the module's variables, got "
+                f"{new.shape} instead of {old.shape} for {jax.tree_util.keystr(path)}."
+            )
+        return new if new.dtype == old.dtype else new.astype(old.dtype)
+
     return jax.tree_util.tree_map_with_path(keep, model_state)
 
 
