@@ -7,105 +7,144 @@ together from both inside the loss, so that the module of the user changes only 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from arbiter_jax import _validate
-from arbiter_jax.base import PyTree, WeightedLoss, as_pure
+from arbiter_jax.base import PyTree, WeightedLoss, as_pure, takes_extra_args
 from arbiter_jax.batching import num_rows
 
 
-class PureModule(NamedTuple):
-    """A module and its loss in the form of the engine; from :func:`pure_module`."""
+class Unpacked(NamedTuple):
+    """What the engine computes with, of a module or of parameters; from :func:`unpacked`."""
 
-    params: PyTree  # an nnx.State of arrays, as `nnx.Optimizer.update` hands it to `tx.update`
-    model_state: PyTree  # an nnx.State of arrays; without any leaf if there are parameters alone
-    loss_fn: Callable[..., Any]  # (params, batch, model_state, mask, key) -> (losses, state[, aux])
-    as_grads: Callable[[PyTree], nnx.State]  # a pytree like `params`, as `nnx.grad` returns it
-    write: Callable[[PyTree], None]  # puts a new model state into the module
-
-
-def is_module(params: PyTree) -> bool:
-    """Whether parameters are an NNX module and not a pytree of arrays."""
-    return isinstance(params, nnx.Pytree)
+    params: PyTree  # of a module an nnx.State of arrays, as nnx.Optimizer hands it to tx.update
+    model_state: PyTree  # of a module an nnx.State of arrays, all that a call may change
+    opt_state: PyTree  # without the variables that nnx.Optimizer keeps it in
+    loss_fn: Callable[..., Any]  # of a module (params, batch, model_state, mask, key)
+    as_grads: Callable[[PyTree], PyTree]  # a pytree like `params`, as nnx.grad returns it
+    # Puts a new model state into the module; returns what rules get to see of it, None for nothing.
+    write: Callable[[PyTree], PyTree]
 
 
-def pure_module(
+def unpacked(
     loss_fn: Callable[..., Any],
-    module: nnx.Pytree,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: PyTree,
+    model_state: PyTree = None,
+    key: jax.Array | None = None,
     *,
     wrt: Any = None,
     has_aux: bool = False,
-) -> PureModule:
+) -> Unpacked:
     """Splits a module, and makes a pure function of a loss that is called with it.
+
+    Parameters that are no module come back as they are.
 
     References that the module shares stay shared, and so do its static attributes, such as what
     ``module.train()`` sets. Random streams of the module go on counting. A variable that a call adds
-    to the module, such as one of `sow`, is not kept.
+    to the module, such as an intermediate value, is not kept.
 
     Args:
       loss_fn: ``loss_fn(module, batch) -> float[M]``, or an ``aj.WeightedLoss``; with `has_aux`, and
         a second entry for auxiliary output. If it has parameters of these names, it is also called
         with ``mask``, bool[M], True for a real example, and ``key``.
-      module: An NNX module, also one inside ``nnx.jit``.
+      tx: The whole chain.
+      params: An NNX module, also one inside ``nnx.jit``; or a pytree of arrays.
+      opt_state: The `opt_state` of the ``nnx.Optimizer``; or of ``tx.init(params)``.
+      model_state: None for a module; else as in `value_grad_and_signals`.
+      key: Likewise.
       wrt: Filter of the variables that are trained, as in ``nnx.grad`` and ``nnx.Optimizer``;
         ``nnx.Param`` if None.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``.
 
     Raises:
-      ValueError: If the module has no variable of the kind `wrt` or holds a variable that is no
-        array or number; when traced, if `loss_fn` takes other arguments or returns no pair with
-        `has_aux`, or one without.
+      ValueError: If a model state is given besides a module, the module has no variable of the kind
+        `wrt` or holds a variable that is no array or number, or the loss takes other arguments;
+        when traced, if it returns no pair with `has_aux`, or one without.
 
     >>> from flax import nnx
     >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    >>> pure = pure_module(lambda model, x: model(x).sum(axis=1), model)
+    >>> pure = unpacked(lambda model, x: model(x).sum(axis=1), optax.sgd(0.1), model, ())
     >>> losses, _ = pure.loss_fn(pure.params, jnp.ones((4, 3)), pure.model_state, None, None)
     >>> losses.shape
     (4,)
     """
-    _validate.function("loss_fn(model, batch) -> float[M]", loss_fn=loss_fn)
-    wrt = nnx.Param if wrt is None else wrt
-    graphdef, params, rest = nnx.split(module, wrt, ...)
-    if not jax.tree.leaves(params):
+    if not isinstance(params, nnx.Pytree):
+        if wrt is not None:
+            raise ValueError(f"wrt must be None where params is no NNX module, got {wrt!r}.")
+        if key is not None and model_state is None:
+            model_state = {}
+        identity = lambda tree: tree
+        return Unpacked(params, model_state, opt_state, loss_fn, identity, identity)
+    if model_state is not None:
+        raise ValueError(
+            "model_state must be None where params is an NNX module, which holds its own, got a "
+            f"{type(model_state).__name__}."
+        )
+    module, wrt = params, nnx.Param if wrt is None else wrt
+    graphdef, trained, rest = nnx.split(module, wrt, ...)
+    if not jax.tree.leaves(trained):
         raise ValueError(
             f"wrt must select variables of the module, got {wrt!r}, which selects none of "
             f"{type(module).__name__}: pass the same filter as to nnx.Optimizer."
         )
     keywords = _keywords(loss_fn)
-    params_structure, rest_structure = jax.tree.structure(params), jax.tree.structure(rest)
+    if key is not None and "key" not in keywords:
+        raise ValueError(
+            "key must be None where params is an NNX module and loss_fn has no parameter `key`: "
+            "dropout draws from the random streams of the module."
+        )
+    structures = jax.tree.structure(trained), jax.tree.structure(rest)
     pure_rest = as_pure(rest)
     pure_structure = jax.tree.structure(pure_rest)
-
-    def pure_loss(params, batch, model_state, mask, key):
-        copy = nnx.merge(
-            graphdef,
-            jax.tree.unflatten(params_structure, jax.tree.leaves(params)),
-            jax.tree.unflatten(rest_structure, jax.tree.leaves(model_state)),
-        )
-        if mask is None and "mask" in keywords:
-            mask = jnp.ones(num_rows(batch), bool)
-        available = {"mask": mask, "key": key}
-        returned = loss_fn(copy, batch, **{name: available[name] for name in keywords})
-        losses, *aux = _checked(returned, has_aux)
-        return (losses, _changed(as_pure(nnx.state(copy)), model_state), *aux)
 
     def write(model_state):
         # Variables of the module keep their metadata: only what they hold is new.
         nnx.update(module, jax.tree.unflatten(pure_structure, jax.tree.leaves(model_state)))
+        return model_state if takes_extra_args(tx) and jax.tree.leaves(model_state) else None
 
-    return PureModule(
-        params=as_pure(params),
+    return Unpacked(
+        params=as_pure(trained),
         model_state=jax.tree.map(_as_array, pure_rest),
-        loss_fn=pure_loss,
-        as_grads=lambda tree: jax.tree.unflatten(params_structure, jax.tree.leaves(tree)),
+        opt_state=as_pure(opt_state),
+        loss_fn=_PureLoss(loss_fn, keywords, has_aux, graphdef, structures),
+        as_grads=lambda tree: jax.tree.unflatten(structures[0], jax.tree.leaves(tree)),
         write=write,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _PureLoss:
+    """The loss of a module as a function of its variables.
+
+    It equals that of another split of the same module, so that ``jax.jit`` traces both once.
+    """
+
+    loss_fn: Callable[..., Any]
+    keywords: tuple[str, ...]  # those of `mask` and `key` that it takes
+    has_aux: bool
+    graphdef: Any
+    structures: tuple[Any, Any]  # of the states of what is trained and of the rest
+
+    def __call__(self, params, batch, model_state, mask, key):
+        pure_states = zip(self.structures, (params, model_state), strict=True)
+        states = (jax.tree.unflatten(s, jax.tree.leaves(x)) for s, x in pure_states)
+        copy = nnx.merge(self.graphdef, *states)
+        if mask is None and "mask" in self.keywords:
+            mask = jnp.ones(num_rows(batch), bool)
+        available = {"mask": mask, "key": key}
+        returned = self.loss_fn(copy, batch, **{name: available[name] for name in self.keywords})
+        losses, *aux = _checked(returned, self.has_aux)
+        return (losses, _changed(as_pure(nnx.state(copy)), model_state), *aux)
 
 
 def _keywords(loss_fn: Callable[..., Any]) -> tuple[str, ...]:

@@ -4,12 +4,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from arbiter_jax._numerics import all_finite, tree_where
 from arbiter_jax.base import WeightedLoss, as_pure
-from arbiter_jax.training._modules import pure_module
+from arbiter_jax.training._modules import unpacked
+
+TX = optax.sgd(0.1)
 
 
 class Network(nnx.Module):
@@ -39,7 +42,7 @@ def example(rows=4):
 
 def step(loss_fn, model, batch, **options):
     """Value and gradient through the pure functions, and the new state in the module."""
-    pure = pure_module(loss_fn, model, **options)
+    pure = unpacked(loss_fn, TX, model, (), **options)
 
     def mean(params):
         losses, model_state, *aux = pure.loss_fn(params, batch, pure.model_state, None, None)
@@ -53,7 +56,9 @@ def step(loss_fn, model, batch, **options):
 def numbers(state):
     """All variables but the one that a call adds, with the numbers of typed keys."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    leaves = {str(p): x for p, x in jax.tree.leaves_with_path(as_pure(state)) if "seen" not in str(p)}
+    leaves = {
+        str(p): x for p, x in jax.tree.leaves_with_path(as_pure(state)) if "seen" not in str(p)
+    }
     return {p: jax.random.key_data(x) if is_key(x) else x for p, x in leaves.items()}
 
 
@@ -78,7 +83,7 @@ def test_equals_value_and_grad_of_nnx(mode):
 def test_the_module_changes_only_when_written():
     model = Network(nnx.Rngs(0))
     before = jax.tree.map(jnp.array, as_pure(nnx.state(model)))
-    pure = pure_module(loss, model)
+    pure = unpacked(loss, TX, model, ())
     _, after = pure.loss_fn(pure.params, example(), pure.model_state, None, None)
     chex.assert_trees_all_equal(as_pure(nnx.state(model)), before)
     assert int(after["num_calls"]) == 1
@@ -86,7 +91,7 @@ def test_the_module_changes_only_when_written():
 
 def test_the_state_goes_through_where_cond_and_scan():
     """Typed keys and Python numbers included: they keep their types."""
-    pure = pure_module(loss, Network(nnx.Rngs(0)))
+    pure = unpacked(loss, TX, Network(nnx.Rngs(0)), ())
     call = lambda state: pure.loss_fn(pure.params, example(), state, None, None)[1]
     unless = lambda flag, state: jax.lax.cond(flag, call, lambda state: state, state)
 
@@ -110,22 +115,24 @@ def test_mask_and_key_reach_a_loss_that_names_them():
         return WeightedLoss(loss(model, batch), mask.astype(jnp.float32)), {"rows": mask.sum()}
 
     model = Network(nnx.Rngs(0))
-    pure = pure_module(named, model, has_aux=True)
+    pure = unpacked(named, TX, model, (), has_aux=True)
     mask, key = jnp.arange(4) < 3, jax.random.key(1)
     losses, _, aux = pure.loss_fn(pure.params, example(), pure.model_state, mask, key)
-    assert seen["mask"] is mask and seen["key"] is key
-    assert isinstance(losses, WeightedLoss) and int(aux["rows"]) == 3
+    assert seen["mask"] is mask
+    assert seen["key"] is key
+    assert isinstance(losses, WeightedLoss)
+    assert int(aux["rows"]) == 3
     pure.loss_fn(pure.params, example(), pure.model_state, None, None)
     assert seen["mask"].tolist() == [True] * 4
 
 
 def test_a_filter_says_what_is_trained():
     model = Network(nnx.Rngs(0))
-    pure = pure_module(loss, model, wrt=nnx.All(nnx.Param, nnx.PathContains("norm")))
+    pure = unpacked(loss, TX, model, (), wrt=nnx.All(nnx.Param, nnx.PathContains("norm")))
     assert list(pure.params) == ["norm"]
     assert "again" in pure.model_state  # the other name of the shared layer
     with pytest.raises(ValueError, match=r"wrt must select .* got .*LoRAParam.* none of Network"):
-        pure_module(loss, model, wrt=nnx.LoRAParam)
+        unpacked(loss, TX, model, (), wrt=nnx.LoRAParam)
 
 
 @pytest.mark.parametrize(
@@ -146,4 +153,23 @@ def test_a_variable_must_be_an_array_or_a_number():
     model = Network(nnx.Rngs(0))
     model.name = nnx.Variable("a name")
     with pytest.raises(ValueError, match="must be arrays or numbers, got 'a name'"):
-        pure_module(loss, model)
+        unpacked(loss, TX, model, ())
+
+
+def test_two_splits_of_a_module_are_traced_once():
+    model = Network(nnx.Rngs(0))
+    losses = [unpacked(loss, TX, model, ()).loss_fn for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert hash(losses[0]) == hash(losses[1])
+    model.eval()
+    assert unpacked(loss, TX, model, ()).loss_fn != losses[0]
+
+
+def test_a_module_holds_its_own_state_and_key():
+    model = Network(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"model_state must be None .*, got a dict"):
+        unpacked(loss, TX, model, (), {})
+    with pytest.raises(ValueError, match=r"key must be None .* no parameter `key`"):
+        unpacked(loss, TX, model, (), key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"wrt must be None where params is no NNX module"):
+        unpacked(loss, TX, {"w": jnp.ones(())}, (), wrt=nnx.Param)
