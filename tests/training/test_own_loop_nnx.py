@@ -147,8 +147,7 @@ def test_any_chain_in_nnx_optimizer(name):
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     params = {k: jnp.array(x) for k, x in as_pure(nnx.state(model)).items()}
     opt_state = tx.init(params)
-    for optimizer in loop(tx, aj.value_grad_and_signals(loss_fn, tx), model, batches()[:3]):
-        pass
+    *_, optimizer = loop(tx, aj.value_grad_and_signals(loss_fn, tx), model, batches()[:3])
     plain = lambda p, batch: squared(batch[0] @ p["kernel"] + p["bias"][None], batch[1])
     grad_fn = aj.value_grad_and_signals(plain, tx)
 
@@ -220,3 +219,73 @@ def test_accumulated_over_micro_batches():
     np.testing.assert_allclose(parts.norm.mean[...], mean, rtol=1e-5)
     stats = signals["grad_stats"].variance_trace, expected[2]["grad_stats"].variance_trace
     np.testing.assert_allclose(*stats, rtol=1e-3)
+
+
+def test_inside_jax_jit_with_a_masked_batch_norm():
+    """Also in double precision. Split and merged by hand; the mask reaches BatchNorm through the loss."""
+
+    def masked_loss(model, batch, mask):
+        x = model.norm(model.dense(batch[0]), mask=mask[:, None])
+        return squared(model.head(x), batch[1])
+
+    with jax.enable_x64(True):
+        tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale(measure_every=1))
+        grad_fn = aj.value_grad_and_signals(masked_loss, tx)
+        model = Network(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        graphdef, start = nnx.split((model, optimizer))
+        inputs, labels = draw(4, seed=2)
+
+        @jax.jit
+        def step(state, batch, mask):
+            model, optimizer = nnx.merge(graphdef, state)
+            value, grads, signals = grad_fn(model, optimizer.opt_state, batch, mask=mask)
+            optimizer.update(model, grads, **signals)
+            return nnx.state((model, optimizer)), value
+
+        whole = step(start, (inputs, labels), np.ones(4, bool))
+        pad = lambda x: np.concatenate([x, np.full((4, *x.shape[1:]), np.nan, x.dtype)])
+        padded = step(start, (pad(inputs), pad(labels)), np.arange(8) < 4)
+        chex.assert_trees_all_equal_shapes_and_dtypes(whole[0], start)
+        found, expected = ([numbers(x) for x in jax.tree.leaves(y)] for y in (padded, whole))
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+        dtypes = {x.dtype.name for x in jax.tree.leaves(nnx.state(model, nnx.Param))}
+        assert dtypes == {"float32"}
+
+
+def numbers(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def test_traced_once_outside_of_jit():
+    traces = []
+
+    def counted_loss(model, batch):
+        traces.append(1)
+        return loss_fn(model, batch)
+
+    tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
+    model = Network(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grad_fn = aj.value_grad_and_signals(counted_loss, tx)
+    counts = []
+    for batch in batches()[:3]:
+        _, grads, signals = grad_fn(model, optimizer.opt_state, batch)
+        optimizer.update(model, grads, **signals)
+        counts.append(len(traces))
+    assert counts[1:] == counts[:1] * 2
+
+
+def test_without_signals_for_a_chain_that_takes_none():
+    tx = optax.scale(-0.1)
+    model = Network(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    _, grads, signals = aj.value_grad_and_signals(loss_fn, tx)(
+        model, optimizer.opt_state, batches()[0]
+    )
+    assert signals == {}
+    assert model.norm.mean[...].any()
+    before = model.head.kernel[...]
+    optimizer.update(model, grads, **signals)
+    expected = before - 0.1 * grads["head"]["kernel"][...]
+    np.testing.assert_allclose(model.head.kernel[...], expected, rtol=1e-6)
