@@ -72,7 +72,8 @@ def noise_floor(
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
-        examples as well; None if not.
+        examples as well; None if not. In an NNX loop, whose loss takes a module, pass the `loss_fn`
+        of :func:`arbiter_jax.models.make_losses`: a rule has the module's states, and no module.
       num_examples: The budget of the run in training examples, an integer >= 1; None
         for that of ``aj.fit``. Without any budget the size is held until the end.
       measure_every: The noise is measured at every n-th step, an integer >= 1, and at each of the

@@ -12,7 +12,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import cond_in_place
-from arbiter_jax.base import MEASURED_SIGNALS, LossFn, PyTree, requests, with_extra_args
+from arbiter_jax.base import MEASURED_SIGNALS, PyTree, requests, with_extra_args
 from arbiter_jax.batching import num_rows, replace_padding
 from arbiter_jax.gradients import (
     Accumulated,
@@ -44,7 +44,7 @@ class Accumulator(NamedTuple):
 
 
 def accumulate(
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,

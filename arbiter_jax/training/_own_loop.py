@@ -16,7 +16,6 @@ from arbiter_jax.base import (
     MEASURED_SIGNALS,
     VALIDATION_SIGNALS,
     GradStats,
-    LossFn,
     PyTree,
     Requests,
     requests,
@@ -42,7 +41,7 @@ _NUM_AGENT_INPUTS = 32  # as in `run_window`: what an agent costs grows with the
 
 
 def value_grad_and_signals(
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     *,
     micro_batch_size: int | None = None,
@@ -87,7 +86,8 @@ def value_grad_and_signals(
       - `params` may be an NNX module, and `opt_state` that of its ``nnx.Optimizer``. The loss is then
         ``loss_fn(model, batch)``, with the parameters ``mask`` and ``key`` if it wants them; `grads`
         is what ``nnx.grad`` returns, for ``optimizer.update(model, grads, **signals)``; BatchNorm
-        statistics and random streams of the module are updated in place.
+        statistics and random streams of the module are updated in place. Rules see an ``nnx.State``
+        of it: losses for them come from ``models.make_losses(aj.attach(model, ...), ...)``.
       - `batch` is any pytree of arrays [M, ...]. `mask`, bool[M], marks the real rows; padding
         changes no bit of the result.
       - `validation` is a batch of validation examples, a pytree like `batch`, for rules that measure

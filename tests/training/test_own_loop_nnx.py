@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -63,7 +64,7 @@ def attached():
 def chain(name):
     """A rule that measures on the gradient, on the loss or through the response; it only watches."""
     model, losses = attached()
-    limits = {"min_batch_size": 4, "max_batch_size": 16, "initial_batch_size": 6}
+    limits: Any = {"min_batch_size": 4, "max_batch_size": 16, "initial_batch_size": 6}
     if name == "gradient_noise_scale":
         rule = aj.schedulers.gradient_noise_scale(measure_every=1, **limits)
     elif name == "noise_floor":
@@ -167,8 +168,16 @@ def test_any_chain_in_nnx_optimizer(name):
     )
 
 
+def numbers(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
 def variables(model):
-    return {str(p): x for p, x in jax.tree.leaves_with_path(as_pure(nnx.state(model)))}
+    leaves = jax.tree.leaves_with_path(as_pure(nnx.state(model)))
+    return {jax.tree_util.keystr(path): numbers(x) for path, x in leaves}
+
+
+COUNT = "['dropout']['rngs']['count']"
 
 
 def test_in_place_once_and_not_by_a_nan():
@@ -181,20 +190,17 @@ def test_in_place_once_and_not_by_a_nan():
     # Outside of any jit: two halves, one after the other, each with its own draw of dropout.
     value, grads, signals = grad_fn(model, optimizer.opt_state, (inputs, labels))
     assert isinstance(grads["head"]["kernel"], nnx.Param)
-    assert int(model.dropout.rngs.count[...]) == 2
+    assert int(variables(model)[COUNT]) == 2
     mean = np.zeros(4)
     for half in (inputs[::2], inputs[1::2]):
         mean = (mean + np.asarray(model.dense(half)).mean(axis=0)) / 2
     np.testing.assert_allclose(model.norm.mean[...], mean, rtol=1e-5)
     optimizer.update(model, grads, **signals)
-    before = jax.tree.map(np.asarray, jax.random.key_data(model.dropout.rngs.key[...]))
-    kept = {p: x for p, x in variables(model).items() if "'key'" not in p}
+    kept = variables(model)
     value, grads, signals = grad_fn(model, optimizer.opt_state, (inputs.at[3].set(np.nan), labels))
     optimizer.update(model, grads, **signals)
     assert np.isnan(value)
-    after = {p: x for p, x in variables(model).items() if p in kept}
-    chex.assert_trees_all_equal(after, kept)
-    np.testing.assert_array_equal(before, jax.random.key_data(model.dropout.rngs.key[...]))
+    chex.assert_trees_all_equal(variables(model), kept)
 
 
 def test_accumulated_over_micro_batches():
@@ -222,7 +228,7 @@ def test_accumulated_over_micro_batches():
 
 
 def test_inside_jax_jit_with_a_masked_batch_norm():
-    """Also in double precision. Split and merged by hand; the mask reaches BatchNorm through the loss."""
+    """Split and merged by hand, with x64; the mask reaches BatchNorm through the loss."""
 
     def masked_loss(model, batch, mask):
         x = model.norm(model.dense(batch[0]), mask=mask[:, None])
@@ -251,10 +257,6 @@ def test_inside_jax_jit_with_a_masked_batch_norm():
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
         dtypes = {x.dtype.name for x in jax.tree.leaves(nnx.state(model, nnx.Param))}
         assert dtypes == {"float32"}
-
-
-def numbers(x):
-    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def test_traced_once_outside_of_jit():
