@@ -67,7 +67,7 @@ def lookup(module_name, name):
 
 FUNCTIONS = [pair for pair in public_names() if inspect.isroutine(lookup(*pair))]
 CLASSES = [pair for pair in public_names() if inspect.isclass(lookup(*pair))]
-STATES = [pair for pair in CLASSES if pair[1].endswith("State")]
+STATES = [p for p in CLASSES if p[1].endswith("State") and hasattr(lookup(*p), "_fields")]
 
 
 def ids(pairs):
