@@ -114,7 +114,9 @@ def with_made_extra_args(
 
 def _half_sq_norm(params: PyTree) -> jax.Array:
     """Differentiable as often as needed, and a function of every parameter."""
-    squares = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in map(jnp.asarray, jax.tree.leaves(params))]
+    squares = [
+        jnp.sum(jnp.real(x * jnp.conj(x))) for x in map(jnp.asarray, jax.tree.leaves(params))
+    ]
     return 0.5 * sum(x.astype(float) for x in squares)  # pyright: ignore[reportReturnType]
 
 

@@ -168,6 +168,18 @@ def run_window(
     `bucket_size` unless that is the `micro_batch_size`. The state is donated: use the returned one.
     With ``jax.set_mesh(mesh)`` around the call, rows are split over the mesh's axis "data".
 
+    **Inside** ``jax.jit``, ``jax.lax.scan`` and ``jax.vmap`` of your own it is one more function, and
+    nobody reads a decision on the host. The bucket is therefore fixed for the whole program, and only
+    the mask moves: a smaller batch takes the time of a full bucket. Let the rule's `max_batch_size`
+    be the bucket: a larger decision stays in the state, but the batch is clipped to the bucket. Or
+    make the bucket a `micro_batch_size`, and batches of any size take as many groups as they need.
+    Windows are `window` steps, whatever a rule asks for. What the caller passes with
+    ``donate_argnums`` is donated, nothing else. `data` may be new in every window, as rollouts are:
+
+        step = lambda state, data: aj.run_window(
+            state, data, loss_fn=loss_fn, tx=tx, bucket_size=64, window=10)
+        state, infos = jax.lax.scan(step, state, aj.Data(rollouts))  # leaves [num_windows, rows, ...]
+
     Args:
       state: From :func:`init_state` or a window before.
       data: ``Data(train, validation)``, pytrees of arrays on the device. `train` may also be a

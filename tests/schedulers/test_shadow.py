@@ -199,3 +199,30 @@ def test_shadows_inside_multi_steps():
         )
     found = {name: int(size) for name, size in schedulers.shadow_batch_sizes(state).items()}
     assert found == {"scale": 400, "test": 115}  # 800 / 2, and 400 / 1.75 / 2
+
+
+def own_loop(tx, num_steps=12):
+    """The sizes after each step of a loop of one's own, whose batches are of one size."""
+    grad_fn = aj.value_grad_and_signals(losses, tx)
+    batches = DATA.train[: 8 * 8].reshape(8, 8, 3)
+
+    def step(carry, t):
+        params, opt_state = carry
+        _, grads, signals = grad_fn(params, opt_state, batches[t % 8])
+        updates, opt_state = tx.update(grads, opt_state, params, **signals)
+        found = schedulers.shadow_batch_sizes(opt_state) or aj.get_batch_size(opt_state)
+        return (optax.apply_updates(params, updates), opt_state), found
+
+    params = {"w": jnp.zeros(3)}
+    return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(num_steps))[1]
+
+
+def test_in_a_loop_of_ones_own():
+    """One line more in the chain shows what the same rule decides where it acts."""
+    shared = {"measure_every": 10, "min_batch_size": 2, "max_batch_size": 2**15}
+    watched = own_loop(optax.chain(optax.sgd(0.03), schedulers.shadow()))
+    assert sorted(watched) == READY
+    acting = schedulers.gradient_noise_scale(decay=0.9, **shared)
+    decided = own_loop(optax.chain(optax.sgd(0.03), acting))
+    np.testing.assert_array_equal(watched["gradient_noise_scale"], decided)
+    assert set(np.flatnonzero(np.diff(decided)) + 1) == {10}
