@@ -64,7 +64,8 @@ def shadow(
 
     Raises:
       ValueError: If one of them is not a transformation, a name is empty or given twice, or `init`
-        finds no rule inside one, or several.
+        finds no rule inside one, or several. In training, if :func:`noise_floor` cannot follow the
+        optimizer, as `optax.lion` or `optax.lbfgs`: then name the rules to watch.
 
     *Guarantees*:
       * Updates unchanged: they pass through as they are.
@@ -115,7 +116,11 @@ def shadow(
 
 def _ready_set() -> dict[str, optax.GradientTransformation]:
     """Rules that need nothing but the batch: no validation data, learning rate or measured time."""
-    shared = {"measure_every": 10, "min_batch_size": 2, "max_batch_size": 2**15}
+    shared: dict[str, Any] = {
+        "measure_every": 10,
+        "min_batch_size": 2,
+        "max_batch_size": 2**15,
+    }
     return {
         # At every 10th step a weight of 0.9 remembers about 100 steps.
         "gradient_noise_scale": gradient_noise_scale(decay=0.9, **shared),
