@@ -260,7 +260,7 @@ def plot(results: _runner.Results, output: Path) -> None:
         plotting.proposals(fit, limits, title=title).savefig(output / "proposals.png")
     if "shadow_fit" in results.extra:
         title = f"what each rule would choose, in one run at B = {config.initial_batch_size}"
-        plotting.shadows(results.extra["shadow_fit"], limits, title=title).savefig(
+        plotting.shadow(results.extra["shadow_fit"], limits, title=title).savefig(
             output / "shadows.png"
         )
 

@@ -64,7 +64,7 @@ RULES = {
         },
         ("schedule", "num_examples", "batch_size", "max_batch_size", "trade"),
     ),
-    "shadow": Case(S.shadow, {"rule": S.norm_test(**LIMITS)}),
+    "shadow": Case(S.shadow, {"rules": S.norm_test(**LIMITS)}),
     "simigrad": rule(S.simigrad, decide_every=2),
     "smith": rule(S.smith, **PLAN),
 }
@@ -330,7 +330,7 @@ def test_static_arguments_are_named_together():
             {"boundaries": np.array([100, 200])},
             '^boundaries .*static_args=\\("boundaries",',
         ),
-        (S.shadow, {"rule": jnp.ones(())}, "^rule must be an optax gradient transformation"),
+        (S.shadow, {"rules": jnp.ones(())}, "^rules must be a batch-size rule"),
         (aj.mlp_agent, {"input_shape": (3,)}, '^num_proposals .*static_args=\\("num_proposals",'),
     ],
 )

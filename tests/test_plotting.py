@@ -1,6 +1,7 @@
 """Figures: what they show, and that notebooks display them."""
 
 import io
+import itertools
 import sys
 import types
 
@@ -10,7 +11,8 @@ import pytest
 from arbiter_jax import plotting
 from arbiter_jax.hyper_learning import to_logit
 
-pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "arbiter-jax[experiments]"')
+REASON = 'needs matplotlib: pip install "arbiter-jax[experiments]"'
+matplotlib = pytest.importorskip("matplotlib", reason=REASON)
 
 LIMITS = (8, 64)
 
@@ -103,11 +105,52 @@ def test_proposals_are_shown_as_batch_sizes():
     assert bottom.get_ylabel() == "mixture weight\n- 1/2 [1e-3]"
 
 
+def labels_at_ends(fig):
+    return [text.get_text() for text in fig.axes[0].texts]
+
+
 def test_shadows_are_sorted_by_their_last_size():
     fit = Fit(8, **{"shadow/low": np.full(6, 9.0), "shadow/high": np.arange(6.0) + 20})
-    fig = plotting.shadows(fit, LIMITS)
-    assert legend_of(fig) == ["high: 22 at the end", "low: 9 at the end", "applied batch size"]
-    np.testing.assert_allclose(fig.axes[0].lines[2].get_ydata(), fit.per_step("batch_size"))
+    fig = plotting.shadow(fit)
+    (ax,) = fig.axes
+    assert labels_at_ends(fig) == ["high 25", "applied 16", "low 9"]
+    assert [line.get_color() for line in ax.lines].index("black") == 0
+    applied, high, low = (line.get_ydata() for line in ax.lines)
+    np.testing.assert_allclose(high, np.arange(6.0) + 20)
+    np.testing.assert_allclose(low, 9.0)
+    np.testing.assert_allclose(applied, fit.per_step("batch_size"))
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["8", "16", "32"]
+
+
+def test_shadows_of_a_loop_of_ones_own():
+    """A long one: each point is the median over neighboring steps."""
+    records = [{"a": 16 if step % 10 else 900, "b": 32} for step in range(100)]
+    (ax,) = plotting.shadow(records, batch_sizes=8, num_points=10).axes
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), 16)
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), 8 * np.arange(5.5, 100, 10))
+    (ax,) = plotting.shadow(records, num_points=10).axes
+    assert ax.get_xlabel() == "steps"
+    assert len(ax.lines) == 2
+
+
+def test_shadows_that_coincide_are_all_seen():
+    """The ones below are wider, no two neighbors have one dash, and no labels overlap."""
+    records = [dict.fromkeys("abcd", 16)] * 3
+    fig = plotting.shadow(records, (8, 64), batch_sizes=16)
+    (ax,) = fig.axes
+    widths = [line.get_linewidth() for line in ax.lines]
+    assert all(below > above for below, above in itertools.pairwise(widths))
+    fig.savefig(io.BytesIO(), format="png")
+    extent = matplotlib.text.Text.get_window_extent  # without the line to it
+    boxes = sorted(map(extent, ax.texts), key=lambda box: box.y0)
+    assert len(boxes) == 5
+    assert all(a.y1 <= b.y0 + 1 for a, b in itertools.pairwise(boxes))
+
+
+def test_many_shadows_have_a_legend():
+    fig = plotting.shadow([{f"rule_{i}": 2**i for i in range(12)}])
+    assert legend_of(fig)[:2] == ["rule_11 2048", "rule_10 1024"]
+    assert labels_at_ends(fig) == []
 
 
 EMPTY = types.SimpleNamespace(history=[])
@@ -127,7 +170,11 @@ EMPTY = types.SimpleNamespace(history=[])
         (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, (9, 8)), "max_batch_size must be >="),
         (lambda: plotting.proposals(Fit(8), LIMITS), r"run with arbiter_jax\.arbiter in its chain"),
         (lambda: plotting.proposals(EMPTY, LIMITS), "got one of 0 windows that reports nothing"),
-        (lambda: plotting.shadows(Fit(8, gain=np.ones(6)), LIMITS), "shadow .* that reports gain"),
+        (lambda: plotting.shadow(Fit(8, gain=np.ones(6)), LIMITS), "shadow .* that reports gain"),
+        (lambda: plotting.shadow([]), "run must be a FitResult or a sequence .* got 0 entries"),
+        (lambda: plotting.shadow([{"a": 8}, {"b": 8}]), "each with the same names"),
+        (lambda: plotting.shadow([{"a": 8}] * 3, batch_sizes=[8, 8]), "each of the 3 steps"),
+        (lambda: plotting.shadow({"a": 8}), "fit must be a FitResult, got dict"),
     ],
 )
 def test_nothing_to_draw_is_an_error(call, message):
@@ -165,6 +212,6 @@ def test_notebooks_display_figures_as_images():
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plotting._figure_class.cache_clear()
+    plotting._figures._figure_class.cache_clear()
     with pytest.raises(ImportError, match=r'pip install "arbiter-jax\[experiments\]"'):
         plotting.figure()

@@ -11,6 +11,9 @@ Rules swap in one line, and read what they need from the extra arguments of `upd
   one's own: :func:`from_objective`;
 * wrapped around any of them: :func:`hysteresis`, :func:`shadow`.
 
+To begin with, add ``aj.schedulers.shadow()`` to the chain that you have: it decides nothing, and
+reports at every step what several rules would have chosen.
+
 Rules may decide at every step; the training loop applies the latest decision once per window and
 passes the batch size that was used as `batch_size`. Without it a rule assumes that its latest
 decision was applied.

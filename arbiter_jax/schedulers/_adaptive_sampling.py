@@ -31,6 +31,8 @@ class NormTestState(NamedTuple):
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
+    num_steps: jax.Array  # shape=(), dtype=int32
+    signals_due: jax.Array | None  # shape=(), dtype=bool; None: at every step
     requires = ("grad_stats",)
 
 
@@ -45,6 +47,8 @@ class InnerProductTestState(NamedTuple):
     weight: jax.Array  # shape=(), dtype=float, of both averages, 0 at the start
     ledger: Count  # training examples up to the last update, if they are counted; see base
     num_skipped: jax.Array  # shape=(), dtype=int32, steps whose signals carried no information
+    num_steps: jax.Array  # shape=(), dtype=int32
+    signals_due: jax.Array | None  # shape=(), dtype=bool; None: at every step
     requires = ("grad_stats",)
 
 
@@ -52,6 +56,7 @@ def norm_test(
     *,
     eta: float = 0.1,
     decay: float = 0.0,
+    measure_every: int = 1,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -70,6 +75,8 @@ def norm_test(
         asks for the largest size almost at once.
       decay: Weight of the past in the averages of tr S and of \|gbar\|^2, in [0, 1); 0 tests every
         batch by itself, as published.
+      measure_every: Steps from one measurement to the next, an integer >= 1. Training loops make
+        the statistics only at those steps.
       min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
         carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
@@ -93,7 +100,7 @@ def norm_test(
       * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * Grows only: no decision is below the applied size.
+      * Grows only: no measurement ends in a decision below the applied size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.norm_test(eta=0.5))
@@ -109,6 +116,7 @@ def norm_test(
         lambda stats: (stats.variance_trace, stats.batch_sq_norm),
         eta,
         decay,
+        measure_every,
         _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size),
     )
 
@@ -117,6 +125,7 @@ def inner_product_test(
     *,
     theta: float = 0.9,
     decay: float = 0.0,
+    measure_every: int = 1,
     min_batch_size: int = 8,
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
@@ -134,6 +143,8 @@ def inner_product_test(
       theta: Error allowed along the gradient, relative to its squared norm, > 0.
       decay: Weight of the past in the averages of numerator and denominator, in [0, 1); 0 tests
         every batch by itself, as published.
+      measure_every: Steps from one measurement to the next, an integer >= 1. Training loops make
+        the statistics only at those steps.
       min_batch_size: Smallest batch size, an integer >= 1; 1 is taken as 2, because one example
         carries no information about noise.
       max_batch_size: Largest batch size, an integer >= min_batch_size.
@@ -156,7 +167,7 @@ def inner_product_test(
       * Updates unchanged: they pass through as they are.
       * Stays in range: the size is an integer of [min_batch_size, max_batch_size].
       * Skips and counts: a step with a signal that is not finite changes nothing but `num_skipped`.
-      * Grows only: no decision is below the applied size.
+      * Grows only: no measurement ends in a decision below the applied size.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.inner_product_test(theta=0.5))
@@ -172,6 +183,7 @@ def inner_product_test(
         lambda stats: (stats.inner_product_variance, stats.batch_sq_norm**2),
         theta,
         decay,
+        measure_every,
         _validate.batch_size_range(min_batch_size, max_batch_size, initial_batch_size),
     )
 
@@ -182,10 +194,13 @@ def _growing_test(
     read: Callable[[base.GradStats], tuple[jax.Array, jax.Array]],
     tolerance: float,
     decay: float,
+    measure_every: int,
     limits: tuple[int, int, int],
 ) -> optax.GradientTransformationExtraArgs:
     """The rule of both tests: B >= numerator / (tolerance^2 denominator), or grow until it is."""
     decay = _validate.in_range(0, 1, closed="left", decay=decay)
+    interval = _validate.int32(measure_every=measure_every, minimum=1)
+    always = not isinstance(interval, jax.Array) and interval == 1
     low, high, start = _numerics.measurable_range(*limits)
 
     def init_fn(params):
@@ -197,10 +212,20 @@ def _growing_test(
             weight=_rule.zero(),
             ledger=as_count(0),
             num_skipped=_rule.int32(),
+            num_steps=_rule.int32(),
+            signals_due=None if always else jnp.array(True),
         )
 
-    def update_state(state, *, grad_stats: Any = None, **signals):
+    def update_state(state, *, grad_stats: Any = None, signals_made=None, **signals):
         base.require(name, grad_stats=grad_stats)
+        update = base.applied_update(state, **signals)
+        num_steps: Any = optax.safe_increment(state.num_steps)
+        counted = state._replace(ledger=update.ledger, num_steps=num_steps)
+        return _rule.measured_at_interval(
+            state, counted, interval, signals_made, lambda new: measured(new, grad_stats, update)
+        )
+
+    def measured(state, grad_stats, update):
         sample = read(grad_stats)
         (numerator, denominator), weight = _numerics.running_mean(
             (state.numerator, state.denominator), state.weight, sample, decay
@@ -209,16 +234,14 @@ def _growing_test(
         # If the test passes it needs no more than the applied size, which then stays. The
         # comparison is with that size and not with the last decision: noise would otherwise push up
         # decisions that are never applied.
-        update = base.applied_update(state, **signals)
-        counted = state._replace(ledger=update.ledger)
         applied = jnp.clip(update.call_size, low, high)
-        new = counted._replace(
+        new = state._replace(
             batch_size=_rule.to_size(update.per_call(needed), applied, high, jnp.ceil),
             numerator=numerator,
             denominator=denominator,
             weight=weight,
         )
         usable = _rule.is_informative(*sample) & ~jnp.isnan(needed)
-        return _numerics.update_or_skip(usable, new, counted)
+        return _numerics.update_or_skip(usable, new, state)
 
     return _rule.transformation(init_fn, update_state, (low, high))

@@ -129,14 +129,9 @@ def gradient_noise_scale(
         update = base.applied_update(state, **signals)
         num_steps: Any = optax.safe_increment(state.num_steps)
         counted = state._replace(ledger=update.ledger, num_steps=num_steps)
-        if always:
-            return measured(counted, grad_stats, update)
-        counted = counted._replace(signals_due=num_steps % interval == 0)
-        now = base.measures_now(state.signals_due, signals_made)
-        if now is False:
-            return counted
-        new = measured(counted, grad_stats, update)
-        return new if now is True else _numerics.tree_where(now, new, counted)
+        return _rule.measured_at_interval(
+            state, counted, interval, signals_made, lambda new: measured(new, grad_stats, update)
+        )
 
     def measured(state, grad_stats, update):
         sample = grad_stats.variance_trace, grad_stats.mean_sq_norm

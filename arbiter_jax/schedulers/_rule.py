@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from arbiter_jax import _numerics, base
+
 State = TypeVar("State", bound=tuple)
 
 UNLIMITED = 2**30  # the largest batch size of a rule that is given none
@@ -40,6 +42,33 @@ def transformation(
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def measured_at_interval(
+    state: Any,
+    counted: State,
+    interval: int | jax.Array,
+    signals_made: Any,
+    measured: Callable[[State], State],
+) -> State:
+    """The state of a rule that measures at every n-th step; its fields are named as in `base`.
+
+    Args:
+      state: Before the step. Its `signals_due` is None if the interval is the Python int 1.
+      counted: The state after a step without a measurement, its `num_steps` counted.
+      interval: n.
+      signals_made: See :func:`arbiter_jax.base.measures_now`.
+      measured: ``measured(counted) -> state`` after a measurement.
+    """
+    if state.signals_due is None:
+        return measured(counted)
+    new: Any = counted
+    counted = new._replace(signals_due=counted.num_steps % interval == 0)  # pyright: ignore[reportAttributeAccessIssue]
+    now = base.measures_now(state.signals_due, signals_made)
+    if now is False:
+        return counted
+    new = measured(counted)
+    return new if now is True else _numerics.tree_where(now, new, counted)
 
 
 def sizes(

@@ -14,6 +14,11 @@ The loop knows no rule and no rule knows the loop; they meet in :mod:`arbiter_ja
 :func:`run_window` and :func:`next_window` take `micro_batch_size` too, and :func:`run_window` uses
 the mesh of ``jax.set_mesh``. On an accelerator, `fit` compiles the programs of the neighboring
 buckets while a window trains; at level DEBUG the logger "arbiter_jax" says why a program is traced.
+
+A whole run in one program, as reinforcement learning is often written, is :func:`run_window` inside
+``jax.lax.scan``, and inside ``jax.vmap`` for several seeds. There the bucket is fixed and only masks
+move, so that a small batch saves no time; see its docstring. Optimizers that evaluate the loss
+themselves, such as `optax.lbfgs`, get it by `extra_args`.
 """
 
 from arbiter_jax.training._accumulate import Accumulator, accumulate

@@ -28,6 +28,7 @@ from arbiter_jax.training._checks import (
     check_transformation,
 )
 from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._mesh import in_mesh, place
 from arbiter_jax.training._micro_batches import check_sampling
@@ -117,6 +118,7 @@ def fit(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    extra_args: ExtraArgs | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sampling: str = "exact",
     micro_batch_size: int | str | None = None,
@@ -172,6 +174,8 @@ def fit(
       inputs_of: ``inputs_of(batch) -> inputs``, the part of a batch that an agent sees; see
         :func:`run_window`.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``; `aux` is in the `info` of the records.
+      extra_args: ``extra_args(batch_loss) -> dict``, more extra arguments of ``tx.update``, such as
+        ``lambda batch_loss: {"value_fn": batch_loss}`` for `optax.lbfgs`; see :func:`run_window`.
       mesh: Devices to train on, of which the axis "data", a power of two, splits the batches. Arrays
         that lie on it stay as they are, the others are replicated. If None, the mesh of the context
         or of the arrays, or one device. See :mod:`arbiter_jax.training._mesh`.
@@ -244,6 +248,7 @@ def fit(
     check_concrete(params=params, key=key, data=data, state=state)
     the_rule(requests(state.opt_state), "tx")
     check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
+    check_extra_args(extra_args, micro_batch_size)
     check_budget(state.opt_state, num_examples)
     advance = functools.partial(
         run_window,
@@ -256,6 +261,7 @@ def fit(
         transform_batch=transform_batch,
         inputs_of=inputs_of,
         has_aux=has_aux,
+        extra_args=extra_args,
         sampling=sampling,
     )
     if clock is not None:

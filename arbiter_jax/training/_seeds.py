@@ -34,6 +34,7 @@ from arbiter_jax.training._checks import (
     check_transformation,
 )
 from arbiter_jax.training._compilations import count_compilations
+from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
 from arbiter_jax.training._records import (
     Callback,
@@ -88,6 +89,7 @@ def fit_seeds(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None,
     inputs_of: Callable[[PyTree], PyTree] | None,
     has_aux: bool,
+    extra_args: ExtraArgs | None,
     **others: Any,
 ) -> FitResult:
     """:func:`fit` where `key` is a vector of keys; see there."""
@@ -116,6 +118,7 @@ def fit_seeds(
             "run the seeds one after the other."
         )
     check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
+    check_extra_args(extra_args)
     check_budget(state.opt_state, num_examples)
     options = {
         "loss_fn": loss_fn,
@@ -126,6 +129,7 @@ def fit_seeds(
         "transform_batch": transform_batch,
         "inputs_of": inputs_of,
         "has_aux": has_aux,
+        "extra_args": extra_args,
     }
     run = _Seeds(state, data, num_examples, end, window, tuple(options.items()))
     del state  # donated to the first window

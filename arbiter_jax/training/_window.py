@@ -56,6 +56,12 @@ from arbiter_jax.training._checks import (
     explained,
 )
 from arbiter_jax.training._compile_log import log_trace
+from arbiter_jax.training._extra_args import (
+    ExtraArgs,
+    check_extra_args,
+    loss_of_batch,
+    with_made_extra_args,
+)
 from arbiter_jax.training._gradient_fns import (
     gradient_fns,
     gradient_fns_of_groups,
@@ -92,6 +98,7 @@ def _explain(
         options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch", "inputs_of")
     ]
     _check_arguments(state, data, tx, *functions)
+    check_extra_args(options.get("extra_args"), options.get("micro_batch_size"))
     check_on_device(data)
 
 
@@ -124,6 +131,7 @@ def _check_arguments(
         "transform_batch",
         "inputs_of",
         "has_aux",
+        "extra_args",
         "micro_batch_size",
         "sampling",
     ),
@@ -148,6 +156,7 @@ def run_window(
     transform_batch: Callable[[jax.Array, PyTree], PyTree] | None = None,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     has_aux: bool = False,
+    extra_args: ExtraArgs | None = None,
     micro_batch_size: int | None = None,
     sampling: str = "exact",
 ) -> tuple[TrainState, StepInfo]:
@@ -158,6 +167,18 @@ def run_window(
     start, or that of a window which :func:`fit` left unfinished, ``state.unfinished``; at most
     `bucket_size` unless that is the `micro_batch_size`. The state is donated: use the returned one.
     With ``jax.set_mesh(mesh)`` around the call, rows are split over the mesh's axis "data".
+
+    **Inside** ``jax.jit``, ``jax.lax.scan`` and ``jax.vmap`` of your own it is one more function, and
+    nobody reads a decision on the host. The bucket is therefore fixed for the whole program, and only
+    the mask moves: a smaller batch takes the time of a full bucket. Let the rule's `max_batch_size`
+    be the bucket: a larger decision stays in the state, but the batch is clipped to the bucket. Or
+    make the bucket a `micro_batch_size`, and batches of any size take as many groups as they need.
+    Windows are `window` steps, whatever a rule asks for. What the caller passes with
+    ``donate_argnums`` is donated, nothing else. `data` may be new in every window, as rollouts are:
+
+        step = lambda state, data: aj.run_window(
+            state, data, loss_fn=loss_fn, tx=tx, bucket_size=64, window=10)
+        state, infos = jax.lax.scan(step, state, aj.Data(rollouts))  # leaves [num_windows, rows, ...]
 
     Args:
       state: From :func:`init_state` or a window before.
@@ -190,6 +211,12 @@ def run_window(
         model_state, aux)``; ``StepInfo.aux`` holds `aux`. At steps at which the gradient's noise is
         measured it is that of pieces of the batch: the means of floating-point leaves, the other
         leaves of the last piece.
+      extra_args: ``extra_args(batch_loss) -> dict``, a hashable function that makes more extra
+        arguments of ``tx.update``, for optimizers that evaluate the loss themselves:
+        ``batch_loss(params) -> float[]`` is the mean loss of the batch of this step, with the model
+        state before it and its key. `optax.lbfgs` takes ``lambda batch_loss: {"value_fn":
+        batch_loss}``, `optax.contrib.sophia` ``{"obj_fn": batch_loss}``. It excludes a
+        `micro_batch_size`.
       micro_batch_size: Static, a power of two, at least `bucket_size`, or None. Where `bucket_size`
         equals it, a batch of any size is computed in groups of `micro_batch_size` rows. Their number
         is traced, and only one group is in memory at a time. The result is that of one large bucket,
@@ -230,6 +257,7 @@ def run_window(
     check_sampling(sampling, micro_batch_size)
     check_bucket_of_mesh(bucket_size)
     _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
+    check_extra_args(extra_args, micro_batch_size)
     log_trace(
         state,
         data,
@@ -243,6 +271,7 @@ def run_window(
         transform_batch=transform_batch,
         inputs_of=inputs_of,
         has_aux=has_aux,
+        extra_args=extra_args,
         sampling=sampling,
     )
     if isinstance(data.train, Block):
@@ -270,6 +299,8 @@ def run_window(
         own_bucket_size = jnp.asarray(own_bucket_size, jnp.int32)
     constants = _constants(state, requested, tx, step_seconds, budget, own_bucket_size)
     tx = with_extra_args(tx)
+    if extra_args is not None:
+        tx = with_made_extra_args(tx, extra_args)
     moved = None  # all parameters
     measures_pieces = bool(requested.signals & MEASURED_SIGNALS) and gradient_fn is None
     if measures_pieces:
@@ -334,6 +365,10 @@ def run_window(
         signals |= {**constants, "signals_made": made}
         if not due and "update_noise" in requested.signals:
             signals["update_noise"] = jax.tree.map(jnp.zeros_like, state.params)
+        if extra_args is not None:
+            key = jax.random.fold_in(state.key, state.num_steps)
+            given = {"loss_fn": loss_fn, "gradient_fn": gradient_fn, "has_aux": has_aux}
+            signals["batch_loss"] = loss_of_batch(batch, mask, state.model_state, key, **given)
         state, gradient = inner_step(
             state, batch, mask, gradient_fn=functions[due], tx=tx, signals=signals
         )

@@ -293,37 +293,3 @@ def proposals(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
     top.set_title(title, fontsize=10)
     top.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig
-
-
-def shadows(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
-    """Plots what the rules in :func:`arbiter_jax.schedulers.shadow` would have chosen in a run.
-
-    Args:
-      fit: FitResult of a run with shadows in its chain.
-      limits: Smallest and largest batch size.
-      title: Title of the figure.
-
-    Returns:
-      The figure.
-
-    Raises:
-      ValueError: If there is nothing to draw, or an argument is out of range.
-    """
-    _check_limits(limits)
-    _check_metrics(fit, lambda name: name.startswith("shadow/"), "arbiter_jax.schedulers.shadow")
-    fig, ax = figure()
-    seen = np.cumsum(fit.per_step("batch_size"))
-    names = [name for name in fit.history[0].info.metrics if name.startswith("shadow/")]
-    last = {name: float(np.median(fit.per_step(name)[-50:])) for name in names}
-    names.sort(key=lambda name: last[name], reverse=True)
-    for color, name in zip(itertools.cycle(COLORS), names, strict=False):
-        label = f"{name.removeprefix('shadow/')}: {last[name]:.0f} at the end"
-        ax.plot(seen, fit.per_step(name), color=color, linewidth=1.2, label=label)
-    label = "applied batch size"
-    ax.plot(seen, fit.per_step("batch_size"), color="black", ls=":", lw=1.2, label=label)
-    _size_axis(ax, limits)
-    _thousands(ax)
-    ax.set_xlim(left=0)
-    ax.set_title(title, fontsize=10)
-    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return fig

@@ -1,0 +1,10 @@
+"""Figures of runs: batch sizes, losses, the proposals of an agent, shadows. Needs matplotlib.
+
+Every function returns a ``matplotlib.figure.Figure`` that is independent of pyplot and its backend:
+save it with ``savefig``, or put it in the last line of a notebook cell to display it.
+"""
+
+from arbiter_jax.plotting._figures import COLORS, batch_sizes, figure, losses, proposals
+from arbiter_jax.plotting._shadow import shadow
+
+__all__ = ["COLORS", "batch_sizes", "figure", "losses", "proposals", "shadow"]

@@ -1,0 +1,171 @@
+"""What watching rules would have chosen, a line for each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arbiter_jax import _validate
+from arbiter_jax.plotting._figures import (
+    COLORS,
+    _check_limits,
+    _check_metrics,
+    _size_axis,
+    _thousands,
+    figure,
+)
+
+_PREFIX = "shadow/"
+_MOST_LABELS = 8  # at the ends of the lines; more of them go into a legend
+_LINE_HEIGHT = 0.16  # of such a label, in inches
+# Each line has a dash of its own, because gray prints lose the colors.
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5)))
+_APPLIED = "applied"
+
+
+def shadow(
+    run: Any,
+    limits: tuple[int, int] | None = None,
+    title: str = "",
+    *,
+    batch_sizes: int | Sequence[int] | None = None,
+    num_points: int = 200,
+) -> Any:
+    """Plots what the rules in :func:`arbiter_jax.schedulers.shadow` would have chosen in a run.
+
+    Each rule is a line that is labeled with its name and its size at the end; the applied size is
+    black. Lines that coincide can be told apart: those below are wider.
+
+    Args:
+      run: FitResult of a run with shadows in its chain; or for a loop of one's own a sequence with
+        an entry ``{name: size}`` per step, from :func:`arbiter_jax.schedulers.shadow_batch_sizes`.
+      limits: Smallest and largest batch size of the axis; None for the range of what is drawn.
+      title: Title of the figure.
+      batch_sizes: Examples of each step of a loop of one's own, one number or a sequence; None
+        where `run` is a FitResult, which has them. Without them the horizontal axis counts steps.
+      num_points: The most points of a line; each is the median over neighboring steps.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: If there is nothing to draw, or an argument is out of range.
+
+    >>> import arbiter_jax as aj
+    >>> records = [{"norm_test": 32, "noise_floor": 16}, {"norm_test": 64, "noise_floor": 24}]
+    >>> fig = aj.plotting.shadow(records, batch_sizes=48)
+    >>> [text.get_text() for text in fig.axes[0].texts]
+    ['norm_test 64', 'applied 48', 'noise_floor 24']
+    """
+    if limits is not None:
+        _check_limits(limits)
+    num_points = _validate.integer(num_points=num_points, minimum=2)
+    sizes, applied = _of_records(run, batch_sizes) if _is_records(run) else _of_fit(run)
+    num_steps = len(next(iter(sizes.values())))
+    seen = np.arange(1, num_steps + 1) if applied is None else np.cumsum(applied)
+    chunks = np.array_split(np.arange(num_steps), min(num_steps, num_points))
+    medians = lambda x: np.array([np.median(x[chunk]) for chunk in chunks])
+    lines = {name: medians(x) for name, x in sizes.items()}
+    names = sorted(lines, key=lambda name: lines[name][-1], reverse=True)
+    seen = medians(seen)
+    if applied is not None:
+        lines[_APPLIED] = medians(applied)
+    if limits is None:
+        drawn = np.log2(np.maximum(1, np.concatenate(list(lines.values()))))
+        limits = (2 ** int(np.floor(drawn.min())), 2 ** int(np.ceil(drawn.max())))
+    fig, ax = figure()
+    # Not black, which is the applied size's.
+    colors = itertools.cycle(color for color in COLORS if color != "#000000")
+    styles = zip(np.linspace(2.6, 1.2, len(names)), itertools.cycle(_DASHES), colors, strict=False)
+    label = lambda name: f"{name} {lines[name][-1]:.0f}"
+    if applied is not None:
+        ax.plot(seen, lines[_APPLIED], label=label(_APPLIED), color="black", lw=3.8, zorder=2)
+    for z, (name, (width, dash, color)) in enumerate(zip(names, styles, strict=False)):
+        style = {"lw": width, "ls": dash, "color": color, "zorder": 2.1 + 0.01 * z}
+        ax.plot(seen, lines[name], label=label(name), **style)
+    _size_axis(ax, limits)
+    _thousands(ax)
+    if applied is None:
+        ax.set_xlabel("steps")
+    ax.set_xlim(left=0, right=seen[-1])
+    ax.set_title(title, fontsize=10)
+    if len(ax.lines) <= _MOST_LABELS:
+        _label_ends(ax, limits)
+    else:
+        fig.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return fig
+
+
+def _is_records(run: Any) -> bool:
+    return (
+        isinstance(run, Iterable) and not hasattr(run, "history") and not isinstance(run, Mapping)
+    )
+
+
+def _of_fit(fit: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """{name: size at each step} and the examples of each step."""
+    _check_metrics(fit, lambda name: name.startswith(_PREFIX), "arbiter_jax.schedulers.shadow")
+    names = [name for name in fit.history[0].info.metrics if name.startswith(_PREFIX)]
+    sizes = {name.removeprefix(_PREFIX): np.asarray(fit.per_step(name), float) for name in names}
+    return sizes, np.asarray(fit.per_step("batch_size"), float)
+
+
+def _of_records(
+    records: Iterable[Any], batch_sizes: Any
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The same of a loop of one's own; the examples are None if they are not known."""
+    records = list(records)
+    named = [set(record) if isinstance(record, Mapping) else set() for record in records]
+    if not records or not named[0] or any(names != named[0] for names in named):
+        raise ValueError(
+            "run must be a FitResult or a sequence of one {name: size} per step, each with the same "
+            "names, as aj.schedulers.shadow_batch_sizes(opt_state) returns them, got "
+            f"{len(records)} entries{f', the first one {records[0]!r}' if records else ''}."
+        )
+    sizes = {name: np.array([float(record[name]) for record in records]) for name in records[0]}
+    if batch_sizes is None:
+        return sizes, None
+    applied = np.asarray(batch_sizes, float)
+    if applied.ndim > 1 or applied.shape not in ((), (len(records),)):
+        raise ValueError(
+            f"batch_sizes must be one number, or one for each of the {len(records)} steps, got shape "
+            f"{list(applied.shape)}."
+        )
+    return sizes, np.broadcast_to(applied, (len(records),))
+
+
+def _label_ends(ax: Any, limits: tuple[int, int]) -> None:
+    """Writes the label of each line at its end, moved apart where they would overlap."""
+    lines = sorted(ax.lines, key=lambda line: line.get_ydata()[-1], reverse=True)
+    ends = [float(np.clip(line.get_ydata()[-1], *limits)) for line in lines]
+    octaves = np.log2(1.15**2 * limits[1] / limits[0])  # of the whole axis, see _size_axis
+    gap = _LINE_HEIGHT * octaves / (0.8 * ax.figure.get_size_inches()[1])
+    heights = _apart(np.log2(ends), gap, float(np.log2(limits[0])))
+    for line, end, height in zip(lines, ends, heights, strict=True):
+        ax.annotate(
+            line.get_label(),
+            xy=(1.0, end),
+            xytext=(1.035, 2.0**height),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+            color=line.get_color(),
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.6, "shrinkB": 0},
+            annotation_clip=False,
+        )
+
+
+def _apart(heights: np.ndarray, gap: float, lowest: float) -> list[float]:
+    """Descending heights, moved as little as needed to be a gap apart: down, then up from the end."""
+    found = list(map(float, heights))
+    for i in range(1, len(found)):
+        found[i] = min(found[i], found[i - 1] - gap)
+    if found:
+        found[-1] = max(found[-1], lowest)
+    for i in reversed(range(len(found) - 1)):
+        found[i] = max(found[i], found[i + 1] + gap)
+    return found
