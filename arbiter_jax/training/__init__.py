@@ -16,11 +16,12 @@ the mesh of ``jax.set_mesh``. On an accelerator, `fit` compiles the programs of 
 buckets while a window trains; at level DEBUG the logger "arbiter_jax" says why a program is traced.
 """
 
+from arbiter_jax.training._callbacks import Callback, RunStart
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._fit import fit
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import OutOfMemoryError
-from arbiter_jax.training._records import Callback, FitResult, WindowRecord
+from arbiter_jax.training._records import FitResult, WindowRecord
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._state import (
     Data,
@@ -36,6 +37,7 @@ __all__ = [
     "Data",
     "FitResult",
     "OutOfMemoryError",
+    "RunStart",
     "TrainState",
     "Unfinished",
     "WindowRecord",

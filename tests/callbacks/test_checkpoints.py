@@ -242,7 +242,7 @@ def record(index, num_steps, **metrics):
     info = aj.StepInfo(
         np.arange(num_steps, dtype=np.float32), np.full(num_steps, 4, np.int32), metrics
     )
-    return aj.WindowRecord(index, 4, 4, num_steps, 2**40 + index, 1.5, 0.1 + index, 1, info)
+    return aj.WindowRecord(index, 4, 4, num_steps, 2**40 + index, 1.5, 0.1 + index, 1, info, {})
 
 
 def test_a_packed_history_grows():
