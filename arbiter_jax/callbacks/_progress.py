@@ -97,7 +97,7 @@ def _is_watched() -> bool:
 class _Line(Protocol):
     """Where the state of a run is displayed."""
 
-    def update(self, num_examples: int, text: str) -> None: ...
+    def update(self, num_examples: int, parts: list[str]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -142,7 +142,7 @@ class Progress:
         self._last = now
         if now - self._shown >= _EVERY or self._seen >= self._end:
             self._shown = now
-            self._line.update(self._seen, self._text())
+            self._line.update(self._seen, self._parts())
 
     def close(self) -> None:
         """Takes the line away."""
@@ -150,20 +150,19 @@ class Progress:
         if line is not None:
             line.close()
 
-    def _text(self) -> str:
+    def _parts(self) -> list[str]:
+        """What the line says besides the examples, the most important first."""
         records = [r for r in self._records if r is not None]
         sizes = sorted({r.batch_size for r in records})
         loss = sum(r.loss for r in records) / len(records)
-        parts = [
-            f"batch {sizes[0]}" + (f"-{sizes[-1]}" if len(sizes) > 1 else ""),
-            f"loss {loss:.4g}",
-            *(f"{name} {value:.4g}" for name, value in self._evaluation.items()),
-        ]
+        batch = f"batch {sizes[0]}" + (f"-{sizes[-1]}" if len(sizes) > 1 else "")
+        left = speed = []
         if self._seconds > 0 and self._examples > 0 and not isinstance(self._line, _Tqdm):
-            speed = self._examples / self._seconds
-            left = max(0, self._end - self._seen) / speed
-            parts += [f"{_short(speed)}/s", f"{_duration(left)} left"]
-        return ", ".join(parts)
+            per_second = self._examples / self._seconds
+            left = [f"{_duration(max(0, self._end - self._seen) / per_second)} left"]
+            speed = [f"{_short(per_second)}/s"]
+        evaluation = [f"{name} {value:.4g}" for name, value in self._evaluation.items()]
+        return [batch, f"loss {loss:.4g}", *left, *evaluation, *speed]
 
 
 def _short(number: float) -> str:
@@ -209,8 +208,8 @@ class _Tqdm:
         )
         self._bar.set_postfix_str("compiling")
 
-    def update(self, num_examples: int, text: str) -> None:
-        self._bar.set_postfix_str(text, refresh=False)
+    def update(self, num_examples: int, parts: list[str]) -> None:
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(num_examples - self._bar.n)
         self._bar.refresh()
 
@@ -228,6 +227,7 @@ class _Rich:
 
         terminal = console.Console(stderr=True)
         self.is_wide = terminal.width >= 100
+        self.bar_width = 20 if terminal.width >= 130 else 10
         column = lambda field, **options: progress.TextColumn(
             "{task." + field + "}",
             markup=False,
@@ -235,7 +235,7 @@ class _Rich:
         )
         self.progress = progress.Progress(
             column("description"),
-            progress.BarColumn(bar_width=20 if self.is_wide else 10),
+            progress.BarColumn(bar_width=self.bar_width),
             column("fields[seen]"),
             column("fields[text]", overflow="ellipsis"),
             console=terminal,
@@ -264,19 +264,25 @@ class _RichLine:
 
     def __init__(self, shared: _Rich, description: str, seen: int, end: int):
         self._shared, self._end = shared, end
+        most = shared.progress.console.width // 3
+        self._name = description if len(description) <= most else description[: most - 1] + "…"
         self._task = shared.progress.add_task(
-            description, completed=seen, total=end, text="compiling", seen=self._of_budget(seen)
+            self._name, completed=seen, total=end, text="compiling", seen=self._of_budget(seen)
         )
 
     def _of_budget(self, num_examples: int) -> str:
         unit = " examples" if self._shared.is_wide else ""
         return f"{_short(num_examples)}/{_short(self._end)}{unit}"
 
-    def update(self, num_examples: int, text: str) -> None:
-        self._shared.progress.update(
-            self._task, completed=num_examples, text=text, seen=self._of_budget(num_examples)
-        )
-        self._shared.progress.refresh()
+    def update(self, num_examples: int, parts: list[str]) -> None:
+        progress, seen = self._shared.progress, self._of_budget(num_examples)
+        room = progress.console.width - self._shared.bar_width - len(seen) - len(self._name) - 3
+        text = parts[0]
+        for part in parts[1:]:  # whole parts, as many as fit
+            if len(text) + 2 + len(part) <= room:
+                text += ", " + part
+        progress.update(self._task, completed=num_examples, text=text, seen=seen)
+        progress.refresh()
 
     def close(self) -> None:
         progress = self._shared.progress
