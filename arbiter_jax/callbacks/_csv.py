@@ -51,8 +51,8 @@ def csv(path: str | os.PathLike[str]) -> Csv:
       ValueError: If `path` is not a path, cannot be written, or is a file of something else.
 
     *Guarantees*:
-      * A resumed run leaves the rows of one that was never stopped.
-      * A row is in the file when its window has ended.
+      * A resumed run has the rows of a whole one.
+      * A row is in the file when its window ends.
 
     >>> import pathlib, tempfile
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax

@@ -51,8 +51,8 @@ def evaluate(
       ValueError: If an argument is not what it should be, or is out of its range.
 
     *Guarantees*:
-      * The training of a run is the same bit for bit with it and without.
-      * A resumed run has the evaluations of one that was never stopped.
+      * Training is bit for bit the same with it.
+      * A resumed run evaluates as a whole one does.
 
     End a run when three evaluations in a row were not better than the best before them:
 

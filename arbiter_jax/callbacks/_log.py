@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def log(function: Callable[..., Any]) -> Log:
     - "loss", "batch_size", "bucket_size", "num_steps", "num_examples", "seconds", "num_compilations",
       "window_index": the fields of the :class:`arbiter_jax.WindowRecord`;
     - "examples_per_second": num_steps * batch_size / seconds, including compilation;
-    - each metric that is one number per step, such as "cabs" of a shadow, as its mean over the window;
+    - each metric that is one number per step, such as "shadow/cabs" of a shadow, as its mean over the window;
     - what the callbacks before this one have noted, such as "evaluation/loss".
 
     If the last window is evaluated when the run has ended, the function is called once more with the
@@ -118,8 +119,14 @@ def tensorboard(directory: str | os.PathLike[str]) -> Log:
             raise ValueError(f"directory must be one that can be written into, got {path}.")
 
     def opened(start: RunStart) -> tuple[_Write, _Close]:
-        # Events of later steps are those of a run that was stopped after it had written them.
-        writer = SummaryWriter(path, purge_step=start.num_examples + 1, flush_secs=10)
+        writer = SummaryWriter(
+            path,
+            # Events of later steps are those of a run that was stopped after it had written them.
+            purge_step=start.num_examples + 1,
+            flush_secs=10,
+            # The rest of the name has whole seconds: a second file would replace the first.
+            filename_suffix=f".{time.time_ns()}",
+        )
 
         def write(numbers: dict[str, float], step: int) -> None:
             for name, value in numbers.items():

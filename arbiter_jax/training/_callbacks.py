@@ -50,7 +50,7 @@ def as_callbacks(callbacks: Any, progress: Any = False) -> tuple[Callback, ...]:
       The callbacks, and after them the display of the progress if it is wanted.
     """
     if progress is not None:
-        progress = _validate.boolean(progress=progress)
+        progress = bool(_validate.boolean(progress=progress))
     if callable(callbacks):
         callbacks = (callbacks,)
     callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
