@@ -1,8 +1,10 @@
 """The line that shows how far a run is: where it is shown, what it says, and that it goes away."""
 
+import contextlib
 import os
 import re
 import sys
+import threading
 import types
 
 import jax
@@ -24,57 +26,54 @@ def text_of(output):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes stderr a pseudo-terminal of 100 columns; a function that returns what it has got."""
+    """Call it to make stderr a terminal of 110 columns; it returns a function that reads it all."""
     pty = pytest.importorskip("pty")
-    import fcntl
-    import termios
-    import threading
-
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x18\x00\x64\x00" + bytes(4))
-    monkeypatch.setenv("TERM", "xterm-256color")
-    for name in ("CI", "PYTEST_CURRENT_TEST", "NO_COLOR", "COLUMNS", "LINES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(_progress, "_EVERY", 0.0)
-    parts = []
+    stderr, parts = os.fdopen(theirs, "w"), []
 
     def read():
-        try:
+        with contextlib.suppress(OSError):  # the other end is closed
             while part := os.read(ours, 4096):
                 parts.append(part)
-        except OSError:  # the other end is closed
-            pass
 
     reader = threading.Thread(target=read)
     reader.start()
-    stderr = os.fdopen(theirs, "w")
-    monkeypatch.setattr(sys, "stderr", stderr)
 
     def got():
         stderr.close()
         reader.join()
         return b"".join(parts).decode()
 
-    yield got
-    stderr.close()
-    reader.join()
+    def begin():  # in the test itself: pytest sets some of these before it
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLUMNS", "110")
+        for name in ("CI", "PYTEST_CURRENT_TEST", "NO_COLOR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(_progress, "_EVERY", 0.0)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        return got
+
+    yield begin
+    got()
     os.close(ours)
 
 
 def test_a_terminal_shows_a_line_by_itself(terminal, capsys):
+    got = terminal()
+
     def talk(record, state):
         if record.window_index == 2:
             print("to a file")
             print("to the terminal", file=sys.stderr)
 
     fit(talk)
-    raw = terminal()
+    raw = got()
     states = text_of(raw)
     assert re.fullmatch("training [━╸╺]{10} 0/150 examples compiling", states[0])
     line = r"training [━╸╺]{10} 96/150 examples batch 6, loss [\d.e-]+, \d:\d\d left, [\d.]+[kM]?/s"
     assert any(re.fullmatch(line, state) for state in states)
     assert "to the terminal" in states
-    assert raw.endswith("\x1b[2K")  # nothing is left of it
+    assert text_of(raw)[-1] == ""  # nothing is left of it
     assert raw.rfind("\x1b[?25h") > raw.rfind("\x1b[?25l")  # but the cursor
     assert capsys.readouterr().out == "to a file\n"
     assert _progress._Rich.open is None
@@ -82,6 +81,7 @@ def test_a_terminal_shows_a_line_by_itself(terminal, capsys):
 
 @pytest.mark.parametrize("where", ["pipe", "dumb", "CI", "off", "second process", "no rich"])
 def test_nothing_is_shown_where_nobody_looks(terminal, monkeypatch, where):
+    got = terminal()
     if where == "pipe":
         monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     elif where == "dumb":
@@ -93,32 +93,36 @@ def test_nothing_is_shown_where_nobody_looks(terminal, monkeypatch, where):
     elif where == "no rich":
         monkeypatch.setitem(sys.modules, "rich", None)
     fit(stop_at=48, progress=False if where == "off" else None)
-    assert terminal() == ""
+    assert got() == ""
 
 
 def test_pytest_is_no_human(terminal, monkeypatch):
+    got = terminal()
     monkeypatch.setenv("PYTEST_CURRENT_TEST", "this one")
     fit(aj.callbacks.progress("shown"), stop_at=48)
-    assert terminal() == ""
+    assert got() == ""
 
 
 def test_it_goes_away_after_an_exception(terminal):
+    got = terminal()
     with pytest.raises(KilledError):
         fit([aj.callbacks.progress("[my] run"), kill_after(2)])
-    raw = terminal()
-    assert raw.endswith("\x1b[2K")
+    raw = got()
+    assert text_of(raw)[-1] == ""
     assert any(state.startswith("[my] run ") for state in text_of(raw))
     assert "training" not in raw  # one line a run
     assert _progress._Rich.open is None
 
 
 def test_a_run_inside_another_has_its_own_line(terminal):
+    got = terminal()
+
     def inner(record, state):
         if record.window_index == 0:
             fit(aj.callbacks.progress("inner"), stop_at=48)
 
     fit([aj.callbacks.progress("outer"), inner], stop_at=48)
-    states = text_of(terminal())
+    states = text_of(got())
     at = [i for i, state in enumerate(states) if state.startswith("inner")]
     assert at
     assert all(states[i - 1].startswith("outer") for i in at)
@@ -126,15 +130,17 @@ def test_a_run_inside_another_has_its_own_line(terminal):
 
 
 def test_several_seeds_share_a_line(terminal):
+    got = terminal()
     keys = jax.random.split(jax.random.key(0), 2)
     options = {"num_examples": 150, "window": 4, "key": keys}
     aj.fit(loss_fn, jnp.zeros(2), TX, aj.Data(SPLIT), **options)
-    assert any("96/300 examples batch 6, loss" in state for state in text_of(terminal()))
+    assert any("96/300 examples batch 6, loss" in state for state in text_of(got()))
 
 
 def test_evaluations_are_shown(terminal):
+    got = terminal()
     fit(aj.callbacks.evaluate(predict, loss, SPLIT, name="a"), stop_at=72)
-    assert re.search(r"72/72 examples batch 6, loss [^,]+, 0:00 left, a/loss [\d.]+", terminal())
+    assert re.search(r"72/72 examples batch 6, loss [^,]+, 0:00 left, a/loss [\d.]+", got())
 
 
 def test_a_notebook_shows_a_bar_of_tqdm(monkeypatch):
