@@ -27,7 +27,7 @@ def log(function: Callable[..., Any]) -> Log:
     - "loss", "batch_size", "bucket_size", "num_steps", "num_examples", "seconds", "num_compilations",
       "window_index": the fields of the :class:`arbiter_jax.WindowRecord`;
     - "examples_per_second": num_steps * batch_size / seconds, including compilation;
-    - each metric that is one number per step, such as "shadow/cabs" of a shadow, as its mean over the window;
+    - each metric that is one number per step, e.g. "shadow/cabs", as its mean over the window;
     - what the callbacks before this one have noted, such as "evaluation/loss".
 
     If the last window is evaluated when the run has ended, the function is called once more with the
@@ -93,9 +93,16 @@ def tensorboard(directory: str | os.PathLike[str]) -> Log:
       ImportError: If tensorboardX is not installed.
       ValueError: If `directory` is no path, or cannot be written into.
 
-    >>> import tempfile  # doctest: +SKIP
-    >>> board = aj.callbacks.tensorboard("runs/first")  # doctest: +SKIP
-    >>> result = aj.fit(..., callbacks=board)  # doctest: +SKIP
+    >>> import os, tempfile
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(6))
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> board = aj.callbacks.tensorboard(folder.name)
+    >>> result = aj.fit(lambda w, batch: (w - batch) ** 2, jnp.zeros(()), tx, aj.Data(jnp.ones(50)),
+    ...     num_examples=100, window=10, callbacks=board)
+    >>> [name.split(".")[2] for name in os.listdir(folder.name)]
+    ['tfevents']
+    >>> folder.cleanup()
     """
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ValueError(f"directory must be a path, got {directory!r}.")

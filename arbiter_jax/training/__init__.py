@@ -23,7 +23,7 @@ from arbiter_jax.training._fit import fit
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import OutOfMemoryError
 from arbiter_jax.training._own_loop import value_grad_and_signals
-from arbiter_jax.training._records import Callback, FitResult, WindowRecord
+from arbiter_jax.training._records import FitResult, WindowRecord
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._state import (
     Data,

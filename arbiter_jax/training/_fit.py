@@ -188,6 +188,9 @@ def fit(
         read measured times.
       clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes runs of rules that read
         measured times repeatable. Everything it measures counts, including compilation.
+      progress: Whether a line shows how far the run is while it goes on, see
+        :func:`arbiter_jax.callbacks.progress`: None for where a human looks and what it needs is
+        installed, False for nowhere. True is None that raises an ImportError where that is missing.
 
     Returns:
       A :class:`FitResult`; that of a resumed run has the whole history.
