@@ -10,7 +10,6 @@ from arbiter_jax import (
     noisy_quadratic,
     objectives,
     plotting,
-    progress,
     schedulers,
     stochastic_meta_descent,
 )
@@ -69,7 +68,7 @@ __all__ = [
     "checkpoints", "conv_agent", "critical_batch_size", "datasets", "dynamic_batch_adaptation",
     "fit", "get_batch_size", "gradient_stats", "impulse_response", "init_sampler", "init_state",
     "learning_rate", "measure_critical_batch_size", "metrics", "mlp_agent", "models", "next_bucket",
-    "next_window", "noise_response", "noisy_quadratic", "objectives", "plotting", "progress",
+    "next_window", "noise_response", "noisy_quadratic", "objectives", "plotting",
     "re_anchor", "run_window", "sample_batch", "scale_by_batch_size", "schedulers", "seesaw",
     "select_subset", "sgd_hd", "stochastic_meta_descent", "subset_gradients", "to_batch_size",
     "to_logit", "value_grad_and_signals", "warm_up",

@@ -139,20 +139,26 @@ def evaluate(
     for name, function in (("predict", predict), ("per_example_loss", per_example_loss)):
         if not callable(function):
             raise ValueError(f"{name} must be a function, got {function!r}.")
+    check_split(data)
+    chunk_size = min(chunk_size, num_rows(data))
+    sums = _sums(predict, per_example_loss, params, tuple(data), model_state, chunk_size)
+    # Sums over chunks in float64, on the host: float32 counts exactly only up to 2^24.
+    loss, weight, correct, count = (float(np.sum(np.asarray(x, np.float64))) for x in sums)
+    return Metrics(_ratio(loss, weight), _ratio(correct, count))
+
+
+def check_split(data: Any) -> None:
+    """Raises a ValueError if this is no pair (inputs, labels) of numbers with rows."""
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise ValueError(
             "data must be a pair (inputs, labels), each an array or a pytree of arrays, got "
             f"{_described(data)}."
         )
-    chunk_size = min(chunk_size, num_rows(data))
+    num_rows(data)
     for leaf in jax.tree.leaves(data):
         dtype = getattr(leaf, "dtype", None)
         if getattr(dtype, "kind", "") in "OSUMm":
             raise ValueError(f"data must be arrays of numbers, got dtype {dtype}.")
-    sums = _sums(predict, per_example_loss, params, tuple(data), model_state, chunk_size)
-    # Sums over chunks in float64, on the host: float32 counts exactly only up to 2^24.
-    loss, weight, correct, count = (float(np.sum(np.asarray(x, np.float64))) for x in sums)
-    return Metrics(_ratio(loss, weight), _ratio(correct, count))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

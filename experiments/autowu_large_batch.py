@@ -33,7 +33,7 @@ import optax
 from flax import nnx
 
 import arbiter_jax as aj
-from arbiter_jax import metrics, models, plotting, progress
+from arbiter_jax import metrics, models, plotting
 from experiments import _learning_rates, _methods, _runner, _training
 
 OPTIMIZERS = {"lamb": optax.lamb, "adamp": aj.adamp}
@@ -121,19 +121,18 @@ def run(config: Config) -> _runner.Results:
     results, task = _runner.Results(extra={"config": config, "rates": {}}), _task(config)
     # An epoch must have at least one step: the 1,146 training examples of digits allow 1,024.
     sizes = config.batch_sizes or ((256, 1024) if small else (256, 2048, 8192))
-    with progress.live() as display:
-        for size in [s for s in sizes if s <= task.num_train]:
-            for optimizer in config.optimizers:
-                columns = {
-                    "dataset": config.dataset,
-                    "optimizer": optimizer,
-                    "batch_size": size,
-                }
-                _compare(config, task, columns, results, display)
+    for size in [s for s in sizes if s <= task.num_train]:
+        for optimizer in config.optimizers:
+            columns = {
+                "dataset": config.dataset,
+                "optimizer": optimizer,
+                "batch_size": size,
+            }
+            _compare(config, task, columns, results)
     return results
 
 
-def _compare(config, task, columns: dict[str, Any], results, display) -> None:
+def _compare(config, task, columns: dict[str, Any], results) -> None:
     """All runs of one optimizer at one batch size: the grid, the tuned baselines, AutoWU."""
     size = columns["batch_size"]
     optimizer = OPTIMIZERS[columns["optimizer"]](1.0, weight_decay=config.weight_decay)
@@ -156,7 +155,7 @@ def _compare(config, task, columns: dict[str, Any], results, display) -> None:
             learning_rate=rate,
             num_examples=num_steps * size,
             window=steps_per_epoch * max(1, config.epochs // 10),
-            callbacks=[display(" ".join(map(str, (*columns.values(), kind))), num_steps * size)],
+            callbacks=[aj.callbacks.progress(" ".join(map(str, (*columns.values(), kind))))],
             **columns,
         )
         validation = metrics.evaluate(

@@ -22,7 +22,7 @@ from typing import Any
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import plotting, progress, schedulers
+from arbiter_jax import plotting, schedulers
 from experiments import _methods, _runner, _training
 
 
@@ -156,51 +156,47 @@ def run(config: Config) -> _runner.Results:
     task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config, "fits": {}})
-    with progress.live() as start:
-        for schedule in config.schedules:
-            milestones = _sizes(config, task.num_train, schedule)
-            optimizer = _optimizer(config, task.num_train, schedule)
-            steps = optax.join_schedules(
-                [
-                    lambda _, b=b: b
-                    for b in (config.initial_batch_size, *(b for _, b in milestones))
-                ],
-                [examples for examples, _ in milestones],
-            )
-            alone = optax.chain(
-                optimizer,
-                schedulers.from_schedule(
-                    steps,
-                    count="num_examples",
-                    min_batch_size=config.min_batch_size,
-                    max_batch_size=config.max_batch_size,
-                ),
-            )
-            methods = {f"{schedule}": (_methods.Method(alone, lambda alone=alone, **_: alone), ())}
-            for name, rule in _anchored(task, config).items():
-                method = _with_rule(optimizer, rule)
-                methods[f"{schedule} + {name}"] = (method, milestones)
-            for name, method in _limited(task, config, schedule).items():
-                methods[f"{schedule} + {name}"] = (method, ())
-            for name, rule in _alone(task, config).items():
-                methods[f"{name} instead of {schedule}"] = (_with_rule(optimizer, rule), ())
-            for name, (method, anchors) in methods.items():
-                for seed in config.seeds:
-                    row, windows, fit = _training.train(
-                        task,
-                        name,
-                        method,
-                        seed=seed,
-                        learning_rate=config.learning_rate,
-                        num_examples=num_examples,
-                        window=config.window,
-                        milestones=anchors,
-                        callbacks=[start(f"{name}, seed {seed}", num_examples)],
-                        schedule=schedule,
-                    )
-                    results.rows.append(row)
-                    results.windows.extend(windows)
-                    results.extra["fits"][name, seed] = fit
+    for schedule in config.schedules:
+        milestones = _sizes(config, task.num_train, schedule)
+        optimizer = _optimizer(config, task.num_train, schedule)
+        steps = optax.join_schedules(
+            [lambda _, b=b: b for b in (config.initial_batch_size, *(b for _, b in milestones))],
+            [examples for examples, _ in milestones],
+        )
+        alone = optax.chain(
+            optimizer,
+            schedulers.from_schedule(
+                steps,
+                count="num_examples",
+                min_batch_size=config.min_batch_size,
+                max_batch_size=config.max_batch_size,
+            ),
+        )
+        methods = {f"{schedule}": (_methods.Method(alone, lambda alone=alone, **_: alone), ())}
+        for name, rule in _anchored(task, config).items():
+            method = _with_rule(optimizer, rule)
+            methods[f"{schedule} + {name}"] = (method, milestones)
+        for name, method in _limited(task, config, schedule).items():
+            methods[f"{schedule} + {name}"] = (method, ())
+        for name, rule in _alone(task, config).items():
+            methods[f"{name} instead of {schedule}"] = (_with_rule(optimizer, rule), ())
+        for name, (method, anchors) in methods.items():
+            for seed in config.seeds:
+                row, windows, fit = _training.train(
+                    task,
+                    name,
+                    method,
+                    seed=seed,
+                    learning_rate=config.learning_rate,
+                    num_examples=num_examples,
+                    window=config.window,
+                    milestones=anchors,
+                    callbacks=[aj.callbacks.progress(f"{name}, seed {seed}")],
+                    schedule=schedule,
+                )
+                results.rows.append(row)
+                results.windows.extend(windows)
+                results.extra["fits"][name, seed] = fit
     return results
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arbiter_jax import plotting, progress
+import arbiter_jax as aj
+from arbiter_jax import plotting
 from experiments import _methods, _runner, _training
 
 
@@ -55,36 +56,35 @@ def run(config: Config) -> _runner.Results:
     make_optimizer = functools.partial(
         _methods.optimizer, momentum=config.momentum, decay="constant", num_examples=num_examples
     )
-    with progress.live() as start:
 
-        def train(name: str, seed: int):
-            row, windows, _ = _training.train(
-                task,
-                name,
-                method(name),
-                seed=seed,
-                learning_rate=config.learning_rate,
-                num_examples=num_examples,
-                window=config.window,
-                callbacks=[start(f"{name}, seed {seed}", num_examples)],
-            )
-            results.windows.extend(windows)
-            return row
+    def train(name: str, seed: int):
+        row, windows, _ = _training.train(
+            task,
+            name,
+            method(name),
+            seed=seed,
+            learning_rate=config.learning_rate,
+            num_examples=num_examples,
+            window=config.window,
+            callbacks=[aj.callbacks.progress(f"{name}, seed {seed}")],
+        )
+        results.windows.extend(windows)
+        return row
 
-        @functools.cache
-        def method(name: str):
-            return _methods.build(name, task, config, make_optimizer, config.learning_rate)
+    @functools.cache
+    def method(name: str):
+        return _methods.build(name, task, config, make_optimizer, config.learning_rate)
 
-        @functools.cache
-        def constant(size: int, seed: int):  # a size that is tried twice is run once
-            return train(f"constant_{size}", seed)
+    @functools.cache
+    def constant(size: int, seed: int):  # a size that is tried twice is run once
+        return train(f"constant_{size}", seed)
 
-        for name in config.methods:
-            for seed in config.seeds:
-                results.rows.append(train(name, seed) | {"num_trials": 1})
-        for search in ("random", "bayesian"):
-            for seed in config.seeds:
-                results.rows += _search(search, seed, config, constant)
+    for name in config.methods:
+        for seed in config.seeds:
+            results.rows.append(train(name, seed) | {"num_trials": 1})
+    for search in ("random", "bayesian"):
+        for seed in config.seeds:
+            results.rows += _search(search, seed, config, constant)
     return results
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import datasets, plotting, progress
+from arbiter_jax import datasets, plotting
 from experiments import _methods, _runner, _training
 
 ADAPTIVE = ("arbiter", "random_pick", "noise_floor", "gradient_noise_scale", "cabs")
@@ -98,45 +98,44 @@ def run(config: Config) -> _runner.Results:
     task = _training.make_task(config.dataset, config.model)
     num_examples = int(config.epochs * task.num_train)
     results = _runner.Results(extra={"config": config, "num_examples": num_examples, "fits": {}})
-    with progress.live() as start:
-        for decay in config.decays:
-            make_optimizer = functools.partial(
-                _methods.optimizer,
-                momentum=config.momentum,
-                decay=decay,
-                num_examples=num_examples,
-            )
-            for name in config.methods:
-                method = None
-                for rate in config.learning_rates:
-                    # All rates share one program, except for CABS, which takes the rate as an argument.
-                    if method is None or name == "cabs":
-                        method = _methods.build(name, task, config, make_optimizer, rate)
-                    for seed in config.seeds:
-                        row, windows, fit = _training.train(
-                            task,
-                            name,
-                            method,
-                            seed=seed,
-                            learning_rate=rate,
-                            num_examples=num_examples,
-                            window=config.window,
-                            callbacks=[start(f"{name}, seed {seed}", num_examples)],
-                            transform_batch=_augment if config.augment else None,
-                            decay=decay,
-                        )
-                        results.rows.append(row)
-                        results.windows.extend(windows)
-                        if (decay, rate) == (config.decays[0], config.learning_rates[0]):
-                            results.extra["fits"][name, seed] = fit
-        if config.fewer_steps:
-            _fewer_steps(task, config, num_examples, results, start)
-        if config.shadows:
-            results.extra["shadow_fit"] = _shadow_run(task, config, num_examples, start)
+    for decay in config.decays:
+        make_optimizer = functools.partial(
+            _methods.optimizer,
+            momentum=config.momentum,
+            decay=decay,
+            num_examples=num_examples,
+        )
+        for name in config.methods:
+            method = None
+            for rate in config.learning_rates:
+                # All rates share one program, except for CABS, which takes the rate as an argument.
+                if method is None or name == "cabs":
+                    method = _methods.build(name, task, config, make_optimizer, rate)
+                for seed in config.seeds:
+                    row, windows, fit = _training.train(
+                        task,
+                        name,
+                        method,
+                        seed=seed,
+                        learning_rate=rate,
+                        num_examples=num_examples,
+                        window=config.window,
+                        callbacks=[aj.callbacks.progress(f"{name}, seed {seed}")],
+                        transform_batch=_augment if config.augment else None,
+                        decay=decay,
+                    )
+                    results.rows.append(row)
+                    results.windows.extend(windows)
+                    if (decay, rate) == (config.decays[0], config.learning_rates[0]):
+                        results.extra["fits"][name, seed] = fit
+    if config.fewer_steps:
+        _fewer_steps(task, config, num_examples, results)
+    if config.shadows:
+        results.extra["shadow_fit"] = _shadow_run(task, config, num_examples)
     return results
 
 
-def _fewer_steps(task, config: Config, num_examples: int, results: _runner.Results, start) -> None:
+def _fewer_steps(task, config: Config, num_examples: int, results: _runner.Results) -> None:
     """What most people do, the best constant size with cosine decay, and `seesaw` from it."""
     rate, kept = config.learning_rates[0], results.rows
     constants = [r for r in kept if r["method"].startswith("constant_")]
@@ -163,7 +162,7 @@ def _fewer_steps(task, config: Config, num_examples: int, results: _runner.Resul
                 learning_rate=rate,
                 num_examples=num_examples,
                 window=config.window,
-                callbacks=[start(f"{name}, seed {seed}", num_examples)],
+                callbacks=[aj.callbacks.progress(f"{name}, seed {seed}")],
                 transform_batch=_augment if config.augment else None,
                 decay="cosine",
             )
@@ -173,13 +172,13 @@ def _fewer_steps(task, config: Config, num_examples: int, results: _runner.Resul
     results.extra["fewer_steps"] = tuple(methods)
 
 
-def _shadow_run(task, config: Config, num_examples: int, start) -> aj.FitResult:
+def _shadow_run(task, config: Config, num_examples: int) -> aj.FitResult:
     rate = config.learning_rates[0]
     optimizer = _methods.optimizer(rate, config.momentum, "constant", num_examples)
     acting = aj.schedulers.constant(config.initial_batch_size)
     tx = optax.chain(optimizer, acting, *_methods.shadows(task, config, rate))
     method = _methods.Method(tx, lambda **_: tx)
-    callbacks = [start("every rule, as a shadow", num_examples)]
+    callbacks = [aj.callbacks.progress("every rule, as a shadow")]
     options = {"num_examples": num_examples, "window": config.window, "learning_rate": rate}
     return _training.train(task, "shadow", method, seed=0, callbacks=callbacks, **options)[2]
 

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import metrics, plotting, progress
+from arbiter_jax import metrics, plotting
 from experiments import _methods, _runner, _training
 from experiments._problems import DEFINITIONS, Definition
 
@@ -80,34 +80,33 @@ def run(config: Config) -> _runner.Results:
     definitions = results.extra["definitions"] = {
         name: DEFINITIONS[name](config.small) for name in config.tasks
     }
-    with progress.live() as display:
-        for name, definition in definitions.items():
-            task = definition.task
-            num_examples = int(config.share * definition.epochs * task.num_train)
-            for rule, method in _rules(definition, config).items():
-                for seed in config.seeds:
-                    row, windows, fit = _training.train(
-                        task,
-                        rule,
-                        method,
-                        seed=seed,
-                        learning_rate=float("nan"),  # the task's own
-                        num_examples=num_examples,
-                        window=config.window,
-                        callbacks=[display(f"{name}, {rule}, seed {seed}", num_examples)],
-                        transform_batch=definition.transform_batch,
-                    )
-                    row["task"] = name
-                    row["validation_loss_at_start"] = _validation_loss_at_start(task, seed)
-                    loss = fit.per_step("loss")
-                    row["training_loss_at_start"] = float(np.mean(loss[: config.window]))
-                    row["training_loss"] = float(np.mean(loss[-config.window :]))
-                    row["score"] = definition.score(row)
-                    row["score_name"] = definition.score_name
-                    results.rows.append(row)
-                    results.windows.extend({"task": name, **window} for window in windows)
-                    results.extra["fits"][name, rule, seed] = fit.history
-                    results.extra["states"][name, rule, seed] = fit.state
+    for name, definition in definitions.items():
+        task = definition.task
+        num_examples = int(config.share * definition.epochs * task.num_train)
+        for rule, method in _rules(definition, config).items():
+            for seed in config.seeds:
+                row, windows, fit = _training.train(
+                    task,
+                    rule,
+                    method,
+                    seed=seed,
+                    learning_rate=float("nan"),  # the task's own
+                    num_examples=num_examples,
+                    window=config.window,
+                    callbacks=[aj.callbacks.progress(f"{name}, {rule}, seed {seed}")],
+                    transform_batch=definition.transform_batch,
+                )
+                row["task"] = name
+                row["validation_loss_at_start"] = _validation_loss_at_start(task, seed)
+                loss = fit.per_step("loss")
+                row["training_loss_at_start"] = float(np.mean(loss[: config.window]))
+                row["training_loss"] = float(np.mean(loss[-config.window :]))
+                row["score"] = definition.score(row)
+                row["score_name"] = definition.score_name
+                results.rows.append(row)
+                results.windows.extend({"task": name, **window} for window in windows)
+                results.extra["fits"][name, rule, seed] = fit.history
+                results.extra["states"][name, rule, seed] = fit.state
     return results
 
 

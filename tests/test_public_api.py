@@ -39,8 +39,10 @@ EXTRAS = (
     "rich",
     "scipy",
     "sklearn",
+    "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",
+    "tqdm",
     "tyro",
 )
 

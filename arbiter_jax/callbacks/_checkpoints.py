@@ -23,7 +23,7 @@ from arbiter_jax.callbacks._history import PackedHistory, unpack
 from arbiter_jax.training import TrainState
 from arbiter_jax.training._checkpointing import Checkpoint, first_difference
 
-_FORMAT = 1  # of what lies in a checkpoint; the fields of TrainState are compared by name
+_FORMAT = 2  # of what lies in a checkpoint; the fields of TrainState are compared by name
 
 
 def _orbax() -> Any:
@@ -156,7 +156,7 @@ class _OpenCheckpoints:
         return Checkpoint(
             # Orbax writes no empty array.
             state=jax.tree.map(lambda x, y: x if y.size else y, found.state, like),
-            history=unpack(found.history, meta["segments"]),
+            history=unpack(found.history, meta["history"]),
             position=self._own_position(meta["positions"]),
             is_ended=meta["is_ended"],
             num_cache_hits=meta["num_cache_hits"],
@@ -195,11 +195,11 @@ class _OpenCheckpoints:
     def save(self, checkpoint: Checkpoint) -> None:
         """Begins to write one; the one before is waited for."""
         args = self._ocp.args
-        arrays, segments = self._history.pack(checkpoint.history)
+        arrays, forms = self._history.pack(checkpoint.history)
         meta = {
             "format": _FORMAT,
             "identity": list(self._identity.items()),
-            "segments": segments,
+            "history": forms,
             "positions": _of_all_processes(_encoded(checkpoint.position)),
             "is_ended": checkpoint.is_ended,
             "num_cache_hits": checkpoint.num_cache_hits,

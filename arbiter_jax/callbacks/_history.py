@@ -1,7 +1,8 @@
 """The history of a run as a few arrays, so that saving it again costs what the newest windows cost.
 
 Steps of windows whose `info` has the same form lie one after another in one array a leaf. The
-arrays grow by doubling, and what is saved is a view of their beginning, which never changes.
+arrays grow by doubling, and what is saved is a view of their beginning, which never changes. What
+callbacks have noted is one array of (window, name, value), because few windows may have it.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ class PackedHistory:
         self._integers = _Column(np.zeros((0, len(_INTEGERS)), np.int64))
         self._floats = _Column(np.zeros((0, len(_FLOATS)), np.float64))
         self._segments: list[_Segment] = []
+        self._evaluations = _Column(np.zeros((0, 3), np.float64))  # window, name, value
+        self._names: dict[str, int] = {}
 
-    def pack(self, history: list[WindowRecord]) -> tuple[dict[str, np.ndarray], list[Any]]:
+    def pack(self, history: list[WindowRecord]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The arrays of a history that begins with what was packed before, and their forms."""
         for record in history[self._num_windows :]:
             self._append(record)
@@ -76,7 +79,9 @@ class PackedHistory:
             for j, column in enumerate(segment.columns):
                 if column.view().size:  # Orbax writes no empty array
                     arrays[f"segment{i}_leaf{j}"] = column.view()
-        return arrays, [
+        if self._names:
+            arrays["evaluations"] = self._evaluations.view()
+        segments = [
             {
                 "form": segment.form,
                 "num_windows": segment.num_windows,
@@ -85,6 +90,7 @@ class PackedHistory:
             }
             for segment in self._segments
         ]
+        return arrays, {"segments": segments, "evaluations": list(self._names)}
 
     def _append(self, record: WindowRecord) -> None:
         self._integers.append(np.array([[getattr(record, name) for name in _INTEGERS]]))
@@ -102,12 +108,15 @@ class PackedHistory:
         ):
             self._segments.append(_Segment(form, leaves))
         self._segments[-1].append(leaves)
+        for name, value in record.evaluation.items():
+            row = (record.window_index, self._names.setdefault(name, len(self._names)), value)
+            self._evaluations.append(np.array([row], np.float64))
 
 
-def unpack(arrays: dict[str, np.ndarray], segments: list[Any]) -> list[WindowRecord]:
+def unpack(arrays: dict[str, np.ndarray], forms: dict[str, Any]) -> list[WindowRecord]:
     """The history that was packed."""
     history: list[WindowRecord] = []
-    for i, segment in enumerate(segments):
+    for i, segment in enumerate(forms["segments"]):
         leaves = [
             arrays.get(f"segment{i}_leaf{j}", np.zeros(shape, np.dtype(dtype)))
             for j, (shape, dtype) in enumerate(
@@ -122,8 +131,11 @@ def unpack(arrays: dict[str, np.ndarray], segments: list[Any]) -> list[WindowRec
             end = begin + integers["num_steps"]
             rows: list[Any] = [leaf[begin:end] for leaf in leaves]
             info = StepInfo(*rows[:2], **_formed(segment["form"], rows[2:]))
-            history.append(WindowRecord(**integers, **floats, info=info))
+            history.append(WindowRecord(**integers, **floats, info=info, evaluation={}))
             begin = end
+    names = forms["evaluations"]
+    for window, name, value in arrays["evaluations"].tolist() if names else ():
+        history[int(window)].evaluation[names[int(name)]] = value
     return history
 
 

@@ -22,12 +22,13 @@ themselves, such as `optax.lbfgs`, get it by `extra_args`.
 """
 
 from arbiter_jax.training._accumulate import Accumulator, accumulate
+from arbiter_jax.training._callbacks import Callback, RunStart
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._fit import fit
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import OutOfMemoryError
 from arbiter_jax.training._own_loop import value_grad_and_signals
-from arbiter_jax.training._records import Callback, FitResult, WindowRecord
+from arbiter_jax.training._records import FitResult, WindowRecord
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._state import (
     Data,
@@ -44,6 +45,7 @@ __all__ = [
     "Data",
     "FitResult",
     "OutOfMemoryError",
+    "RunStart",
     "TrainState",
     "Unfinished",
     "WindowRecord",

@@ -17,7 +17,7 @@ from arbiter_jax.base import PyTree
 from arbiter_jax.batching import BlockSource
 from arbiter_jax.training._checks import node_parts
 from arbiter_jax.training._interrupts import Interrupts
-from arbiter_jax.training._records import Callback, WindowRecord, any_ends
+from arbiter_jax.training._records import WindowRecord
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Run
 from arbiter_jax.training._state import TrainState
@@ -139,8 +139,8 @@ class Keeper:
                 "pass resume=True to go on with that run, or another directory."
             )
 
-    def resume(self, tx: optax.GradientTransformation, callbacks: tuple[Callback, ...]) -> bool:
-        """Puts the run to where it was saved; whether it had ended there."""
+    def resume(self, tx: optax.GradientTransformation) -> bool:
+        """Puts the run to where it was saved; whether a callback had ended it there."""
         if self._open is None or self._open.latest() is None:
             return False
         run, saved = self._run, self._open.restore(self._run.state)
@@ -152,8 +152,7 @@ class Keeper:
         self._saved = len(saved.history)
         if self._source is not None:
             self._source.set_state(saved.position)
-        # A callback that goes by the clock may decide otherwise now.
-        return saved.is_ended and any_ends(callbacks, run.history[-1], run.whole_state())
+        return saved.is_ended
 
     def after_window(self, is_ended: bool) -> None:
         """Saves the run if it is time."""

@@ -21,6 +21,7 @@ from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._ahead import CompileAhead
 from arbiter_jax.training._auto_micro_batch import MicroBatch
+from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks
 from arbiter_jax.training._checkpointing import Checkpoints, Keeper
 from arbiter_jax.training._checks import (
     check_concrete,
@@ -34,13 +35,7 @@ from arbiter_jax.training._mesh import in_mesh, place
 from arbiter_jax.training._micro_batches import check_sampling
 from arbiter_jax.training._next_plan import next_plan
 from arbiter_jax.training._out_of_memory import is_out_of_memory, out_of_memory
-from arbiter_jax.training._records import (
-    Callback,
-    FitResult,
-    any_ends,
-    as_callbacks,
-    what_went_wrong,
-)
+from arbiter_jax.training._records import FitResult, what_went_wrong
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Plan, Run, check_budget, check_lengths
 from arbiter_jax.training._run_data import data_of_window, on_device, room_for
@@ -125,6 +120,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     clock: Callable[[], float] | None = None,
+    progress: bool | None = None,
 ) -> FitResult:
     """Trains for a number of examples, with the batch size that the rule in `tx` decides.
 
@@ -164,7 +160,7 @@ def fit(
         trains k seeds in one program; see above.
       callbacks: Called as ``callback(record, state)`` after every window, one function or several;
         a true result ends the run. Each of several processes calls its own, and a true result on
-        one of them ends the run on all.
+        one of them ends the run on all. :mod:`arbiter_jax.callbacks` has ready ones.
       model_state: State of the model that is not trained by gradients, or None.
       state: Where to resume from: a :class:`TrainState` of the same `tx`. `params` is then unused.
         The range of batch sizes is that of `tx`, as in :func:`resume_state`.
@@ -196,6 +192,9 @@ def fit(
         read measured times.
       clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes runs of rules that read
         measured times repeatable. Everything it measures counts, including compilation.
+      progress: Whether a line shows how far the run is while it goes on, see
+        :func:`arbiter_jax.callbacks.progress`: None for where a human looks and what it needs is
+        installed, False for nowhere. True is None that raises an ImportError where that is missing.
 
     Returns:
       A :class:`FitResult`; that of a resumed run has the whole history.
@@ -237,7 +236,7 @@ def fit(
     if are_several(key):
         return fit_seeds(**locals())
     num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
-    callbacks = as_callbacks(callbacks)
+    callbacks = as_callbacks(callbacks, progress)
     check_transformation(tx)
     data = on_device(data, window, mesh)
     if state is None:
@@ -278,18 +277,26 @@ def fit(
         Interrupts(enabled=checkpoints is not None) as interrupts,
         contextlib.closing(keeper),
         contextlib.closing(ahead),
+        contextlib.closing(Callbacks(callbacks)) as called,
     ):
-        is_ended = keeper.resume(tx, callbacks)
+        was_ended = keeper.resume(tx)
+        called.begin(run.history, run.seen, end)
+        # A callback that goes by the clock may decide otherwise now.
+        is_ended = was_ended and called.after_window(run.history[-1], run.whole_state())
         plan, is_ended = next_plan(run, is_ended, interrupts, shared)
         while plan is not None:
             if not _train_window(run, run.begin(plan), keeper, ahead):
                 break
-            is_ended = any_ends(callbacks, run.history[-1], run.whole_state())
+            is_ended = called.after_window(run.history[-1], run.whole_state())
             # Before the run is saved, because all processes save it at once.
             plan, is_ended = next_plan(run, is_ended, interrupts, shared)
+            if plan is None and not interrupts.received:
+                called.end(run.history[-1], run.whole_state())
             keeper.after_window(is_ended)
             if interrupts.received and not shared:
                 break
+        if run.source_ended and run.history:
+            called.end(run.history[-1], run.whole_state())
         keeper.finish(interrupts)
     interrupts.end()  # a signal that came while the last checkpoint was written
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import StepInfo
-from arbiter_jax.training._checks import check_callback
 from arbiter_jax.training._state import TrainState
 
 
@@ -26,6 +24,7 @@ class WindowRecord(NamedTuple):
     seconds: float  # including compilation, if there was one
     num_compilations: int
     info: StepInfo  # NumPy arrays with a leading axis [num_steps]
+    evaluation: dict[str, float]  # what callbacks have noted, e.g. aj.callbacks.evaluate
 
 
 class FitResult(NamedTuple):
@@ -79,39 +78,6 @@ class FitResult(NamedTuple):
 
     def _is_of_seeds(self) -> bool:
         return bool(self.history) and isinstance(self.history[0], list)
-
-
-Callback = Callable[[Any, TrainState], Any]
-"""Called with the :class:`WindowRecord` after every window; a true result ends the run. Of several
-seeds it gets a list of records, None for a seed that took no step, and the states of all of them.
-What it sets in the state changes nothing. The state's arrays are donated to the next window: copy
-what you want to keep."""
-
-
-def as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
-    """One callback or several as a tuple, or a ValueError for what is none."""
-    if callable(callbacks):
-        callbacks = (callbacks,)
-    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
-    for callback in callbacks:
-        check_callback(callback)
-    return callbacks
-
-
-def any_ends(callbacks: tuple[Callback, ...], record: Any, state: TrainState) -> bool:
-    """Calls all of them, each with containers of its own; whether one of them ends the run."""
-    stops = [_is_true(callback(record, jax.tree.map(lambda x: x, state))) for callback in callbacks]
-    return any(stops)
-
-
-def _is_true(returned: Any) -> bool:
-    try:
-        return bool(returned)
-    except ValueError:  # an array
-        raise ValueError(
-            "callbacks must return True to end the run, or None, got an array of shape "
-            f"{np.shape(returned)}."
-        ) from None
 
 
 def what_went_wrong(

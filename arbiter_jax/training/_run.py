@@ -148,6 +148,7 @@ class Run:
                 seconds=seconds,
                 num_compilations=compilations.num_compilations,
                 info=info,
+                evaluation={},
             )
         )
 

@@ -7,6 +7,7 @@ step in a window.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -24,6 +25,7 @@ from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import BlockSource, batch_of_the_rest, next_bucket
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks
 from arbiter_jax.training._checks import (
     check_concrete,
     check_functions,
@@ -36,14 +38,7 @@ from arbiter_jax.training._checks import (
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
-from arbiter_jax.training._records import (
-    Callback,
-    FitResult,
-    WindowRecord,
-    any_ends,
-    as_callbacks,
-    what_went_wrong,
-)
+from arbiter_jax.training._records import FitResult, WindowRecord, what_went_wrong
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import check_budget, check_lengths
 from arbiter_jax.training._run_data import on_device
@@ -90,6 +85,7 @@ def fit_seeds(
     inputs_of: Callable[[PyTree], PyTree] | None,
     has_aux: bool,
     extra_args: ExtraArgs | None,
+    progress: bool | None,
     **others: Any,
 ) -> FitResult:
     """:func:`fit` where `key` is a vector of keys; see there."""
@@ -100,7 +96,7 @@ def fit_seeds(
                 f"{value!r}: run the seeds one after the other."
             )
     num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
-    callbacks = as_callbacks(callbacks)
+    callbacks = as_callbacks(callbacks, progress)
     check_transformation(tx)
     data = on_device(data, window)
     if isinstance(data.train, BlockSource):
@@ -133,11 +129,15 @@ def fit_seeds(
     }
     run = _Seeds(state, data, num_examples, end, window, tuple(options.items()))
     del state  # donated to the first window
-    start = time.perf_counter()
-    while (plans := run.next_plans()) is not None:
-        records = run.train_window(plans)
-        if any_ends(callbacks, records, run.whole_state()):
-            break
+    start, records = time.perf_counter(), None
+    with contextlib.closing(Callbacks(callbacks)) as called:
+        called.begin([], sum(run.seen), end * len(run.seen), len(run.seen))
+        while (plans := run.next_plans()) is not None:
+            records = run.train_window(plans)
+            if called.after_window(records, run.whole_state()):
+                break
+        if records is not None:
+            called.end(records, run.whole_state())
     for index, (history, seen) in enumerate(zip(run.histories, run.seen, strict=True)):
         for message in what_went_wrong(history, False, seen, end, num_examples):
             warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=4)
@@ -314,6 +314,7 @@ class _Seeds:
                 seconds=seconds,
                 num_compilations=compilations.num_compilations,
                 info=own,
+                evaluation={},
             )
             records[i] = record
             self.histories[i].append(record)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import plotting, progress
+from arbiter_jax import plotting
 from experiments import _methods, _runner, _training
 from experiments.feasibility import noise_rules
 
@@ -129,10 +129,9 @@ def _method(task: _training.Task, config: Config, case: dict, optimizer) -> _met
 def run(config: Config) -> _runner.Results:
     task = _training.make_task(config.dataset, config.model)
     results = _runner.Results(extra={"config": config, "fits": {}})
-    with progress.live() as display:
-        if "arbiter" in config.methods:
-            _run_arbiter(task, config, results, display)
-        results.extra["paths"] = noise_rules.run(task, config, display)
+    if "arbiter" in config.methods:
+        _run_arbiter(task, config, results)
+    results.extra["paths"] = noise_rules.run(task, config)
     for (method, case, seed), path in results.extra["paths"].items():
         results.rows.append(
             {"method": f"{method}, {case}", "seed": seed, "batch_sizes": path.tolist()}
@@ -140,7 +139,7 @@ def run(config: Config) -> _runner.Results:
     return results
 
 
-def _run_arbiter(task, config: Config, results: _runner.Results, display) -> None:
+def _run_arbiter(task, config: Config, results: _runner.Results) -> None:
     optimizer = optax.inject_hyperparams(optax.sgd)
     programs: dict[tuple, _methods.Method] = {}
     for name, case in cases(config).items():
@@ -149,7 +148,6 @@ def _run_arbiter(task, config: Config, results: _runner.Results, display) -> Non
         program = programs.setdefault((case["low"], case["high"], case["control"]), method)
         for seed in config.seeds:
             num_examples = config.num_steps * case["high"]
-            shown = display(f"{name}, seed {seed}", config.num_steps)
             row, windows, fit = _training.train(
                 task,
                 name,
@@ -159,9 +157,7 @@ def _run_arbiter(task, config: Config, results: _runner.Results, display) -> Non
                 num_examples=num_examples,
                 window=config.window,
                 callbacks=[
-                    lambda record, state, shown=shown: shown(
-                        record._replace(num_examples=int(state.num_steps)), state
-                    ),
+                    aj.callbacks.progress(f"{name}, seed {seed}"),
                     lambda record, state: int(state.num_steps) >= config.num_steps,
                 ],
             )

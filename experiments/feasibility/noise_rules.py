@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+import arbiter_jax as aj
 from arbiter_jax import objectives, plotting
 from experiments import _methods, _runner, _training
 
@@ -37,7 +38,7 @@ POINTS = 200  # equally spaced in the budget, at which sizes are compared
 HELD = objectives.FloorConfig.hold_until
 
 
-def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str, int], np.ndarray]:
+def run(task: _training.Task, config: Any) -> dict[tuple[str, str, int], np.ndarray]:
     """The applied size at equal shares of the budget: {(method, case, seed): float[POINTS]}."""
     num_examples = int(config.noise_epochs * task.num_train)
     make = functools.partial(
@@ -67,7 +68,7 @@ def run(task: _training.Task, config: Any, display: Any) -> dict[tuple[str, str,
                     learning_rate=given["rate"],
                     num_examples=num_examples,
                     window=settings.window,
-                    callbacks=[display(f"{name}, {case}, seed {seed}", num_examples)],
+                    callbacks=[aj.callbacks.progress(f"{name}, {case}, seed {seed}")],
                 )
                 ends = np.array([record.num_examples for record in fit.history])
                 sizes = np.array([record.batch_size for record in fit.history], float)

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 import arbiter_jax as aj
-from arbiter_jax import metrics, plotting, progress, schedulers
+from arbiter_jax import metrics, plotting, schedulers
 from experiments import _methods, _runner, _training
 from experiments.learning_rate_variance import hypergradients
 
@@ -117,57 +117,56 @@ def run(config: Config) -> _runner.Results:
     task = _training.make_task(config.dataset, config.model)
     results = _runner.Results(extra={"config": config, "measured": [], "trained": [], "fits": {}})
     methods = _trainings(task, config)
-    with progress.live() as display:
 
-        def train(name: str, method: _methods.Method, seed: int, epochs: float):
-            num_examples = int(epochs * task.num_train)
-            return _training.train(
-                task,
-                name,
-                method,
-                seed=seed,
-                learning_rate=config.learning_rate,
-                num_examples=num_examples,
-                window=config.window,
-                callbacks=[display(f"{name}, seed {seed}", num_examples)],
-            )
+    def train(name: str, method: _methods.Method, seed: int, epochs: float):
+        num_examples = int(epochs * task.num_train)
+        return _training.train(
+            task,
+            name,
+            method,
+            seed=seed,
+            learning_rate=config.learning_rate,
+            num_examples=num_examples,
+            window=config.window,
+            callbacks=[aj.callbacks.progress(f"{name}, seed {seed}")],
+        )
 
-        first = next(iter(methods.values()))
+    first = next(iter(methods.values()))
+    for seed in config.seeds:
+        row, _, fit = train("fixed point", first, seed, config.pretraining_epochs)
+        for rate in config.measured_rates:
+            at = (task.losses.loss_fn, fit.state.params, task.data.train)
+            options = {
+                "key": jax.random.PRNGKey(seed),
+                "learning_rate": rate,
+                "sizes": config.sizes,
+                "look_ahead": config.look_ahead,
+            }
+            predicted = hypergradients.predict(*at, **options)
+            found = hypergradients.measure(*at, **options, num_draws=config.num_draws)
+            for kind, numbers in found.items():
+                theory = {f"predicted_{k}": v for k, v in predicted[kind].items()}
+                results.extra["measured"].append(
+                    {**row, "method": kind, "learning_rate": rate, **numbers, **theory}
+                )
+    for name, method in methods.items():
         for seed in config.seeds:
-            row, _, fit = train("fixed point", first, seed, config.pretraining_epochs)
-            for rate in config.measured_rates:
-                at = (task.losses.loss_fn, fit.state.params, task.data.train)
-                options = {
-                    "key": jax.random.PRNGKey(seed),
-                    "learning_rate": rate,
-                    "sizes": config.sizes,
-                    "look_ahead": config.look_ahead,
-                }
-                predicted = hypergradients.predict(*at, **options)
-                found = hypergradients.measure(*at, **options, num_draws=config.num_draws)
-                for kind, numbers in found.items():
-                    theory = {f"predicted_{k}": v for k, v in predicted[kind].items()}
-                    results.extra["measured"].append(
-                        {**row, "method": kind, "learning_rate": rate, **numbers, **theory}
-                    )
-        for name, method in methods.items():
-            for seed in config.seeds:
-                row, windows, fit = train(name, method, seed, config.epochs)
-                row["train_loss"] = metrics.evaluate(
-                    task.losses.predict, task.per_example_loss, fit.state.params, task.dataset.train
-                ).loss
-                rate = fit.per_step("learning_rate")
-                row |= {"largest_rate": rate.max(), "final_rate": rate[-1]}
-                for window, record in zip(windows, fit.history, strict=True):
-                    h = record.info.metrics["hypergradient"]
-                    window |= {"mean_h": float(h.mean()), "variance_h": float(h.var())}
-                    window["learning_rate"] = float(record.info.metrics["learning_rate"][-1])
-                late = [w for w in windows if w["num_examples"] > row["num_examples"] / 2]
-                for field in ("mean_h", "variance_h"):
-                    row[field] = float(np.median([w[field] for w in late]))
-                results.extra["trained"].append(row)
-                results.windows.extend(windows)
-                results.extra["fits"][name, seed] = fit
+            row, windows, fit = train(name, method, seed, config.epochs)
+            row["train_loss"] = metrics.evaluate(
+                task.losses.predict, task.per_example_loss, fit.state.params, task.dataset.train
+            ).loss
+            rate = fit.per_step("learning_rate")
+            row |= {"largest_rate": rate.max(), "final_rate": rate[-1]}
+            for window, record in zip(windows, fit.history, strict=True):
+                h = record.info.metrics["hypergradient"]
+                window |= {"mean_h": float(h.mean()), "variance_h": float(h.var())}
+                window["learning_rate"] = float(record.info.metrics["learning_rate"][-1])
+            late = [w for w in windows if w["num_examples"] > row["num_examples"] / 2]
+            for field in ("mean_h", "variance_h"):
+                row[field] = float(np.median([w[field] for w in late]))
+            results.extra["trained"].append(row)
+            results.windows.extend(windows)
+            results.extra["fits"][name, seed] = fit
     results.rows = results.extra["measured"] + results.extra["trained"]
     return results
 

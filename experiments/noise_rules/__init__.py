@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from arbiter_jax import progress
+import arbiter_jax as aj
 from experiments import _runner
 from experiments._learning_rates import DECAYS
 from experiments._run_cache import RunCache
@@ -116,22 +116,21 @@ def best_constant(
 def run(config: Config) -> _runner.Results:
     results = _runner.Results(extra={"config": config})
     cache = RunCache(config.runs)
-    with progress.live() as display:
-        if "table" in config.parts:
-            for task in config.tasks:
-                for kind in config.optimizers:
-                    for rate in cases.OPTIMIZERS[kind]:
-                        _run_case(cases.Case(task, kind, rate), config, results, cache, display)
-                    # Each program maps some memory, and the number of mappings is limited.
-                    cases.forget_programs()
-        for name, (run_part, _) in OTHERS.items():
-            if name in config.parts:
-                results.extra[name] = run_part(config, display)
-                results.rows += results.extra[name]
+    if "table" in config.parts:
+        for task in config.tasks:
+            for kind in config.optimizers:
+                for rate in cases.OPTIMIZERS[kind]:
+                    _run_case(cases.Case(task, kind, rate), config, results, cache)
+                # Each program maps some memory, and the number of mappings is limited.
+                cases.forget_programs()
+    for name, (run_part, _) in OTHERS.items():
+        if name in config.parts:
+            results.extra[name] = run_part(config)
+            results.rows += results.extra[name]
     return results
 
 
-def _run_case(case: cases.Case, config: Config, results: _runner.Results, cache, display) -> None:
+def _run_case(case: cases.Case, config: Config, results: _runner.Results, cache) -> None:
     """All runs of one case: constant sizes under every decay, then the rules."""
     made = cases.definition(case.task, config.share)
     sizes = [2**k for k in range(3, made.max_batch_size.bit_length())]
@@ -144,7 +143,7 @@ def _run_case(case: cases.Case, config: Config, results: _runner.Results, cache,
             drawn = (seed, start) == (config.seeds[0], config.middle) and name in cases.NOISE_RULES
 
             def make(settings=settings, shown=shown, drawn=drawn):
-                callbacks = [display(shown, made.num_examples)]
+                callbacks = [aj.callbacks.progress(shown)]
                 row, windows, _ = cases.run(case, name, callbacks=callbacks, **settings)
                 return row, windows if drawn else []
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import arbiter_jax as aj
 from arbiter_jax import objectives, schedulers
 from experiments import _methods, _runner, _training
 from experiments.noise_rules import cases
@@ -103,7 +104,7 @@ def _replayed_chain(name: str, case: cases.Case, share: float, table: np.ndarray
     return optax.chain(optimizer, rule)
 
 
-def control(config: Any, display: Any) -> list[dict[str, Any]]:
+def control(config: Any) -> list[dict[str, Any]]:
     """Runs each rule as it is, and with a table: its own, permuted in time, of other rates."""
     rows = []
     for case in (case for case in CONTROLLED if case.task in config.tasks):
@@ -121,7 +122,7 @@ def control(config: Any, display: Any) -> list[dict[str, Any]]:
                         name,
                         seed=seed,
                         share=config.share,
-                        callbacks=[display(shown, made.num_examples)],
+                        callbacks=[aj.callbacks.progress(shown)],
                     )
                     return row, _recorded(fit, name, made.num_examples)
 
@@ -184,7 +185,7 @@ def control_table(rows: list[dict[str, Any]]):
 # The same in every case: is it the order in time that matters?
 
 
-def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
+def time_order(config: Any) -> list[dict[str, Any]]:
     """Runs each rule in every case: as it is, with its own table, and with it permuted in time."""
     rows = []
     for task, kind in itertools.product(config.tasks, config.optimizers):
@@ -195,7 +196,7 @@ def time_order(config: Any, display: Any) -> list[dict[str, Any]]:
                 case = cases.Case(task, kind, rate)
                 for seed in config.seeds:
                     shown = f"time order: {task}, {kind} {rate:g}, {name}, seed {seed}"
-                    callbacks = [display(shown, made.num_examples)]
+                    callbacks = [aj.callbacks.progress(shown)]
                     row, _, fit = cases.run(
                         case, name, seed=seed, share=config.share, callbacks=callbacks
                     )

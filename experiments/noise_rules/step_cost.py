@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+import arbiter_jax as aj
 from arbiter_jax import metrics, plotting
 from experiments import _runner, _training
 from experiments.noise_rules import cases
@@ -39,24 +40,24 @@ def _curve(task: _training.Task, total: float, points: int = 20) -> tuple[list, 
     return curve, record_loss
 
 
-def step_cost(config: Any, display: Any) -> list[dict[str, Any]]:
+def step_cost(config: Any) -> list[dict[str, Any]]:
     """Runs constant sizes and both rules, which are passed the fixed cost of a step."""
     base = cases.definition(COSTLY.task, config.share)
     total, rows = COST * base.num_examples, []
     for size in [2**k for k in range(6, base.max_batch_size.bit_length())]:
         share = config.share * COST * size / max(size, FLAT)
-        rows += _curves("constant", size, share, total, config, display)
-    rows += _curves("expected_gain", 64, config.share * COST, total, config, display)
+        rows += _curves("constant", size, share, total, config)
+    rows += _curves("expected_gain", 64, config.share * COST, total, config)
     for budget in BUDGETS:
-        rows += _curves("noise_floor", 64, config.share * budget, np.inf, config, display)
+        rows += _curves("noise_floor", 64, config.share * budget, np.inf, config)
     return rows
 
 
-def _curves(name, start, share, total, config, display) -> list[dict[str, Any]]:
+def _curves(name, start, share, total, config) -> list[dict[str, Any]]:
     made, rows = cases.definition(COSTLY.task, share), []
     options = {} if name == "constant" else {"step_cost": float(FLAT)}
     for seed in config.seeds:
-        shown = display(f"step cost: {name} {start}, seed {seed}", made.num_examples)
+        shown = aj.callbacks.progress(f"step cost: {name} {start}, seed {seed}")
         curve, record_loss = _curve(made.task, total)
         row, _, fit = cases.run(
             COSTLY,

@@ -242,13 +242,15 @@ def record(index, num_steps, **metrics):
     info = aj.StepInfo(
         np.arange(num_steps, dtype=np.float32), np.full(num_steps, 4, np.int32), metrics
     )
-    return aj.WindowRecord(index, 4, 4, num_steps, 2**40 + index, 1.5, 0.1 + index, 1, info)
+    return aj.WindowRecord(index, 4, 4, num_steps, 2**40 + index, 1.5, 0.1 + index, 1, info, {})
 
 
 def test_a_packed_history_grows():
     """Windows of another form, and more windows than fit at first."""
     history = [record(i, 3, noise=np.full(3, i, np.float32)) for i in range(40)]
     history += [record(40, 2, other=np.zeros((2, 0, 3), np.int8))]
+    history[2].evaluation["test/loss"] = 0.1
+    history[40].evaluation.update({"gap": float("nan"), "test/loss": 0.2})
     packed = PackedHistory()
     early = packed.pack(history[:5])
     arrays_, segments = packed.pack(history)
@@ -346,7 +348,7 @@ def test_another_format_is_refused(tmp_path):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"format": 99}))
     with pytest.raises(
-        ValueError, match=r"/6 must be .* of format 1, got one of format 99, which "
+        ValueError, match=r"/6 must be .* of format 2, got one of format 99, which "
     ):
         fit(tmp_path)
     path.write_text("{}")
