@@ -13,11 +13,6 @@ from arbiter_jax.base import PyTree
 from arbiter_jax.batching import num_rows
 
 
-def is_resumable(source: Any) -> bool:
-    """Whether an iterator can say where it stands, and go there: the protocol of grain."""
-    return hasattr(source, "get_state") and hasattr(source, "set_state")
-
-
 class Epochs:
     """Chunks of arrays, reshuffled in every epoch; see :func:`epochs`."""
 
