@@ -268,7 +268,7 @@ def host_blocks(
     =====================================  ============  ==========================================
     source                                 repeat=True   position, for checkpoints
     =====================================  ============  ==========================================
-    ``datasets.epochs(data)``              endless       its ``get_state``
+    ``datasets.epochs(data)``              no need       its ``get_state``
     dataset or DataLoader of grain         yes           its iterator's ``get_state``
     ``torchdata``'s StatefulDataLoader     yes           its ``state_dict``
     DataLoader of torch, tfds.as_numpy,    yes           read again from the beginning up to there:
@@ -278,7 +278,10 @@ def host_blocks(
 
     Each epoch iterates over the source once more; to reshuffle is its own matter. A repeatable order
     needs a seed, e.g. ``DataLoader(..., generator=torch.Generator().manual_seed(0))``, and the same
-    program that made the loader: a run that goes on with other examples is refused.
+    program that made the loader. A StatefulDataLoader without workers goes on with the rest of its
+    epoch, and shuffles later ones anew. A run whose source yields other examples when it is read
+    again is refused. Workers of a DataLoader need ``multiprocessing_context="forkserver"`` or
+    "spawn", because JAX has threads.
 
     Pass the blocks to :func:`arbiter_jax.fit` instead of the training arrays. It also takes a loader
     as it is, ``aj.Data(loader, validation)``: one that can be iterated over again is then repeated.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ def is_loader(value: Any) -> bool:
 
 
 def _is_source(value: Any) -> bool:
-    # Iterating over one of these would take their rows, parts or keys for chunks.
-    is_data = isinstance(value, tuple | Mapping | str | bytes)
+    # Iterating over one of these would take their rows, parts or keys for chunks; a set has no order.
+    is_data = isinstance(value, tuple | Mapping | Set | str | bytes)
     is_data = is_data or hasattr(value, "dtype") or hasattr(value, "__array__")
     return isinstance(value, Iterable) and not is_data
 
@@ -136,10 +136,15 @@ class _WithState(Chunks):
                 self._start(0)
             iterator, self._epoch, state = self._iterator, state["epoch"], state["source"]
         iterator.set_state(state)
+        self._is_new = False  # its epoch may end at once
 
 
 class _WithStateDict(Chunks):
-    """Of a source with state_dict and load_state_dict, such as torchdata's StatefulDataLoader."""
+    """Of a source with state_dict and load_state_dict, such as torchdata's StatefulDataLoader.
+
+    Without workers that one goes on with the rest of its epoch, but shuffles the next epochs in
+    another order than a run that was never stopped.
+    """
 
     def get_state(self) -> Any:
         return {"epoch": self._epoch, "source": _without_tensors(self._source.state_dict())}
@@ -147,6 +152,7 @@ class _WithStateDict(Chunks):
     def set_state(self, state: Any) -> None:
         self._source.load_state_dict(_with_tensors(state["source"]))
         self._start(state["epoch"])
+        self._is_new = False  # its epoch may end at once
 
 
 class _Replayed(Chunks):
