@@ -285,7 +285,8 @@ def host_blocks(
 
     Pass the blocks to :func:`arbiter_jax.fit` instead of the training arrays. It also takes a loader
     as it is, ``aj.Data(loader, validation)``: one that can be iterated over again is then repeated.
-    The validation data stays on the device; :func:`take` makes it of a loader. In your own loop, request the block of each window:
+    The validation data stays on the device; :func:`take` makes it of a loader. In your own loop,
+    request the block of each window:
 
         size, bucket_size, _ = aj.next_window(state.opt_state)
         data = aj.Data(blocks.next_block(size, bucket_size), validation)
