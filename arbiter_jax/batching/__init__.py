@@ -12,6 +12,8 @@ from arbiter_jax.batching._blocks import (
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
+from arbiter_jax.batching._host_blocks import HostBlocks, host_blocks
+from arbiter_jax.batching._loaders import is_loader
 from arbiter_jax.batching._masking import (
     batch_mask,
     check_losses,
@@ -38,11 +40,13 @@ from arbiter_jax.batching._sampling import (
     sample_own_batch,
 )
 from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
+from arbiter_jax.batching._take import take
 
 __all__ = [
     "DATA_AXIS",
     "Block",
     "BlockSource",
+    "HostBlocks",
     "SamplerState",
     "advance",
     "all_buckets",
@@ -59,9 +63,11 @@ __all__ = [
     "examples_ahead",
     "group_rows",
     "halves_apart",
+    "host_blocks",
     "init_sampler",
     "interleave_block",
     "interleaved",
+    "is_loader",
     "is_split",
     "masked_mean",
     "next_bucket",
@@ -74,6 +80,7 @@ __all__ = [
     "sample_own_batch",
     "sample_shared",
     "shard_rows",
+    "take",
     "take_group",
     "total_weight",
 ]

@@ -13,12 +13,13 @@ from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss
 
 
-def num_rows(data: PyTree, name: str = "data") -> int:
+def num_rows(data: PyTree, name: str = "data", hint: str = "") -> int:
     """The number of examples in a data set: the length of the leading axis of its leaves.
 
     Args:
       data: Pytree of arrays with leading axes of equal length, usually ``(inputs, labels)``.
       name: What to call the data in an error message.
+      hint: What to add where the arrays have no such axis.
 
     Raises:
       ValueError: If there is no array, no example, or the lengths differ.
@@ -47,7 +48,7 @@ def num_rows(data: PyTree, name: str = "data") -> int:
     if length is None or others:
         raise ValueError(
             f"{name} must be a pytree of arrays with one leading axis of equal length, got shapes "
-            f"{found}."
+            f"{found}{hint}."
         )
     raise ValueError(f"{name} must hold at least 1 example, got shapes {found}.")
 
