@@ -48,7 +48,7 @@ def on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None = None) -> 
 
 def _from_loaders(data: Any, window: int, mesh: jax.sharding.Mesh | None) -> Any:
     """Data with blocks for a loader of training examples, and arrays for one of validation examples."""
-    train: Any = getattr(data, "train", None)
+    train = getattr(data, "train", None)
     validation = getattr(data, "validation", None)
     is_train = is_loader(train) and not isinstance(train, BlockSource)
     if not is_train and not is_loader(validation):
@@ -59,7 +59,7 @@ def _from_loaders(data: Any, window: int, mesh: jax.sharding.Mesh | None) -> Any
     if is_train:
         sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
         repeat = not isinstance(train, Iterator)  # as arrays are, until the budget is used up
-        train = host_blocks(train, window=window, repeat=repeat, sharding=sharding)
+        train = host_blocks(data.train, window=window, repeat=repeat, sharding=sharding)
     return Data(train, validation)
 
 
