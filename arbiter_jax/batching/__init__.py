@@ -40,7 +40,7 @@ from arbiter_jax.batching._sampling import (
     sample_own_batch,
 )
 from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
-from arbiter_jax.batching._take import take
+from arbiter_jax.batching._take import read_examples, take
 
 __all__ = [
     "DATA_AXIS",
@@ -75,6 +75,7 @@ __all__ = [
     "num_groups",
     "num_real_rows",
     "num_rows",
+    "read_examples",
     "replace_padding",
     "sample_batch",
     "sample_own_batch",

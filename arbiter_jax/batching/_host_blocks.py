@@ -270,7 +270,7 @@ def host_blocks(
     =====================================  ============  ==========================================
     ``datasets.epochs(data)``              no need       its ``get_state``
     dataset or DataLoader of grain         yes           its iterator's ``get_state``
-    ``torchdata``'s StatefulDataLoader     yes           its ``state_dict``
+    StatefulDataLoader of torchdata        yes           its ``state_dict``
     DataLoader of torch, tfds.as_numpy,    yes           read again from the beginning up to there:
     other iterables, lists                               its order must be repeatable
     generator, iterator                    no: an error  none: an error where a run is saved
@@ -303,8 +303,8 @@ def host_blocks(
         change afterwards. The thread reads it, in the order that it has. :func:`epochs` makes an
         endless one from arrays.
       window: T, number of steps per block, an integer >= 1; pass the same to training.
-      batched: Whether an item of the source is a batch of any size; False for a single example. Only
-        an item whose arrays have no common leading axis is recognized as an example.
+      batched: Whether an item of the source is a batch of any size; False for a single example, which
+        is 0.1 ms slower. Only an item whose arrays have no common leading axis is refused as a batch.
       repeat: Whether to iterate over the source again when it ends. A batch may cross the end of an
         epoch.
       sharding: Where to put the blocks; their second axis is that of the examples. If None, on the
@@ -341,10 +341,9 @@ def host_blocks(
     >>> [record.num_examples for record in result.history], blocks.num_examples
     ([60, 96], 96)
 
-    A loader of one epoch, with examples of which the last batch has fewer:
+    A loader of six examples, repeated:
 
-    >>> loader = [np.arange(4), np.arange(4, 6)]
-    >>> with datasets.host_blocks(loader, window=2, repeat=True) as blocks:
+    >>> with datasets.host_blocks([np.arange(4), np.arange(4, 6)], window=2, repeat=True) as blocks:
     ...     blocks.next_block(4, 4).batches.tolist()
     [[0, 2, 1, 3], [4, 0, 5, 1]]
     """

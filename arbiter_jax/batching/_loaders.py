@@ -97,7 +97,8 @@ class Chunks:
         self._iterator, self._epoch, self._is_new = iter(self._source), epoch, True
 
     def _checked(self, chunk: PyTree) -> PyTree:
-        hint = ": if each is a single example, pass batched=False" if self._batched else ""
+        hint = ": if each is a single example, pass batched=False to datasets.host_blocks"
+        hint = hint if self._batched else ""
         num_rows(chunk, "each chunk of the source", hint)
         leaves, structure = jax.tree.flatten(chunk)
         kind = structure, [(leaf.shape[1:], str(leaf.dtype)) for leaf in leaves]

@@ -47,6 +47,17 @@ def take(
     >>> sorted(labels.tolist())
     [0, 1, 2, 3, 4, 5]
     """
+    return read_examples(source, "source", num_examples, batched, max_bytes)
+
+
+def read_examples(
+    source: Any,
+    name: str,
+    num_examples: int | None = None,
+    batched: bool = True,
+    max_bytes: int = _MAX_BYTES,
+) -> PyTree:
+    """As :func:`take`; an error calls the source by `name`."""
     if num_examples is not None:
         num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
@@ -59,7 +70,7 @@ def take(
             count, num_bytes = count + len(leaves[0]), num_bytes + sum(x.nbytes for x in leaves)
             if num_bytes > max_bytes:
                 raise ValueError(
-                    f"source must hold at most {max_bytes} bytes to be read into arrays, got more "
+                    f"{name} must hold at most {max_bytes} bytes to be read into arrays, got more "
                     f"in the first {count} examples: read fewer with "
                     "datasets.take(source, num_examples), or raise its max_bytes."
                 )
@@ -67,7 +78,6 @@ def take(
             if count == num_examples:
                 break
     if not count or (num_examples is not None and count < num_examples):
-        raise ValueError(
-            f"source must hold at least {num_examples or 1} examples to be read, got {count}."
-        )
+        at_least = "1 example" if num_examples in (None, 1) else f"{num_examples} examples"
+        raise ValueError(f"{name} must hold at least {at_least}, got {count}.")
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -18,7 +18,7 @@ from arbiter_jax.batching import (
     check_next_block,
     host_blocks,
     is_loader,
-    take,
+    read_examples,
 )
 from arbiter_jax.training._checks import check_data
 from arbiter_jax.training._mesh import place, place_block
@@ -48,16 +48,18 @@ def on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None = None) -> 
 
 def _from_loaders(data: Any, window: int, mesh: jax.sharding.Mesh | None) -> Any:
     """Data with blocks for a loader of training examples, and arrays for one of validation examples."""
-    train, validation = getattr(data, "train", None), getattr(data, "validation", None)
+    train = getattr(data, "train", None)
+    validation = getattr(data, "validation", None)
     is_train = is_loader(train) and not isinstance(train, BlockSource)
     if not is_train and not is_loader(validation):
         return data
     # Before the thread of the blocks begins to read: the two may share workers.
-    validation = take(validation) if is_loader(validation) else validation
+    if is_loader(validation):
+        validation = read_examples(validation, "data.validation")
     if is_train:
         sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
         repeat = not isinstance(train, Iterator)  # as arrays are, until the budget is used up
-        train = host_blocks(train, window=window, repeat=repeat, sharding=sharding)
+        train = host_blocks(data.train, window=window, repeat=repeat, sharding=sharding)
     return Data(train, validation)
 
 

@@ -19,6 +19,7 @@ from arbiter_jax import datasets
 from arbiter_jax.batching import bit_reversed
 from arbiter_jax.batching._loaders import chunks_of
 from arbiter_jax.training._run_data import on_device
+from tests.datasets import builders
 
 NUM_EXAMPLES, WINDOW = 50, 3
 X = np.random.default_rng(0).normal(size=(NUM_EXAMPLES, 2)).astype(np.float32)
@@ -157,6 +158,16 @@ class TestValues:
 
 
 class TestTake:
+    def test_a_data_source_of_tfds(self, tmp_path):
+        """Its items are examples, each of them a dict."""
+        pytest.importorskip("tensorflow_datasets")
+        builders.prepare(tmp_path)
+        builder = builders.small_set()(data_dir=str(tmp_path), file_format="array_record")
+        found = datasets.take(builder.as_data_source(split="train"), batched=False)
+        assert {name: x.shape for name, x in found.items()} == {"x": (20, 3), "y": (20,)}
+        np.testing.assert_array_equal(found["y"], found["x"][:, 0] % 3)
+        assert sorted(found["x"][:, 0].tolist()) == list(range(20))
+
     @every_source
     def test_takes_all_or_the_first(self, make):
         inputs, labels = datasets.take(make())
@@ -171,7 +182,7 @@ class TestTake:
         ("source", "options", "message"),
         [
             ([], {}, "source must hold at least 1 example.*, got 0"),
-            ([X], {"num_examples": 51}, "at least 51 examples to be read, got 50"),
+            ([X], {"num_examples": 51}, "source must hold at least 51 examples, got 50"),
             (itertools.repeat(X), {"max_bytes": 3000}, r"at most 3000 bytes .* first 400 ex.*take"),
             ([X], {"num_examples": 0}, "num_examples must be an integer >= 1"),
             ([X], {"max_bytes": 0}, "max_bytes must be an integer >= 1"),
@@ -280,7 +291,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("items", "batched", "message"),
         [
-            ([(X[0], 3)], True, r"equal length, got shapes .*: if each .* pass batched=False\."),
+            ([(X[0], 3)], True, r"equal length, got shapes .*: if each .* pass batched=False to "),
             ([3], True, r"each chunk of the source: \(\): if each .* pass batched=False"),
             ([[X[:2], ("a", "b")]], True, r"source\[1\]\[0\] must be an array of numbers.*<U1"),
             ([{"y": "a"}], False, r"must be an array of numbers, got dtype <U1: encode"),
@@ -411,6 +422,18 @@ class TestFit:
         pytest.importorskip("orbax.checkpoint")
         with pytest.raises(ValueError, match=r"^source must be .* got a generator: use"):
             fit(aj.Data(iter(Loader())), checkpoints=aj.checkpoints(tmp_path))
+
+    def test_on_a_mesh(self):
+        """Eight rows of a step on four devices: the run of one device, to rounding."""
+        mesh = jax.make_mesh((4,), ("data",))
+        results = [fit(aj.Data(Loader()), mesh=mesh), fit(aj.Data(Loader()))]
+        params = [np.asarray(result.state.params) for result in results]
+        np.testing.assert_allclose(*params, rtol=1e-5)
+
+    def test_several_seeds_share_arrays_alone(self):
+        keys = jax.random.split(jax.random.key(0), 2)
+        with pytest.raises(ValueError, match=r"data\.train must be arrays where key holds several"):
+            aj.fit(loss_fn, jnp.zeros((2, 2)), TX, aj.Data(Loader()), num_examples=96, key=keys)
 
     def test_validation_from_a_loader(self):
         data = on_device(aj.Data((X, Y), Loader()), WINDOW)

@@ -140,12 +140,18 @@ def stops(process):
 
 
 def killed(process):
-    """The last process gets SIGTERM in the second window, and all are started again."""
+    """The last process gets SIGTERM in the second window, and all are started again.
+
+    The whole run is given the source as it is, the others blocks of it.
+    """
     mine = [x[process.index :: process.count] for x in (INPUTS, LABELS)]
     directory = process.folder / f"checkpoints_of_{process.count}"
 
+    def source_of_process():
+        return datasets.epochs(tuple(mine), chunk_size=5 + process.index, seed=process.index)
+
     def run(**options):
-        source = datasets.epochs(tuple(mine), chunk_size=5 + process.index, seed=process.index)
+        source = source_of_process()
         sharding = process.sharding(None, "data")
         with datasets.host_blocks(source, window=WINDOW, sharding=sharding) as blocks:
             return process.fit(noise_scale(), blocks, num_examples=600, **options)
@@ -155,7 +161,7 @@ def killed(process):
             os.kill(os.getpid(), signal.SIGTERM)
 
     saved = aj.checkpoints(directory, every=3)
-    found = {"whole": run()}
+    found = {"whole": process.fit(noise_scale(), source_of_process(), num_examples=600)}
     try:
         run(checkpoints=saved, callbacks=kill)
     except SystemExit as end:

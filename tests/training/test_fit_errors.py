@@ -86,7 +86,7 @@ ON_HOST = r"arbiter_jax\.datasets\.host_blocks\(source, window=window\), as aj\.
         ((batch for batch in [INPUTS]), DATA + "a generator: .*" + ON_HOST),
         (aj.Data([Loader()]), r"^data\.train\[0\] must .* got a Loader: .*" + ON_HOST),
         (aj.Data(iter([INPUTS[0, 0]])), r"^each chunk of the source must .* pass batched=False"),
-        (aj.Data(Loader(), iter([])), r"^source must hold at least 1 example.*, got 0"),
+        (aj.Data(Loader(), iter([])), r"^data\.validation must hold at least 1 example, got 0"),
         (aj.Data((INPUTS, iter([1]))), r"^data\.train\[1\] must .* a list_iterator: .*" + ON_HOST),
         (aj.Data(None), r"^data\.train must be a pytree of arrays .* got shapes no array"),
         (aj.Data({}), r"^data\.train must be a pytree of arrays .* got shapes no array"),
