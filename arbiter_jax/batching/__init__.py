@@ -13,6 +13,7 @@ from arbiter_jax.batching._blocks import (
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
 from arbiter_jax.batching._masking import (
+    MaskedBatch,
     batch_mask,
     check_losses,
     masked_mean,
@@ -43,6 +44,7 @@ __all__ = [
     "DATA_AXIS",
     "Block",
     "BlockSource",
+    "MaskedBatch",
     "SamplerState",
     "advance",
     "all_buckets",

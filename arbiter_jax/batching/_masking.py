@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,13 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss
+
+
+class MaskedBatch(NamedTuple):
+    """A batch in a bucket, which may have more rows than the batch has examples."""
+
+    examples: PyTree  # leaves [bucket, ...]
+    mask: jax.Array | np.ndarray  # shape=(bucket,), dtype=bool, True for an example
 
 
 def num_rows(data: PyTree, name: str = "data") -> int:

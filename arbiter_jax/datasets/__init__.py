@@ -1,5 +1,6 @@
 """Data sets as arrays: three splits of normalized inputs and labels, for any training loop."""
 
+from arbiter_jax.batching import MaskedBatch
 from arbiter_jax.datasets._augmentation import pad_crop_flip
 from arbiter_jax.datasets._batches import Batches, batches
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetNotFoundError",
     "Epochs",
     "HostBlocks",
+    "MaskedBatch",
     "batches",
     "decode_text",
     "diabetes",

@@ -12,7 +12,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import next_bucket
+from arbiter_jax.batching import MaskedBatch, next_bucket
 from arbiter_jax.datasets._block_maker import Buffer
 
 
@@ -38,10 +38,10 @@ class Batches:
         self._buffer = Buffer(_iterator(source))
         self._batch_size: Callable[[], Any] = batch_size
 
-    def __iter__(self) -> Iterator[tuple[PyTree, np.ndarray]]:
+    def __iter__(self) -> Iterator[MaskedBatch]:
         return self
 
-    def __next__(self) -> tuple[PyTree, np.ndarray]:
+    def __next__(self) -> MaskedBatch:
         size = np.asarray(self._batch_size())  # waits for the step that decides it
         size = size.item() if size.ndim == 0 else size
         size = _validate.integer(batch_size=size, minimum=1)
@@ -49,10 +49,10 @@ class Batches:
             raise StopIteration
         rows = np.arange(next_bucket(size))
         mask = rows < size
-        batch = self._buffer.take(np.where(mask, rows, 0))
+        examples = self._buffer.take(np.where(mask, rows, 0))
         self._buffer.drop(size)
         self.num_examples += size
-        return batch, mask
+        return MaskedBatch(examples, mask)
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch begins, made of what the source's own ``get_state()`` returns.
@@ -95,8 +95,8 @@ def batches(source: Iterable[PyTree], batch_size: int | Callable[[], Any]) -> Ba
         it, such as ``lambda: aj.get_batch_size(opt_state)``.
 
     Returns:
-      An iterator over ``(batch, mask)``: leaves [bucket, ...] of NumPy, and bool[bucket], True for
-      an example. It ends where the source has no whole batch left, and counts the examples so far in
+      An iterator over :class:`MaskedBatch`, pairs of examples, leaves [bucket, ...] of NumPy, and
+      their mask, bool[bucket]. It ends where the source has no whole batch left, and counts the examples so far in
       `num_examples`. It has ``get_state()`` and ``set_state(state)`` where the iterator of the
       source has them.
 
