@@ -13,7 +13,7 @@ import arbiter_jax as aj
 FOLDER = pathlib.Path(__file__).parent / "scripts"
 SCRIPTS = sorted(p.stem.removesuffix("_adaptive") for p in FOLDER.glob("*_adaptive.py"))
 BUDGET = 4096  # examples
-RANGE = {"min_batch_size": 4, "max_batch_size": 64, "initial_batch_size": 8}
+RANGE = {"min_batch_size": 8, "max_batch_size": 16, "initial_batch_size": 8}  # two buckets
 NUM_VALIDATION = 32  # all that an agent of `fit` sees at a step, in whatever order
 
 

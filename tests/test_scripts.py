@@ -77,7 +77,7 @@ def fit_nnx(tx):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss_fn(params, batch, rest, mask, key):
-        model = nnx.merge(graph, params, rest)
+        model = nnx.merge(graph, params, rest, copy=True)
         losses, _ = script.loss_fn(model, batch)
         return losses, nnx.state(model, nnx.Not(nnx.Param))
 
