@@ -7,6 +7,7 @@ import pathlib
 import tokenize
 
 import numpy as np
+import optax
 
 import arbiter_jax as aj
 
@@ -20,7 +21,8 @@ NUM_VALIDATION = 32  # all that an agent of `fit` sees at a step, in whatever or
 def _arbiter(input_shape):
     agent = aj.mlp_agent(input_shape, num_proposals=4, hidden_sizes=(8,))
     objective = aj.noise_response("noise_floor", num_examples=BUDGET)
-    return aj.arbiter(agent, objective=objective, window=2, **RANGE)
+    options = RANGE | {"initial_batch_size": 12, "agent_optimizer": optax.adam(0.1)}
+    return aj.arbiter(agent, objective=objective, window=2, **options)
 
 
 # Each takes the shape of one input.

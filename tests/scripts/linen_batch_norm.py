@@ -27,7 +27,7 @@ class TrainState(train_state.TrainState):
     model_state: Any
 
 
-def cross_entropy(logits, labels):
+def softmax_loss(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -45,7 +45,7 @@ def train(tx, source, test, num_steps):
             logits, updates = state.apply_fn(
                 variables, batch[0], train=True, mutable=["batch_stats"]
             )
-            return cross_entropy(logits, batch[1]).mean(), updates
+            return softmax_loss(logits, batch[1]).mean(), updates
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, model_state), grads = grad_fn(state.params)
@@ -56,7 +56,7 @@ def train(tx, source, test, num_steps):
     def eval_step(state: TrainState, batch):
         variables = {"params": state.params, **state.model_state}
         logits = state.apply_fn(variables, batch[0], train=False)
-        return cross_entropy(logits, batch[1]).mean()
+        return softmax_loss(logits, batch[1]).mean()
 
     for batch in itertools.islice(source, num_steps):
         state, loss = train_step(state, batch)

@@ -28,7 +28,7 @@ class TrainState(aj.models.TrainState):
     model_state: Any
 
 
-def cross_entropy(logits, labels):
+def softmax_loss(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
@@ -38,9 +38,7 @@ def train(tx, source, test, num_steps):
     model_state, params = flax.core.pop(variables, "params")
     state = TrainState.create(apply_fn=mlp.apply, params=params, tx=tx, model_state=model_state)
     losses = []
-    loss_fn = aj.models.make_losses(
-        aj.models.attach(mlp, "Dense_1", test[0]), cross_entropy
-    ).loss_fn
+    loss_fn = aj.models.make_losses(aj.models.attach(mlp, "Dense_1", test[0]), softmax_loss).loss_fn
 
     @jax.jit
     def train_step(state: TrainState, batch):
@@ -55,7 +53,7 @@ def train(tx, source, test, num_steps):
     def eval_step(state: TrainState, batch):
         variables = {"params": state.params, **state.model_state}
         logits = state.apply_fn(variables, batch[0], train=False)
-        return cross_entropy(logits, batch[1]).mean()
+        return softmax_loss(logits, batch[1]).mean()
 
     source = aj.datasets.batches(source, lambda: aj.get_batch_size(state.opt_state))
     for batch in itertools.islice(source, num_steps):
