@@ -43,7 +43,10 @@ def pieces(form, chunk_size=50):
 
 
 def chain(rule=None, shape=IMAGE):
-    return optax.chain(optax.adam(3e-3), *([] if rule is None else [RULES[rule](shape)]))
+    # Not Adam: it makes steps of full length from the rounding errors of a bias before BatchNorm,
+    # whose gradient is zero.
+    optimizer = optax.sgd(0.05, momentum=0.9)
+    return optax.chain(optimizer, *([] if rule is None else [RULES[rule](shape)]))
 
 
 class Loader:
