@@ -4,6 +4,7 @@ import functools
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,6 +12,7 @@ from flax import nnx
 
 import arbiter_jax as aj
 from tests.script_runs import (
+    BUDGET,
     NUM_VALIDATION,
     RULES,
     SCRIPTS,
@@ -72,6 +74,15 @@ def test_at_most_eight_lines(name):
     assert 3 <= len(lines) <= 8, "\n".join(lines)
 
 
+def numbered(source):
+    """Examples with the number of each."""
+    start = 0
+    for chunk in source:
+        end = start + len(chunk["label"])
+        yield chunk | {"number": np.arange(start, end, dtype=np.int32)}
+        start = end
+
+
 def fit_nnx(tx):
     """The script's model as pure functions: everything but the parameters is its state."""
     script = load("nnx_mnist_adaptive")
@@ -80,15 +91,18 @@ def fit_nnx(tx):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss_fn(params, batch, rest, mask, key):
+        # `fit` deals rows out; dropout, which draws by row, is to see them as the loop does.
+        order = jnp.argsort(jnp.where(mask, batch["number"], BUDGET))
+        batch = jax.tree.map(lambda x: x[order], batch)
         model = nnx.merge(graph, params, rest, copy=True)
         losses, _ = script.loss_fn(model, batch)
-        return losses, nnx.state(model, nnx.Not(nnx.Param))
+        return losses[jnp.argsort(order)], nnx.state(model, nnx.Not(nnx.Param))
 
     return run_fit(
         loss_fn,
         params,
         tx,
-        pieces("dict"),
+        numbered(pieces("dict")),
         examples("dict", "validation"),
         NUM_STEPS,
         model_state=rest,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from arbiter_jax import _validate
@@ -22,7 +21,7 @@ class MaskedBatch(NamedTuple):
     """A batch in a bucket, which may have more rows than the batch has examples."""
 
     examples: PyTree  # leaves [bucket, ...]
-    mask: jax.Array | np.ndarray  # shape=(bucket,), dtype=bool, True for an example
+    mask: Any  # an array, shape=(bucket,), dtype=bool, True for an example
 
 
 class Batches:
