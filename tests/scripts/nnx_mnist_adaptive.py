@@ -45,7 +45,9 @@ def train(tx, source, test, num_steps):
 
     @nnx.jit
     def train_step(model: CNN, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, batch):
-        grad_fn = aj.value_grad_and_signals(loss_fn, tx, has_aux=True)
+        grad_fn = aj.value_grad_and_signals(
+            loss_fn, tx, has_aux=True, inputs_of=lambda batch: batch["image"]
+        )
         loss, grads, signals, logits = grad_fn(model, optimizer.opt_state, batch, validation=test)
         metrics.update(loss=loss, logits=logits, labels=batch.examples["label"], mask=batch.mask)
         optimizer.update(model, grads, **signals)
