@@ -1,5 +1,6 @@
 """From a batch size to a masked batch: buckets, masks, samplers and blocks."""
 
+from arbiter_jax.batching._batches import Batches, MaskedBatch, batches
 from arbiter_jax.batching._blocks import (
     Block,
     BlockSource,
@@ -44,14 +45,17 @@ from arbiter_jax.batching._take import read_examples, take
 
 __all__ = [
     "DATA_AXIS",
+    "Batches",
     "Block",
     "BlockSource",
     "HostBlocks",
+    "MaskedBatch",
     "SamplerState",
     "advance",
     "all_buckets",
     "batch_mask",
     "batch_of_the_rest",
+    "batches",
     "bit_reversed",
     "block_batch",
     "block_rows",

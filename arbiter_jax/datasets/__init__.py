@@ -1,6 +1,6 @@
 """Data sets as arrays: three splits of normalized inputs and labels, for any training loop."""
 
-from arbiter_jax.batching import HostBlocks, host_blocks, take
+from arbiter_jax.batching import Batches, HostBlocks, MaskedBatch, batches, host_blocks, take
 from arbiter_jax.datasets._augmentation import pad_crop_flip
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
 from arbiter_jax.datasets._diabetes import diabetes
@@ -16,10 +16,13 @@ from arbiter_jax.datasets._text import decode_text, text, text_vocabulary
 from arbiter_jax.datasets._tfds import from_tfds
 
 __all__ = [
+    "Batches",
     "Dataset",
     "DatasetNotFoundError",
     "Epochs",
     "HostBlocks",
+    "MaskedBatch",
+    "batches",
     "decode_text",
     "diabetes",
     "digits",

@@ -22,7 +22,7 @@ from arbiter_jax.base import (
     takes_extra_args,
     with_extra_args,
 )
-from arbiter_jax.batching import num_rows
+from arbiter_jax.batching import MaskedBatch, num_rows
 from arbiter_jax.gradients import Gradient
 from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._checks import check_transformation
@@ -89,7 +89,7 @@ def value_grad_and_signals(
         statistics and random streams of the module are updated in place. Rules see an ``nnx.State``
         of it: losses for them come from ``models.make_losses(aj.attach(model, ...), ...)``.
       - `batch` is any pytree of arrays [M, ...]. `mask`, bool[M], marks the real rows; padding
-        changes no bit of the result.
+        changes no bit of the result. A pair from :func:`arbiter_jax.datasets.batches` is both.
       - `validation` is a batch of validation examples, a pytree like `batch`, for rules that measure
         on them. An agent sees the first 32 rows.
       - `model_state` is that of the model (BatchNorm statistics), `key` the source of randomness of
@@ -157,6 +157,8 @@ def value_grad_and_signals(
         num_examples: Any = None,
         step_seconds: Any = None,
     ) -> Any:
+        if isinstance(batch, MaskedBatch) and mask is None:
+            batch, mask = batch
         check_batch(batch, mask)
         pure = split(params, opt_state, model_state, key)
         requested = requests(pure.opt_state)
