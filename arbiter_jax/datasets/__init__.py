@@ -1,6 +1,7 @@
 """Data sets as arrays: three splits of normalized inputs and labels, for any training loop."""
 
 from arbiter_jax.datasets._augmentation import pad_crop_flip
+from arbiter_jax.datasets._batches import Batches, batches
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
 from arbiter_jax.datasets._diabetes import diabetes
 from arbiter_jax.datasets._digits import digits
@@ -16,10 +17,12 @@ from arbiter_jax.datasets._text import decode_text, text, text_vocabulary
 from arbiter_jax.datasets._tfds import from_tfds
 
 __all__ = [
+    "Batches",
     "Dataset",
     "DatasetNotFoundError",
     "Epochs",
     "HostBlocks",
+    "batches",
     "decode_text",
     "diabetes",
     "digits",

@@ -1,0 +1,126 @@
+"""Batches of the size that a rule wants, from data that comes in pieces, for a loop of one's own.
+
+A data loader fixes its batch size when it is made; here the size is asked for before every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from arbiter_jax import _validate
+from arbiter_jax.base import PyTree
+from arbiter_jax.batching import next_bucket
+from arbiter_jax.datasets._block_maker import Buffer
+
+
+def _iterator(source: Any) -> Iterator[PyTree]:
+    # Iterating over one of these would take their rows, parts or keys for chunks.
+    is_data = isinstance(source, tuple | Mapping | str | bytes) or hasattr(source, "dtype")
+    if is_data or not isinstance(source, Iterable):
+        raise ValueError(
+            "source must be an iterator over chunks of examples, got "
+            f"{type(source).__name__}; datasets.epochs(data) makes one from arrays."
+        )
+    return iter(source)
+
+
+class Batches:
+    """Batches whose size may change, with their masks; see :func:`batches`."""
+
+    def __init__(self, source: Iterable[PyTree], batch_size: Any):
+        if not callable(batch_size):
+            size = _validate.integer(batch_size=batch_size, minimum=1)
+            batch_size = lambda: size
+        self.num_examples = 0  # in all batches so far, without padding
+        self._buffer = Buffer(_iterator(source))
+        self._batch_size: Callable[[], Any] = batch_size
+
+    def __iter__(self) -> Iterator[tuple[PyTree, np.ndarray]]:
+        return self
+
+    def __next__(self) -> tuple[PyTree, np.ndarray]:
+        size = np.asarray(self._batch_size())  # waits for the step that decides it
+        size = size.item() if size.ndim == 0 else size
+        size = _validate.integer(batch_size=size, minimum=1)
+        if self._buffer.fill(size) < size:
+            raise StopIteration
+        rows = np.arange(next_bucket(size))
+        mask = rows < size
+        batch = self._buffer.take(np.where(mask, rows, 0))
+        self._buffer.drop(size)
+        self.num_examples += size
+        return batch, mask
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch begins, made of what the source's own ``get_state()`` returns.
+
+        Raises:
+          ValueError: If the source has no ``get_state()`` and ``set_state(state)``.
+        """
+        position = self._buffer.position()
+        if position is None:
+            raise ValueError(
+                "source must be an iterator with get_state() and set_state(state) to go on where a "
+                "run was saved, got one without, such as a generator: use datasets.epochs(data), "
+                "or a dataset of grain."
+            )
+        return {**position, "num_examples": self.num_examples}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`get_state` was called, perhaps in another process."""
+        self.get_state()  # raises
+        self._buffer.go_to({"source": state["source"], "skip": state["skip"]})
+        self.num_examples = state["num_examples"]
+
+
+def batches(source: Iterable[PyTree], batch_size: int | Callable[[], Any]) -> Batches:
+    """Iterates over batches of the size that a rule wants, in a training loop of your own.
+
+    Whatever the sizes of the pieces that `source` yields, they are joined and cut again: each
+    example is used once, in the order of the source. The size is asked for when the next batch is
+    wanted. So a function that reads the optimizer state follows it from step to step; it waits for
+    the step before to end, as reading a decision must.
+
+    A batch has a power of two of rows, :func:`arbiter_jax.next_bucket` of its size, so that a jitted
+    step compiles once per bucket and not once per size. The first `batch_size` rows are examples;
+    the others repeat the first one, and the mask says which they are.
+
+    Args:
+      source: Iterable over pytrees of arrays [n, ...] with any n >= 1, e.g. a data loader;
+        :func:`epochs` makes an endless one from arrays.
+      batch_size: Examples of a batch, an integer >= 1, or a function without arguments that returns
+        it, such as ``lambda: aj.get_batch_size(opt_state)``.
+
+    Returns:
+      An iterator over ``(batch, mask)``: leaves [bucket, ...] of NumPy, and bool[bucket], True for
+      an example. It ends where the source has no whole batch left, and counts the examples so far in
+      `num_examples`. It has ``get_state()`` and ``set_state(state)`` where the iterator of the
+      source has them.
+
+    Raises:
+      ValueError: If source is data itself or cannot be iterated over, a size is not an integer >= 1,
+        or the pieces differ in structure, shape or dtype.
+
+    *Guarantees*:
+      * Each example is used exactly once, in the order of the source, however the sizes change.
+        Only an incomplete batch at the end is left out.
+
+    >>> import numpy as np
+    >>> from arbiter_jax import datasets
+    >>> sizes = iter([2, 3, 2, 2, 2])
+    >>> for batch, mask in datasets.batches([np.arange(4), np.arange(4, 9)], lambda: next(sizes)):
+    ...     print(batch.tolist(), mask.tolist())
+    [0, 1] [True, True]
+    [2, 3, 4, 2] [True, True, True, False]
+    [5, 6] [True, True]
+    [7, 8] [True, True]
+
+    In a training loop:
+
+        for batch, mask in datasets.batches(loader, lambda: aj.get_batch_size(opt_state)):
+            params, opt_state, loss = train_step(params, opt_state, batch, mask)
+    """
+    return Batches(source, batch_size)
