@@ -91,4 +91,4 @@ def train(tx, source, validation, num_steps, num_micro_batches=4):
         losses.append(float(loss))
     total_loss, num_tokens = jax.jit(loss_fn)(state.params, validation)
     losses.append(float(total_loss / num_tokens))
-    return state.params, losses
+    return state, losses

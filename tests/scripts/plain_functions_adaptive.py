@@ -51,4 +51,4 @@ def train(tx, source, validation, num_steps):
         if len(losses) == num_steps:
             break
     losses.append(float(loss_fn(params, validation)))
-    return params, losses
+    return (params, opt_state), losses
