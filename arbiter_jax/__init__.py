@@ -53,23 +53,25 @@ from arbiter_jax.training import (
     FitResult,
     TrainState,
     WindowRecord,
+    accumulate,
     fit,
     init_state,
     next_window,
     run_window,
+    value_grad_and_signals,
 )
 
 # fmt: off
 __all__ = [
     "Agent", "ArbiterState", "Data", "FitResult", "GradStats", "StepInfo", "TrainState",
-    "WeightedLoss", "WindowRecord", "__version__", "adam_hd", "adamp", "adamw_in_examples",
-    "adascale", "all_buckets", "arbiter", "attach", "autowu", "callbacks", "checkpoints",
-    "conv_agent", "critical_batch_size", "datasets", "dynamic_batch_adaptation", "fit",
-    "get_batch_size", "gradient_stats", "impulse_response", "init_sampler", "init_state",
+    "WeightedLoss", "WindowRecord", "__version__", "accumulate", "adam_hd", "adamp",
+    "adamw_in_examples", "adascale", "all_buckets", "arbiter", "attach", "autowu", "callbacks",
+    "checkpoints", "conv_agent", "critical_batch_size", "datasets", "dynamic_batch_adaptation",
+    "fit", "get_batch_size", "gradient_stats", "impulse_response", "init_sampler", "init_state",
     "learning_rate", "measure_critical_batch_size", "metrics", "mlp_agent", "models", "next_bucket",
     "next_window", "noise_response", "noisy_quadratic", "objectives", "plotting", "progress",
     "re_anchor", "run_window", "sample_batch", "scale_by_batch_size", "schedulers", "seesaw",
     "select_subset", "sgd_hd", "stochastic_meta_descent", "subset_gradients", "to_batch_size",
-    "to_logit", "warm_up",
+    "to_logit", "value_grad_and_signals", "warm_up",
 ]
 # fmt: on

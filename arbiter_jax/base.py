@@ -159,6 +159,7 @@ class Requests(NamedTuple):
     opt_state: PyTree  # the state that was read
     progress_per_step: jax.Array | float  # 1 if no state says otherwise
     num_updates: jax.Array | None  # int32[], of the state that says so, if it counts them
+    progress: jax.Array | None  # float[], the sum of the gains, of the state that says so
     accumulators: tuple[Any, ...]  # states of optax.MultiSteps
     finite_flags: tuple[jax.Array, ...]  # bool[] each, `last_finite` of optax.apply_if_finite
 
@@ -263,7 +264,7 @@ def requests(opt_state: PyTree) -> Requests:
     signals: set[str] = set()
     meta_batch_sizes: list[jax.Array] = []
     flags: list[jax.Array | None] = []
-    progress: list[tuple[jax.Array, jax.Array | None]] = []
+    progress: list[Any] = []
     accumulators: list[Any] = []
     finite_flags: list[jax.Array] = []
 
@@ -288,7 +289,7 @@ def requests(opt_state: PyTree) -> Requests:
         if in_rule and hasattr(node, "budget"):
             budgets.append(node.budget)
         if hasattr(node, "progress_per_step"):
-            progress.append((node.progress_per_step, getattr(node, "num_updates", None)))
+            progress.append(node)
         asked = set(getattr(node, "requires", ()))
         signals.update(asked)
         # The flag of a state speaks for everything inside it.
@@ -313,8 +314,9 @@ def requests(opt_state: PyTree) -> Requests:
         meta_batch_size=meta_batch_sizes[0] if meta_batch_sizes else None,
         flags=tuple(flags),
         opt_state=opt_state,
-        progress_per_step=progress[-1][0] if progress else 1.0,
-        num_updates=progress[-1][1] if progress else None,
+        progress_per_step=progress[-1].progress_per_step if progress else 1.0,
+        num_updates=getattr(progress[-1], "num_updates", None) if progress else None,
+        progress=getattr(progress[-1], "progress", None) if progress else None,
         accumulators=tuple(accumulators),
         finite_flags=tuple(finite_flags),
     )
@@ -474,12 +476,18 @@ def require(rule: str, **signals: Any) -> None:
         if value is None:
             raise TypeError(
                 f"{rule} needs the signal `{name}`: call update(..., {name}=...). {SIGNALS[name]} "
-                "aj.fit and aj.run_window do this for you."
+                "aj.value_grad_and_signals makes all signals, aj.fit and aj.run_window pass them."
             )
+
+
+def takes_extra_args(tx: Any) -> bool:
+    """Whether the update of a transformation takes any extra argument."""
+    parameters = inspect.signature(tx.update).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def with_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     """As `optax.with_extra_args_support`, which drops the arguments that `optax.MultiSteps` takes."""
-    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
+    if takes_extra_args(tx):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)

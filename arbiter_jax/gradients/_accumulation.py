@@ -16,10 +16,15 @@ import jax.typing
 from arbiter_jax._numerics import at_least_float32, tree_dot, tree_where
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.gradients._estimators import real_parts, stats_from_moments
-from arbiter_jax.gradients._masked import GradientFn, _value_grad_and_weight, call_loss
+from arbiter_jax.gradients._joined import check_aux
+from arbiter_jax.gradients._masked import (
+    Gradient,
+    GradientFn,
+    call_loss,
+    value_grad_and_weight,
+)
 from arbiter_jax.gradients._statistics import (
     Trainable,
-    _check_aux,
     _counted,
     counted_leaves,
 )
@@ -32,7 +37,7 @@ class Groups(NamedTuple):
     num_groups: jax.typing.ArrayLike  # shape=(), dtype=int32, >= 1
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """What the statistics keep of the groups so far."""
 
     count: jax.Array  # shape=(), dtype=int32, groups with an example
@@ -82,7 +87,7 @@ def accumulated_value_and_grad(
       West (1979), "Updating mean and variance estimates: an improved method".
     """
     # Traced once, for its shapes as well as for the loop.
-    weighted = jax.jit(_value_grad_and_weight(loss_fn, has_aux))
+    weighted = jax.jit(value_grad_and_weight(loss_fn, has_aux))
 
     def gradient_fn(params, groups, num_examples, model_state=None, key=None):
         counts = counted_leaves(params, trainable) if statistics else None
@@ -97,11 +102,11 @@ def accumulated_value_and_grad(
             delta = jax.tree.map(lambda g, m: at_least_float32(g) - m, grads, mean)
             in_first = j < groups.num_groups // 2
             # Zero for the first group, and for an empty one, whose gradient may be 0 / 0.
-            factor = jnp.where(before > 0, weight * (before + weight) / _or_one(before), 0)
+            factor = jnp.where(before > 0, weight * (before + weight) / or_one(before), 0)
             spread = lambda total, x: (
                 total + jnp.where(factor > 0, factor * x, 0).astype(total.dtype)
             )
-            return _Moments(
+            return Moments(
                 moments.count + (weight > 0),
                 moments.in_first + jnp.where(in_first, weight, 0),
                 tree_where(in_first, mean, moments.first),
@@ -117,22 +122,13 @@ def accumulated_value_and_grad(
             return _mean(group, groups.num_groups, params, model_state)[0]
         zeros = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
         zeros, zero = _counted(zeros, counts), jnp.zeros((), float)
-        start = _Moments(jnp.int32(0), zero, zeros, zero, real_parts(zeros))
+        start = Moments(jnp.int32(0), zero, zeros, zero, real_parts(zeros))
         out, mean, total, moments = _mean(
             group, groups.num_groups, params, model_state, start, moments_after
         )
         if moments is None:
             return out
-        # In examples, also where a loss weighs its examples.
-        share = num_examples / _or_one(total)
-        sizes = total * share, moments.in_first * share
-        spreads = jax.tree.map(
-            lambda x: x * share.astype(x.dtype), (moments.sq_deviation, moments.spread)
-        )
-        counted = _counted(mean.grads, counts)
-        stats = stats_from_moments(moments.count, sizes, counted, moments.first, *spreads)
-        noise = _noise(moments, counted, total, out.grads, counts)
-        return out._replace(grad_stats=stats, gradient_noise=noise)
+        return with_statistics(out, moments, mean.grads, total, num_examples, counts)
 
     return gradient_fn
 
@@ -197,7 +193,7 @@ def _mean(
         mean, model_state, before, moments = carry
         out, weight = group(j, model_state)
         real, after = weight > 0, before + weight
-        share = weight / _or_one(after)
+        share = weight / or_one(after)
 
         def update(old, x):
             if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -227,18 +223,48 @@ def _folded(key: jax.Array | None, j: jax.Array) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, j)
 
 
-def _or_one(x: jax.Array) -> jax.Array:
+def or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 1, x)
 
 
+def with_statistics(
+    gradient: Gradient,
+    moments: Moments,
+    mean: PyTree,
+    total: jax.Array,
+    num_examples: jax.Array,
+    counts: list[bool] | None,
+) -> Gradient:
+    """The gradient with `grad_stats` and `gradient_noise`.
+
+    Args:
+      gradient: The result without them.
+      moments: Of all groups, for the parameters that count.
+      mean: The mean gradient in at least float32.
+      total: Total weight of the examples.
+      num_examples: int32[], their number.
+      counts: Which parameters count, None for all.
+    """
+    # In examples, also where a loss weighs its examples.
+    share = num_examples / or_one(total)
+    sizes = total * share, moments.in_first * share
+    spreads = jax.tree.map(
+        lambda x: x * share.astype(x.dtype), (moments.sq_deviation, moments.spread)
+    )
+    counted = _counted(mean, counts)
+    stats = stats_from_moments(moments.count, sizes, counted, moments.first, *spreads)
+    noise = _noise(moments, counted, total, gradient.grads, counts)
+    return gradient._replace(grad_stats=stats, gradient_noise=noise)
+
+
 def _noise(
-    moments: _Moments, mean: PyTree, total: jax.Array, grads: PyTree, counts: list[bool] | None
+    moments: Moments, mean: PyTree, total: jax.Array, grads: PyTree, counts: list[bool] | None
 ) -> PyTree:
     """The mean of the first half minus that of the second, as large as the noise of the mean."""
     in_first, in_second = moments.in_first, total - moments.in_first
     both = (in_first > 0) & (in_second > 0)
     # The mean of all lies between those of the halves.
-    factor = jnp.where(both, jnp.sqrt(in_first / _or_one(in_second)), jnp.nan)
+    factor = jnp.where(both, jnp.sqrt(in_first / or_one(in_second)), jnp.nan)
     away = jax.tree.map(lambda f, m: (f - m) * factor.astype(f.dtype), moments.first, mean)
     leaves, structure = jax.tree.flatten(grads)
     found = iter(jax.tree.leaves(away))
@@ -262,7 +288,7 @@ def _stats_of_all(stats: GradStats, num_examples: jax.Array) -> GradStats:
     return stats._replace(
         batch_size=size,
         batch_sq_norm=jnp.maximum(stats.mean_sq_norm + noise, 0),
-        half_cosine=jnp.clip(stats.mean_sq_norm / _or_one(half), -1, 1),
+        half_cosine=jnp.clip(stats.mean_sq_norm / or_one(half), -1, 1),
     )
 
 
@@ -275,7 +301,7 @@ def _check_shapes_of_aux(
         lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype), rows
     )
     aux = _aux_of(loss_fn, params, *rows, model_state, key)
-    _check_aux(loss_fn, aux, params, *double, model_state, key)
+    check_aux(loss_fn, aux, params, *double, model_state, key)
 
 
 def _aux_of(loss_fn: Any, *arguments: Any) -> PyTree:

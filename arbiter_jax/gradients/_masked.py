@@ -111,7 +111,7 @@ def _as_arrays(aux: PyTree) -> PyTree:
         ) from error
 
 
-def _value_grad_and_weight(
+def value_grad_and_weight(
     loss_fn: Any, has_aux: bool = False
 ) -> Callable[..., tuple[Gradient, jax.Array]]:
     """The masked gradient, with the total weight of the examples that it is a mean over."""
@@ -165,7 +165,7 @@ def masked_value_and_grad(
     >>> float(out.value), float(out.grads)
     (5.0, -4.0)
     """
-    weighted = _value_grad_and_weight(loss_fn, has_aux)
+    weighted = value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None):
         if not sampled:

@@ -6,7 +6,7 @@ one per example; `_estimators` compares them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,12 +35,20 @@ from arbiter_jax.gradients._estimators import (
     stats_from_norms,
     stats_from_pieces,
 )
+from arbiter_jax.gradients._joined import (
+    has_rows,
+    joined_aux,
+    joined_aux_of_devices,
+    mean_of_devices,
+    times,
+    weighted_mean,
+)
 from arbiter_jax.gradients._masked import (
     Gradient,
     GradientFn,
-    _value_grad_and_weight,
     call_loss,
     masked_value_and_grad,
+    value_grad_and_weight,
 )
 from arbiter_jax.gradients._normalization_stats import normalization_stats
 
@@ -52,25 +60,11 @@ def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTre
         if contiguous:
             return x.reshape((num_pieces, -1, *x.shape[1:]))[piece]
         # Dealt out in turn: where the real examples come first, every piece gets its share.
+        if x.shape[0] % num_pieces:
+            return x[piece::num_pieces]
         return x.reshape((-1, num_pieces, *x.shape[1:]))[:, piece]
 
     return jax.tree.map(rows, tree)
-
-
-def _weighted_mean(trees: Sequence[PyTree], weights: jax.Array) -> PyTree:
-    shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
-
-    def mean(*xs):
-        total: Any = sum(_times(x, share) for x, share in zip(xs, shares, strict=True))
-        return total.astype(xs[0].dtype)
-
-    return jax.tree.map(mean, *trees)
-
-
-def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """The product, in at least float32."""
-    x = at_least_float32(x)
-    return x * factor.astype(x.dtype)
 
 
 def counted_leaves(params: PyTree, trainable: Trainable) -> list[bool] | None:
@@ -107,33 +101,6 @@ def _zero_others(tree: PyTree, counts: list[bool] | None) -> PyTree:
     return jax.tree.unflatten(structure, kept)
 
 
-def _joined_aux(pieces: Sequence[PyTree], weights: jax.Array) -> PyTree:
-    """Means of the floating-point leaves over the pieces; the others as the last piece has them."""
-
-    def join(*xs):
-        if jnp.issubdtype(xs[0].dtype, jnp.inexact):
-            real = [jnp.where(w > 0, x, 0) for x, w in zip(xs, weights, strict=True)]
-            return _weighted_mean(real, weights)
-        last = xs[0]
-        for x, weight in zip(xs[1:], weights[1:], strict=True):
-            last = jnp.where(weight > 0, x, last)
-        return last
-
-    return jax.tree.map(join, *pieces)
-
-
-def _check_aux(loss_fn: Any, aux: PyTree, *arguments: Any) -> None:
-    """Raises a ValueError if the shapes of auxiliary output depend on the number of rows."""
-    whole = jax.eval_shape(lambda *args: call_loss(loss_fn, *args, has_aux=True)[2], *arguments)
-    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (aux, whole)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            "aux, which loss_fn returns, must have the same shapes for any number of rows where "
-            f"gradients are measured piece by piece, got shapes {shapes[1]} for the whole batch and "
-            f"{shapes[0]} for a piece of it: return means over the rows."
-        )
-
-
 def value_grad_and_stats(
     loss_fn: LossFn,
     *,
@@ -166,9 +133,9 @@ def value_grad_and_stats(
         or a prefix of it, or a function of the parameters that returns one; all if None. Frozen
         parameters have gradients, too, but their noise moves nothing. Value and gradient are those
         of all parameters; `gradient_noise` is zero for the others.
-      has_aux: As in :func:`masked_value_and_grad`. Of several pieces, ``Gradient.aux`` holds the
-        means of the floating-point leaves, weighted as the loss is, and the other leaves of the
-        last piece.
+      has_aux: As in :func:`masked_value_and_grad`. Of several pieces, ``Gradient.aux`` holds leaves
+        with one row per example in the order of the batch; the means of other floating-point
+        leaves, weighted as the loss is; and the rest as the last piece has it.
 
     Returns:
       ``gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None) ->
@@ -204,7 +171,7 @@ def value_grad_and_stats(
         return _per_example_stats(loss_fn, micro_batch_size, trainable, has_aux)
     if axis_name is not None:
         return _per_device_stats(loss_fn, axis_name, trainable, has_aux)
-    weighted = _value_grad_and_weight(loss_fn, has_aux)
+    weighted = value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         counts = counted_leaves(params, trainable)
@@ -235,7 +202,7 @@ def value_grad_and_stats(
             auxes.append(out.aux)
             weights.append(weight)
         weights = jnp.stack(weights)
-        value, grads = _weighted_mean(pieces, weights)
+        value, grads = weighted_mean(pieces, weights)
         piece_grads = [piece[1] for piece in pieces]
         # In examples, also where a loss weighs its examples.
         sizes = jnp.sum(mask) * weights / jnp.maximum(jnp.sum(weights), 1e-30)
@@ -245,12 +212,14 @@ def value_grad_and_stats(
             unequal = jnp.sqrt(sizes[0] * sizes[1]) / jnp.sum(sizes)
             unequal = jnp.where(unequal > 0, unequal, jnp.nan)
             noise = jax.tree.map(
-                lambda a, b: _times(at_least_float32(a) - b, unequal).astype(a.dtype), *piece_grads
+                lambda a, b: times(at_least_float32(a) - b, unequal).astype(a.dtype), *piece_grads
             )
             noise = _zero_others(noise, counts)
+        aux = None
         if has_aux:
-            _check_aux(loss_fn, auxes[0], *whole)
-        aux = _joined_aux(auxes, weights)
+            rows = [len(range(j, mask.shape[0], k)) for j in range(k)]
+            with_rows = has_rows(loss_fn, auxes, rows, *whole)
+            aux = joined_aux(auxes, weights, with_rows, contiguous)
         return Gradient(value, grads, model_state, stats, noise, aux)
 
     return gradient_fn
@@ -327,7 +296,7 @@ def _per_example_stats(
         norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
-        first, squares = jax.tree.map(lambda x: _times(x, share), (first, squares))
+        first, squares = jax.tree.map(lambda x: times(x, share), (first, squares))
         in_first = jnp.sum(weights * share * groups[2].reshape(-1))
         stats = stats_from_norms(norms, inner, weights * share, mean, (first, in_first), squares)
         return out._replace(grad_stats=stats)
@@ -363,7 +332,7 @@ def _weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
 def _per_device_stats(
     loss_fn: LossFn, axis_name: str, trainable: Trainable, has_aux: bool
 ) -> GradientFn:
-    weighted = _value_grad_and_weight(loss_fn, has_aux)
+    weighted = value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         if model_state is not None:
@@ -383,16 +352,16 @@ def _per_device_stats(
         mine = (out.value, out.grads)
         mine = tree_where(weight > 0, mine, jax.tree.map(jnp.zeros_like, mine))
         share = weight / jnp.maximum(jax.lax.psum(weight, axis_name), 1e-30)
-        value, grads = _mean_of_devices(mine, share, axis_name)
+        value, grads = mean_of_devices(mine, share, axis_name)
         grad, mean = (_counted(g, counts) for g in (mine[1], grads))
         factors = _counted(preconditioner, counts)
         grad, mean = scaled(grad, factors), scaled(mean, factors)
         # In examples, also where a loss weighs its examples.
         size = jax.lax.psum(jnp.sum(mask), axis_name) * share
         in_first = jnp.where(device < num_devices // 2, size, 0)
-        first = jax.tree.map(lambda g: jax.lax.psum(_times(g, in_first), axis_name), grad)
+        first = jax.tree.map(lambda g: jax.lax.psum(times(g, in_first), axis_name), grad)
         squares = jax.tree.map(
-            lambda g: jax.lax.psum(_times(jnp.square(at_least_float32(g)), size), axis_name),
+            lambda g: jax.lax.psum(times(jnp.square(at_least_float32(g)), size), axis_name),
             real_parts(grad),
         )
         numbers = jnp.stack([tree_dot(grad, grad), tree_dot(grad, mean), size])
@@ -400,29 +369,10 @@ def _per_device_stats(
         norms, inner, sizes = jax.lax.psum(rows, axis_name).T
         first_half = first, jax.lax.psum(in_first, axis_name)
         stats = stats_from_norms(norms, inner, sizes, mean, first_half, squares)
-        aux = _joined_aux_of_devices(out.aux, weight, share, axis_name)
+        aux = joined_aux_of_devices(out.aux, weight, share, axis_name)
         return Gradient(value, grads, None, stats, aux=aux)
 
     return gradient_fn
-
-
-def _mean_of_devices(tree: PyTree, share: jax.Array, axis_name: str) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.psum(_times(x, share), axis_name).astype(x.dtype), tree)
-
-
-def _joined_aux_of_devices(
-    aux: PyTree, weight: jax.Array, share: jax.Array, axis_name: str
-) -> PyTree:
-    """As :func:`_joined_aux`, where each device holds a piece."""
-    device = jax.lax.axis_index(axis_name)
-    last = jax.lax.pmax(jnp.where(weight > 0, device, 0), axis_name)
-
-    def join(x):
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return _mean_of_devices(jnp.where(weight > 0, x, 0), share, axis_name)
-        return jax.lax.psum(jnp.where(device == last, x, 0), axis_name).astype(x.dtype)
-
-    return jax.tree.map(join, aux)
 
 
 def _is_boolean(mask: Any) -> bool:
@@ -460,7 +410,8 @@ def gradient_stats(
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``.
       params: Parameters of the model.
-      batch: Pytree of arrays [M, ...], M a multiple of num_pieces (or of micro_batch_size).
+      batch: Pytree of arrays [M, ...]; with "per_example", M is a multiple of micro_batch_size, or
+        at most that.
       mask: bool[M], True for a real example; all of them if None.
       method: "pieces" (no per-example gradients), "per_example" (exact, and slower),
         "per_device" (within `shard_map`, where each device holds a piece of the batch already), or

@@ -16,10 +16,12 @@ the mesh of ``jax.set_mesh``. On an accelerator, `fit` compiles the programs of 
 buckets while a window trains; at level DEBUG the logger "arbiter_jax" says why a program is traced.
 """
 
+from arbiter_jax.training._accumulate import Accumulator, accumulate
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._fit import fit
 from arbiter_jax.training._next_window import next_window
 from arbiter_jax.training._out_of_memory import OutOfMemoryError
+from arbiter_jax.training._own_loop import value_grad_and_signals
 from arbiter_jax.training._records import Callback, FitResult, WindowRecord
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._state import (
@@ -32,6 +34,7 @@ from arbiter_jax.training._state import (
 from arbiter_jax.training._window import run_window
 
 __all__ = [
+    "Accumulator",
     "Callback",
     "Data",
     "FitResult",
@@ -39,6 +42,7 @@ __all__ = [
     "TrainState",
     "Unfinished",
     "WindowRecord",
+    "accumulate",
     "count_compilations",
     "fit",
     "init_state",
@@ -46,4 +50,5 @@ __all__ = [
     "no_unfinished_window",
     "resume_state",
     "run_window",
+    "value_grad_and_signals",
 ]

@@ -27,19 +27,23 @@ def gradient_fns(
     signals: frozenset[str],
     trainable: PyTree | None,
     has_aux: bool,
+    sampled: bool = True,
 ) -> dict[bool, GradientFn]:
-    """Whether a rule is due -> the gradient function of such a step."""
+    """Whether a rule is due -> the gradient function of such a step.
+
+    `sampled` batches have their rows dealt out already, and padding that repeats a real example.
+    """
     if given is not None:
         # Traced once, for its shapes as well as for the steps.
         traced_once = jax.jit(given)
         return {True: traced_once, False: traced_once}
     function: Any = loss_fn
-    plain = masked_value_and_grad(function, sampled=True, has_aux=has_aux)
+    plain = masked_value_and_grad(function, sampled=sampled, has_aux=has_aux)
     if has_aux:  # traced once, as above
         plain = jax.jit(plain)
     if not signals & MEASURED_SIGNALS:
         return {True: plain, False: plain}
-    full = value_grad_and_stats(function, sampled=True, trainable=trainable, has_aux=has_aux)
+    full = value_grad_and_stats(function, sampled=sampled, trainable=trainable, has_aux=has_aux)
     full = jax.jit(full) if has_aux else full
     return {True: full, False: with_zero_statistics(plain)}
 

@@ -48,7 +48,7 @@ def inner_step(
     gradient = gradient_fn(state.params, batch, mask, state.model_state, key)
     check_gradient(gradient, state.params, state.model_state)
     if state.model_state is not None:
-        gradient = _with_usable_model_state(gradient, state.model_state)
+        gradient = with_usable_model_state(gradient, state.model_state)
     signals = {
         **(signals or {}),
         **gradient_signals(gradient, requested.signals),
@@ -85,7 +85,7 @@ def inner_step(
     return state, gradient
 
 
-def _with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
+def with_usable_model_state(gradient: Any, model_state: PyTree) -> Any:
     """The gradient, with the model state before the step if this batch would poison it."""
     new = gradient.model_state
     # A model state may hold infinities from its start; then loss and gradient alone decide.

@@ -209,14 +209,14 @@ def validation_signals(
         batch = seen = jax.tree.map(zeros, validation)
     signals: dict[str, Any] = {}
     if "agent_inputs" in rows:
-        inputs = (inputs_of or _first_entry)(seen)
+        inputs = (inputs_of or first_entry)(seen)
         signals["agent_inputs"] = jax.tree.map(lambda x: x[:num_agent_inputs], inputs)
     if "meta_batch" in rows:
         signals["meta_batch"] = jax.tree.map(lambda x: x[-bucket_size:], batch)
     return sampler, signals
 
 
-def _first_entry(batch: PyTree) -> PyTree:
+def first_entry(batch: PyTree) -> PyTree:
     """The inputs of a batch of the usual forms: (inputs, labels), or one array."""
     if isinstance(batch, (tuple, list)) and len(batch):
         return batch[0]

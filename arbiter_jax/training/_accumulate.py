@@ -1,0 +1,193 @@
+"""Gradient accumulation in a loop of one's own, over as many micro-batches as a rule asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax._numerics import cond_in_place
+from arbiter_jax.base import MEASURED_SIGNALS, LossFn, PyTree, requests, with_extra_args
+from arbiter_jax.batching import num_rows, replace_padding
+from arbiter_jax.gradients import (
+    Accumulated,
+    add_piece,
+    finished,
+    has_rows,
+    init_accumulated,
+    joined_aux,
+    value_grad_and_weight,
+)
+from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._own_loop import (
+    all_signals,
+    check_batch,
+    given_signals,
+    measured,
+    moved_parameters,
+)
+from arbiter_jax.training._signals import with_zero_statistics
+
+
+class Accumulator(NamedTuple):
+    """Three pure functions; see :func:`accumulate`."""
+
+    init: Callable[..., Accumulated]
+    add: Callable[..., Any]
+    finish: Callable[..., Any]
+
+
+def accumulate(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    inputs_of: Callable[[PyTree], PyTree] | None = None,
+) -> Accumulator:
+    """Accumulates the gradient of micro-batches, as many as you like, with one compiled program.
+
+    The batch size changes, the micro-batch does not: a step takes as many micro-batches as make up
+    ``aj.get_batch_size(opt_state)``, and gradient noise is measured from them on the way:
+
+        batch = accumulator.init(params, opt_state)
+        for _ in range(-(-int(aj.get_batch_size(opt_state)) // micro_batch_size)):
+            batch = accumulator.add(batch, params, opt_state, next(micro_batches))
+        value, grads, signals = accumulator.finish(batch, params, opt_state)
+        updates, opt_state = tx.update(grads, opt_state, params, **signals)
+
+    Value and gradient are means over all examples (weighted by their weights), summed in at least
+    float32. At the steps at which a rule measures, the gradient of each micro-batch is computed in two
+    halves, rows 0, 2, 4, ... and 1, 3, 5, ..., and statistics compare all halves.
+    :func:`value_grad_and_signals` with a `micro_batch_size` does the same for a batch that is there
+    as a whole.
+
+    Args:
+      loss_fn: As in :func:`value_grad_and_signals`; so are `tx` and `inputs_of`.
+      tx: The whole chain.
+      has_aux: Whether `loss_fn` also returns auxiliary output, as the last entry of a tuple.
+      inputs_of: The part of a validation batch that an agent sees.
+
+    Returns:
+      A NamedTuple of three pure functions, compiled by themselves:
+
+      - ``init(params, opt_state, model_state=None)`` begins a batch;
+      - ``add(batch, params, opt_state, micro_batch, *, mask=None, key=None)`` adds a micro-batch, a
+        pytree of arrays [M, ...] of the same M each time, with `mask` for a last one that is not
+        full. It returns the batch; with `has_aux`, ``(batch, aux)``, the aux of this micro-batch;
+      - ``finish(batch, params, opt_state, *, validation=None, num_examples=None,
+        step_seconds=None)`` returns ``(value, grads, signals)``, as the function from
+        :func:`value_grad_and_signals` does.
+
+      Parameters and optimizer state are those before the step in all three.
+
+    Raises:
+      ValueError: If an argument is not what it should be.
+
+    >>> import arbiter_jax as aj
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale())
+    >>> accumulator = aj.accumulate(lambda w, batch: (w - batch) ** 2 / 2, tx)
+    >>> params = jnp.zeros(())
+    >>> opt_state = tx.init(params)
+    >>> batch = accumulator.init(params, opt_state)
+    >>> for micro_batch in jnp.array([[1.0, 3.0], [2.0, 2.0], [0.0, 4.0]]):
+    ...     batch = accumulator.add(batch, params, opt_state, micro_batch)
+    >>> value, grads, signals = accumulator.finish(batch, params, opt_state)
+    >>> float(grads), int(signals["batch_size"]), float(signals["grad_stats"].variance_trace)
+    (-2.0, 6, 2.0)
+    """
+    _validate.function("loss_fn(params, batch) -> float[M]", loss_fn=loss_fn)
+    check_transformation(tx)
+    has_aux = bool(_validate.boolean(has_aux=has_aux))
+    if inputs_of is not None:
+        _validate.function("inputs_of(validation) -> inputs", inputs_of=inputs_of)
+    chain = with_extra_args(tx)
+    weighted = value_grad_and_weight(loss_fn, has_aux)
+
+    @jax.jit
+    def init(params: PyTree, opt_state: PyTree, model_state: PyTree = None) -> Accumulated:
+        measures = bool(requests(opt_state).signals & MEASURED_SIGNALS)
+        return init_accumulated(params, model_state, measures)
+
+    @jax.jit
+    def add_rows(state, params, opt_state, batch, mask, key):
+        rows = num_rows(batch)
+        mask = jnp.ones(rows, bool) if mask is None else mask
+        batch = replace_padding(batch, mask)
+        key = None if key is None else jax.random.fold_in(key, state.num_pieces)
+
+        def add_part(state, part, num_parts, in_first):
+            piece, real = jax.tree.map(lambda x: x[part::num_parts], (batch, mask))
+            piece_key = key if key is None or num_parts == 1 else jax.random.fold_in(key, part)
+            gradient, weight = weighted(params, piece, real, state.model_state, piece_key)
+            size = jnp.sum(real, dtype=jnp.int32)
+            return add_piece(state, gradient, weight, size, in_first), gradient.aux, weight
+
+        def whole(state):
+            # One row has no halves: the micro-batches alternate.
+            in_first = state.num_pieces % 2 == 0 if rows == 1 else None
+            return add_part(state, 0, 1, in_first)[:2]
+
+        def halves(state):
+            old_state = state.model_state
+            state, *first = add_part(state, 0, 2, True)
+            state, *second = add_part(state, 1, 2, False)
+            if not has_aux:
+                return state, None
+            auxes, weights = zip(first, second, strict=True)
+            sizes = -(-rows // 2), rows // 2
+            with_rows = has_rows(loss_fn, auxes, sizes, params, batch, mask, old_state, key)
+            return state, joined_aux(auxes, jnp.stack(weights), with_rows, contiguous=False)
+
+        if state.spread is None or rows == 1:
+            return whole(state)
+        due = requests(opt_state).due
+        if due is None:
+            return halves(state)
+        aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(whole, state)[1])
+        carry = cond_in_place(due, lambda carry: halves(carry[0]), (state, aux))
+        return cond_in_place(~due, lambda carry: whole(carry[0]), carry)
+
+    def add(
+        state: Accumulated,
+        params: PyTree,
+        opt_state: PyTree,
+        micro_batch: PyTree,
+        *,
+        mask: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Any:
+        check_batch(micro_batch, mask)
+        added = add_rows(state, params, opt_state, micro_batch, mask, key)
+        return added if has_aux else added[0]
+
+    @jax.jit
+    def finish_all(state, params, opt_state, given):
+        requested = requests(opt_state)
+        moved = moved_parameters(chain, opt_state, params, requested, given)
+        plain = lambda params, *_: finished(state, params, False, moved)
+        full = lambda params, *_: finished(state, params, True, moved)
+        functions = {True: full, False: with_zero_statistics(plain)}
+        arguments = params, None, None, state.old_model_state, None
+        size = state.num_examples
+        return measured(functions, arguments, size, chain, opt_state, requested, moved, given), size
+
+    def finish(
+        state: Accumulated,
+        params: PyTree,
+        opt_state: PyTree,
+        *,
+        validation: PyTree = None,
+        num_examples: Any = None,
+        step_seconds: Any = None,
+    ) -> Any:
+        requested = requests(opt_state)
+        given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
+        (gradient, noise), size = finish_all(state, params, opt_state, given)
+        signals = all_signals(gradient, noise, requested, size, given, tx)
+        return gradient.value, gradient.grads, signals
+
+    return Accumulator(init, add, finish)

@@ -1,0 +1,345 @@
+"""A gradient for a loop of one's own, with everything that the rules in a chain ask for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arbiter_jax import _validate
+from arbiter_jax._count import Count, as_count
+from arbiter_jax.base import (
+    MEASURED_SIGNALS,
+    VALIDATION_SIGNALS,
+    GradStats,
+    LossFn,
+    PyTree,
+    Requests,
+    requests,
+    takes_extra_args,
+    with_extra_args,
+)
+from arbiter_jax.batching import num_rows
+from arbiter_jax.gradients import Gradient, GradientFn, Groups, accumulated_value_and_grad
+from arbiter_jax.objectives import measure_persistence
+from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._gradient_fns import gradient_fns
+from arbiter_jax.training._inner_step import with_usable_model_state
+from arbiter_jax.training._signals import (
+    first_entry,
+    gradient_signals,
+    moved_leaves,
+    update_noise,
+    with_moved_grad,
+    with_zero_statistics,
+)
+
+_NUM_AGENT_INPUTS = 32  # as in `run_window`: what an agent costs grows with them
+
+
+def value_grad_and_signals(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    micro_batch_size: int | None = None,
+    has_aux: bool = False,
+    inputs_of: Callable[[PyTree], PyTree] | None = None,
+) -> Callable[..., Any]:
+    """A gradient function for a training loop of your own, for every rule of this library.
+
+    It takes the place of ``jax.value_and_grad``. Besides value and gradient it returns the *signals*:
+    the extra arguments that the rules in `tx` read, and no others. It knows from the state of `tx`
+    which ones those are, and measures noise only at the steps at which a rule asks for it:
+
+        value, grads, signals = grad_fn(params, opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, **signals)
+
+    The batch is yours: its rows stay as they are, and its size is the number of its rows, or of the
+    True entries of `mask`. ``aj.get_batch_size(opt_state)`` is the size that the rule wants next.
+
+    Args:
+      loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example, or a
+        :class:`arbiter_jax.WeightedLoss`. Where a `model_state` or a `key` is given, it is called as
+        ``loss_fn(params, batch, model_state, mask, key) -> (float[M], model_state)``.
+      tx: The whole chain, whose ``update`` is called with the signals.
+      micro_batch_size: The most rows whose gradient is computed at once, an integer >= 1; larger
+        batches take them in groups, in the memory of one group. None for the batch as a whole. The
+        model state goes through the groups in turn.
+      has_aux: Whether `loss_fn` also returns auxiliary output, as the last entry of a tuple. Leaves
+        with one row per example come back in the order of the batch. Where the gradient of a batch
+        is computed in pieces, of other floating-point leaves it is the mean.
+      inputs_of: ``inputs_of(validation) -> inputs``, the part of a validation batch that an agent
+        sees; by default the first entry of a tuple or list, or the batch if it is one array.
+
+    Returns:
+      ``grad_fn(params, opt_state, batch, *, mask=None, validation=None, model_state=None, key=None,
+      num_examples=None, step_seconds=None) -> (value, grads, signals)``, and `aux` as a fourth
+      result with `has_aux`:
+
+      - `value` is the mean loss, float[]; `grads` is like `params`.
+      - `batch` is any pytree of arrays [M, ...]. `mask`, bool[M], marks the real rows; padding
+        changes no bit of the result.
+      - `validation` is a batch of validation examples, a pytree like `batch`, for rules that measure
+        on them. An agent sees the first 32 rows.
+      - `model_state` is that of the model (BatchNorm statistics), `key` the source of randomness of
+        dropout; with a `key` alone the model state is ``{}``. The new state is
+        ``signals["model_state"]``; that of a batch whose loss or gradient is not finite is the old
+        one.
+      - `num_examples`, the training examples before this step, is what rules that count examples
+        read. Without it they count for themselves.
+      - `step_seconds` is the measured time of a step, for rules that ask; unknown if None.
+
+      It is compiled by itself, and may be called inside ``jax.jit``, ``jax.lax.scan`` and
+      ``jax.vmap`` too.
+
+    Raises:
+      ValueError: If an argument is not what it should be; when called, if the loss function does not
+        return one loss per example, a rule needs validation examples and there are none, or the
+        mask does not fit the batch.
+
+    *Guarantees*:
+      * As in fit: the same batches give the same decisions, to float rounding.
+      * Padding changes no bit: of value, gradient and signals.
+
+    >>> import arbiter_jax as aj
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale())
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> grad_fn = aj.value_grad_and_signals(loss_fn, tx)
+    >>> params = jnp.zeros(())
+    >>> opt_state = tx.init(params)
+    >>> value, grads, signals = grad_fn(params, opt_state, jnp.array([1.0, 3.0, 2.0, 2.0]))
+    >>> updates, opt_state = tx.update(grads, opt_state, params, **signals)
+    >>> float(value), float(grads), sorted(signals)
+    (2.25, -2.0, ['batch_size', 'grad', 'grad_stats', 'num_accumulated', 'value'])
+    """
+    _validate.function("loss_fn(params, batch) -> float[M]", loss_fn=loss_fn)
+    check_transformation(tx)
+    has_aux = bool(_validate.boolean(has_aux=has_aux))
+    if micro_batch_size is not None:
+        micro_batch_size = _validate.integer(micro_batch_size=micro_batch_size, minimum=1)
+    if inputs_of is not None:
+        _validate.function("inputs_of(validation) -> inputs", inputs_of=inputs_of)
+    chain = with_extra_args(tx)
+
+    @functools.partial(jax.jit, static_argnames="loss_fn")
+    def compute(params, opt_state, batch, mask, model_state, key, given, loss_fn):
+        requested = requests(opt_state)
+        moved = moved_parameters(chain, opt_state, params, requested, given)
+        functions = _gradient_fns(loss_fn, micro_batch_size, requested, moved, has_aux)
+        mask = jnp.ones(num_rows(batch), bool) if mask is None else mask
+        arguments = params, batch, mask, model_state, key
+        size = jnp.sum(mask, dtype=jnp.int32)
+        return measured(functions, arguments, size, chain, opt_state, requested, moved, given), size
+
+    def grad_fn(
+        params: PyTree,
+        opt_state: PyTree,
+        batch: PyTree,
+        *,
+        mask: jax.Array | None = None,
+        validation: PyTree = None,
+        model_state: PyTree = None,
+        key: jax.Array | None = None,
+        num_examples: Any = None,
+        step_seconds: Any = None,
+    ) -> Any:
+        check_batch(batch, mask)
+        if key is not None and model_state is None:
+            model_state = {}
+        requested = requests(opt_state)
+        given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
+        (gradient, noise), size = compute(
+            params, opt_state, batch, mask, model_state, key, given, loss_fn=loss_fn
+        )
+        signals = all_signals(gradient, noise, requested, size, given, tx)
+        returned = gradient.value, gradient.grads, signals
+        return (*returned, gradient.aux) if has_aux else returned
+
+    return grad_fn
+
+
+def check_batch(batch: PyTree, mask: Any) -> None:
+    """Raises a ValueError if a user's batch has no rows, or its mask does not fit."""
+    rows = num_rows(batch, "batch")
+    dtype = getattr(mask, "dtype", None)
+    if mask is None or (
+        jnp.shape(mask) == (rows,) and dtype is not None and jnp.issubdtype(dtype, jnp.bool)
+    ):
+        return
+    raise ValueError(
+        f"mask must be bool[{rows}], one entry per row of batch, got {_validate.shown(mask)}: "
+        "weights of the examples go in an aj.WeightedLoss."
+    )
+
+
+def given_signals(
+    requested: Requests,
+    validation: PyTree,
+    num_examples: Any,
+    step_seconds: Any,
+    inputs_of: Callable[[PyTree], PyTree] | None,
+) -> dict[str, Any]:
+    """The signals that a step gets from its caller, not from its gradient; those asked for alone."""
+    signals: dict[str, Any] = {}
+    wanted = requested.signals & VALIDATION_SIGNALS
+    if wanted and validation is None:
+        raise ValueError(
+            "validation must be given, got None: a rule in the chain measures on validation "
+            "examples. Pass a batch of them, grad_fn(..., validation=batch)."
+        )
+    if wanted:
+        num_rows(validation, "validation")
+        validation = jax.tree.map(jnp.asarray, validation)
+    if "meta_batch" in wanted:
+        signals["meta_batch"] = validation
+    if "agent_inputs" in wanted:
+        inputs = (inputs_of or first_entry)(validation)
+        signals["agent_inputs"] = jax.tree.map(lambda x: x[:_NUM_AGENT_INPUTS], inputs)
+    if "step_seconds" in requested.signals:
+        seconds = float("nan") if step_seconds is None else step_seconds
+        signals["step_seconds"] = jnp.asarray(seconds, jnp.float32)
+    if num_examples is not None:
+        is_count = isinstance(num_examples, Count)
+        signals["num_examples"] = num_examples if is_count else as_count(num_examples)
+    if requested.progress is not None:
+        signals["progress"] = requested.progress
+    return signals
+
+
+def moved_parameters(
+    tx: Any, opt_state: PyTree, params: PyTree, requested: Requests, given: dict[str, Any]
+) -> PyTree | None:
+    """As :func:`moved_leaves`, where noise is measured; None, all of them, elsewhere."""
+    if not requested.signals & MEASURED_SIGNALS:
+        return None
+    persistence = _persistence(tx, params, requested)
+    return moved_leaves(tx, opt_state, params, lambda: given | persistence)
+
+
+def _persistence(tx: Any, params: PyTree, requested: Requests) -> dict[str, Any]:
+    if "persistence" not in requested.signals:
+        return {}
+    return {"persistence": measure_persistence(tx, params)}
+
+
+def measured(
+    functions: dict[bool, Callable[..., Gradient]],
+    arguments: tuple[Any, ...],
+    batch_size: jax.Array,
+    tx: Any,
+    opt_state: PyTree,
+    requested: Requests,
+    moved: PyTree | None,
+    given: dict[str, Any],
+) -> tuple[Gradient, dict[str, Any]]:
+    """The gradient of a step, and what its noise does, each measured only where a rule is due.
+
+    Args:
+      functions: Whether a rule is due -> ``fn(*arguments) -> Gradient``.
+      arguments: ``(params, batch, mask, model_state, key)``, or what else the functions take.
+      batch_size: int32[], real examples of the batch.
+      tx: The chain; it takes any extra argument.
+      opt_state: Its state.
+      requested: What that asks for.
+      moved: From :func:`moved_parameters`.
+      given: From :func:`given_signals`.
+
+    Returns:
+      (gradient, signals): the signals `update_noise` and `persistence`, if a rule asks for them.
+    """
+    params, model_state = arguments[0], arguments[3]
+    persistence = _persistence(tx, params, requested)
+    chain = tx if moved is None else with_moved_grad(tx, moved)
+
+    def noise_of(gradient: Gradient) -> PyTree:
+        signals = all_signals(gradient, persistence, requested, batch_size, given, tx)
+        signals |= {"gradient_noise": gradient.gradient_noise}
+        return update_noise(chain, gradient.grads, opt_state, params, **signals)
+
+    def step(due: bool) -> tuple[Gradient, PyTree]:
+        gradient = functions[due](*arguments)
+        if model_state is not None:
+            gradient = with_usable_model_state(gradient, model_state)
+        if gradient.grad_stats is not None:  # of one type, whether it was measured or not
+            stats = (x.astype(float) for x in gradient.grad_stats)
+            gradient = gradient._replace(grad_stats=GradStats(*stats))
+        if "update_noise" not in requested.signals:
+            return gradient, None
+        if due:
+            return gradient, noise_of(gradient)
+        shapes = jax.eval_shape(noise_of, gradient)
+        return gradient, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    if requested.due is None or not requested.signals & MEASURED_SIGNALS:
+        gradient, noise = step(True)
+    else:
+        gradient, noise = jax.lax.cond(requested.due, lambda: step(True), lambda: step(False))
+    return gradient, persistence | ({} if noise is None else {"update_noise": noise})
+
+
+def all_signals(
+    gradient: Gradient,
+    noise: dict[str, Any],
+    requested: Requests,
+    batch_size: jax.Array,
+    given: dict[str, Any],
+    tx: Any,
+) -> dict[str, Any]:
+    """All extra arguments of ``tx.update``; none for a chain that takes none."""
+    if not takes_extra_args(tx):
+        return {} if gradient.model_state is None else {"model_state": gradient.model_state}
+    signals = {"batch_size": batch_size, **gradient_signals(gradient, requested.signals)}
+    if "grad_stats" not in requested.signals:
+        signals.pop("grad_stats", None)
+    if not requested.accumulators:
+        signals["num_accumulated"] = 0
+    elif "num_examples" not in given and len(requested.accumulators) == 1:
+        # Nobody counts: the calls since the last update are taken to have been as large as this.
+        signals["num_accumulated"] = requested.accumulators[0].mini_step * batch_size
+    return signals | noise | given
+
+
+def _gradient_fns(
+    loss_fn: Any,
+    micro_batch_size: int | None,
+    requested: Requests,
+    moved: PyTree | None,
+    has_aux: bool,
+) -> dict[bool, GradientFn]:
+    signals = requested.signals
+    if micro_batch_size is None:
+        return gradient_fns(loss_fn, None, signals, moved, has_aux, sampled=False)
+    of_groups = functools.partial(_over_groups, micro_batch_size)
+    plain = of_groups(accumulated_value_and_grad(loss_fn, has_aux=has_aux), 1)
+    if not signals & MEASURED_SIGNALS:
+        return {True: plain, False: plain}
+    full = accumulated_value_and_grad(loss_fn, statistics=True, trainable=moved, has_aux=has_aux)
+    # Each group in two halves, so that there are always two pieces.
+    return {True: of_groups(full, 2), False: with_zero_statistics(plain)}
+
+
+def _over_groups(micro_batch_size: int, function: GradientFn, num_parts: int) -> GradientFn:
+    """A gradient function of a whole batch, from one of :class:`Groups` of at most so many rows."""
+
+    def fn(params, batch, mask, model_state=None, key=None):
+        length = mask.shape[0]
+        rows = -(-min(micro_batch_size, length) // num_parts)
+        n = -(-length // rows)
+        first = jnp.argmax(mask)
+
+        def take(j, key):
+            del key
+            # Dealt out in turn: where the real examples come first, every group gets its share.
+            index = j + n * jnp.arange(rows)
+            real = (index < length) & mask[jnp.minimum(index, length - 1)]
+            index = jnp.where(real, index, first)
+            return jax.tree.map(lambda x: jnp.asarray(x)[index], batch), real
+
+        num_examples = jnp.sum(mask, dtype=jnp.int32)
+        return function(params, Groups(take, n), num_examples, model_state, key)
+
+    return fn
