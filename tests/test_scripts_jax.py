@@ -4,6 +4,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,7 +12,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from tests.script_runs import RULES
+from tests.script_runs import RULES, run_fit
 from tests.scripts import (
     language_model,
     language_model_adaptive,
@@ -39,7 +40,7 @@ class Sizes(NamedTuple):
 def recorded(rule, length=NUM_STEPS):
     """The rule, and a transformation that keeps the batch size of every step."""
 
-    def update(updates, state, params=None, *, batch_size, **signals):
+    def update(updates, state, params=None, *, batch_size=0, **signals):
         del params, signals
         sizes = state.sizes.at[state.num_steps].set(batch_size)
         return updates, Sizes(sizes, state.num_steps + 1)
@@ -58,23 +59,6 @@ def sizes_in(opt_state):
 def adamw(peak=3e-3):
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 3, 40)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-
-
-def run_fit(loss_fn, params, tx, data, validation, **options):
-    """The losses of `fit` over the same examples in the same order."""
-    with datasets.host_blocks(datasets.epochs(data, chunk_size=64), window=1) as blocks:
-        result = aj.fit(
-            loss_fn,
-            params,
-            tx,
-            aj.Data(blocks, jax.tree.map(jnp.asarray, validation)),
-            num_examples=2**30,
-            window=1,
-            callbacks=lambda record, state: record.window_index + 1 == NUM_STEPS,
-            **options,
-        )
-    assert len(result.history) == NUM_STEPS
-    return result.state, [record.loss for record in result.history]
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +98,13 @@ def test_plain_functions_as_fit(name, digits):
     source = datasets.epochs(train, chunk_size=64)
     (_, opt_state), losses = plain_functions_adaptive.train(tx, source, validation, NUM_STEPS)
     init = plain_functions.init_params(jax.random.key(0), (64, 32, 10))
-    state, of_fit = run_fit(plain_functions.cross_entropy, init, tx, train, validation)
-    assert len(set(sizes_in(opt_state))) > 1
-    np.testing.assert_array_equal(sizes_in(opt_state), sizes_in(state.opt_state))
+    source = datasets.epochs(train, chunk_size=50)
+    loss_fn = plain_functions.cross_entropy
+    result, of_fit, sizes = run_fit(loss_fn, init, tx, source, validation, NUM_STEPS)
+    assert len(set(sizes)) > 1
+    np.testing.assert_array_equal(sizes_in(opt_state), sizes)
     np.testing.assert_allclose(losses[:-1], of_fit, rtol=1e-4)
-    end = plain_functions.loss_fn(state.params, validation)
+    end = plain_functions.loss_fn(result.state.params, validation)
     np.testing.assert_allclose(losses[-1], end, rtol=1e-4)
 
 
@@ -151,11 +137,12 @@ def test_language_model_as_fit(name, text):
     schedule = aj.schedulers.from_schedule(lambda t: jnp.asarray([*sizes, MICRO])[t])
     params = language_model.model.init(jax.random.key(0), validation[:1, :-1])
     loss_fn = lambda *args: aj.WeightedLoss(*language_model.token_losses(*args))
-    of_fit, fit_losses = run_fit(
-        loss_fn, params, optax.chain(adamw(), schedule), train, validation, micro_batch_size=MICRO
+    tx, source = optax.chain(adamw(), schedule), datasets.epochs(train, chunk_size=50)
+    result, of_fit, _ = run_fit(
+        loss_fn, params, tx, source, validation, NUM_STEPS, micro_batch_size=MICRO
     )
-    np.testing.assert_allclose(losses[:-1], fit_losses, rtol=1e-4)
-    total, weight = language_model.loss_fn(of_fit.params, validation)
+    np.testing.assert_allclose(losses[:-1], of_fit, rtol=1e-4)
+    total, weight = language_model.loss_fn(result.state.params, validation)
     np.testing.assert_allclose(losses[-1], total / weight, rtol=1e-4)
 
 
@@ -164,7 +151,7 @@ def test_noise_scale_of_groups_by_hand(text):
     """The decisions too: the statistics are those of the micro-batches, written out here."""
     train, validation = text
     rule = aj.schedulers.gradient_noise_scale(
-        decay=0.5, min_batch_size=2 * MICRO, max_batch_size=64, initial_batch_size=4 * MICRO
+        decay=0.5, min_batch_size=MICRO, max_batch_size=64, initial_batch_size=4 * MICRO
     )
     tx, chunks = optax.chain(adamw(), recorded(rule)), datasets.epochs(train, chunk_size=MICRO)
     state, losses = language_model_adaptive.train(tx, chunks, validation, NUM_STEPS)
@@ -176,19 +163,20 @@ def test_noise_scale_of_groups_by_hand(text):
     opt_state, size = tx.init(params), 4 * MICRO
     variance = signal = 0.0
     for step in range(NUM_STEPS):
-        num_groups = size // MICRO
+        num_groups = -(-size // MICRO)
         assert num_groups * MICRO == sizes_in(state.opt_state)[step]
-        found = [grad_fn(params, next(chunks)) for _ in range(num_groups)]
+        groups = [next(chunks) for _ in range(num_groups)]
+        found = [grad_fn(params, rows[i::2]) for rows in groups for i in range(2)]
         values, weights = (np.array([x[0][i] for x in found]) for i in range(2))
         vectors = np.stack([jax.flatten_util.ravel_pytree(x[1])[0] for x in found])
         mean = vectors.sum(0) / weights.sum()
-        # A group counts by its share of the tokens.
+        # A half of a micro-batch counts by its share of the tokens.
         examples = weights / weights.sum() * num_groups * MICRO
         deviation = np.sum((vectors / weights[:, None] - mean) ** 2, axis=1)
-        trace = np.sum(examples * deviation) / (num_groups - 1)
+        trace = np.sum(examples * deviation) / (len(found) - 1)
         variance = (variance + trace) / 2
         signal = (signal + mean @ mean - trace / (num_groups * MICRO)) / 2
-        size = int(np.clip(round(variance / signal) if signal > 0 else 64, 2 * MICRO, 64))
+        size = int(np.clip(np.round(variance / signal) if signal > 0 else 64, MICRO, 64))
         np.testing.assert_allclose(losses[step], values.sum() / weights.sum(), rtol=1e-4)
         grads = jax.flatten_util.ravel_pytree(params)[1](jnp.asarray(mean, jnp.float32))
         updates, opt_state = update(grads, opt_state, params)

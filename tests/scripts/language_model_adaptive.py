@@ -86,7 +86,7 @@ def train(tx, source, validation, num_steps, num_micro_batches=4):
     losses = []
     for _ in range(num_steps):
         total = acc.init(*state)
-        for _ in range(int(aj.get_batch_size(state.opt_state)) // MICRO_BATCH_SIZE):
+        for _ in range(-(-int(aj.get_batch_size(state.opt_state)) // MICRO_BATCH_SIZE)):
             total = accumulate(total, state, next(source))
         state, loss = update(total, state)
         losses.append(float(loss))
