@@ -85,9 +85,13 @@ def all_finite(*trees: PyTree) -> jax.Array:
 
 def tree_where(condition: jax.Array | bool, then: PyTree, otherwise: PyTree) -> PyTree:
     """Leaf-wise `where` on one scalar condition; keeps the types of `otherwise`."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition, a, b).astype(jnp.result_type(b)), then, otherwise
-    )
+
+    def where(a, b):
+        chosen, dtype = jnp.where(condition, a, b), jnp.result_type(b)
+        # Typed PRNG keys have no `astype` outside of jit.
+        return chosen if jnp.issubdtype(dtype, jax.dtypes.extended) else chosen.astype(dtype)
+
+    return jax.tree.map(where, then, otherwise)
 
 
 def scale_updates(updates: PyTree, factor: jax.Array) -> PyTree:

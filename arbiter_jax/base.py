@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from arbiter_jax._count import Count, as_count
 
@@ -243,11 +244,23 @@ def children(node: PyTree) -> Iterator[PyTree]:
     return iter(()) if flat is None else iter(flat[0])
 
 
+def as_pure(tree: PyTree) -> PyTree:
+    """A pytree in which each NNX variable is replaced by what it holds.
+
+    It is how ``nnx.Optimizer`` hands its state on to ``tx.update``. Flax's own function has another
+    name in each of the versions that we support.
+    """
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    unwrap = lambda x: as_pure(x.get_raw_value()) if is_variable(x) else x
+    return jax.tree.map(unwrap, tree, is_leaf=is_variable)
+
+
 def requests(opt_state: PyTree) -> Requests:
     """Reads everything that the states inside an optimizer state ask of a training loop.
 
     Args:
-      opt_state: State of any optax transformation.
+      opt_state: State of any optax transformation. That of an ``nnx.Optimizer`` gives variables
+        where another gives arrays: call :func:`as_pure` first to compute with them.
 
     Returns:
       A :class:`Requests`, with values of this state: read it again after an update.
@@ -270,6 +283,8 @@ def requests(opt_state: PyTree) -> Requests:
 
     def visit(node: PyTree, decides: bool, in_rule: bool, flagged: bool) -> None:
         if isinstance(node, jax.Array):  # nearly all nodes, and a loop reads the state every window
+            return
+        if isinstance(node, nnx.Variable):  # it would ask its array for each of the names below
             return
         fields = getattr(node, "_fields", ())
         if "mini_step" in fields and {"gradient_step", "acc_grads"}.issubset(fields):
@@ -332,7 +347,8 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
     """The batch size that the one rule in an optimizer state has decided on.
 
     Args:
-      opt_state: State of any optax chain that holds exactly one batch-size rule, at any depth.
+      opt_state: State of any optax chain that holds exactly one batch-size rule, at any depth; also
+        the `opt_state` of an ``nnx.Optimizer``.
 
     Returns:
       int32[] (int32[k] for a state that was vmapped over k seeds), in examples.
@@ -345,7 +361,7 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
     >>> int(aj.get_batch_size(tx.init({"w": 0.0})))
     32
     """
-    return the_rule(requests(opt_state)).batch_size
+    return as_pure(the_rule(requests(opt_state)).batch_size)
 
 
 def the_rule(requested: Requests, name: str = "opt_state") -> Any:

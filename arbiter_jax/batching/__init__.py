@@ -1,5 +1,6 @@
 """From a batch size to a masked batch: buckets, masks, samplers and blocks."""
 
+from arbiter_jax.batching._batches import Batches, MaskedBatch, batches
 from arbiter_jax.batching._blocks import (
     Block,
     BlockSource,
@@ -12,6 +13,8 @@ from arbiter_jax.batching._blocks import (
 )
 from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
 from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
+from arbiter_jax.batching._host_blocks import HostBlocks, host_blocks
+from arbiter_jax.batching._loaders import is_loader
 from arbiter_jax.batching._masking import (
     batch_mask,
     check_losses,
@@ -38,16 +41,21 @@ from arbiter_jax.batching._sampling import (
     sample_own_batch,
 )
 from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
+from arbiter_jax.batching._take import take
 
 __all__ = [
     "DATA_AXIS",
+    "Batches",
     "Block",
     "BlockSource",
+    "HostBlocks",
+    "MaskedBatch",
     "SamplerState",
     "advance",
     "all_buckets",
     "batch_mask",
     "batch_of_the_rest",
+    "batches",
     "bit_reversed",
     "block_batch",
     "block_rows",
@@ -59,9 +67,11 @@ __all__ = [
     "examples_ahead",
     "group_rows",
     "halves_apart",
+    "host_blocks",
     "init_sampler",
     "interleave_block",
     "interleaved",
+    "is_loader",
     "is_split",
     "masked_mean",
     "next_bucket",
@@ -74,6 +84,7 @@ __all__ = [
     "sample_own_batch",
     "sample_shared",
     "shard_rows",
+    "take",
     "take_group",
     "total_weight",
 ]

@@ -13,12 +13,13 @@ from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss
 
 
-def num_rows(data: PyTree, name: str = "data") -> int:
+def num_rows(data: PyTree, name: str = "data", hint: str = "") -> int:
     """The number of examples in a data set: the length of the leading axis of its leaves.
 
     Args:
       data: Pytree of arrays with leading axes of equal length, usually ``(inputs, labels)``.
       name: What to call the data in an error message.
+      hint: What to add where the arrays have no such axis.
 
     Raises:
       ValueError: If there is no array, no example, or the lengths differ.
@@ -47,7 +48,7 @@ def num_rows(data: PyTree, name: str = "data") -> int:
     if length is None or others:
         raise ValueError(
             f"{name} must be a pytree of arrays with one leading axis of equal length, got shapes "
-            f"{found}."
+            f"{found}{hint}."
         )
     raise ValueError(f"{name} must hold at least 1 example, got shapes {found}.")
 
@@ -64,7 +65,7 @@ def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
 
 
 def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
-    """Overwrites the padding with the first real row of the batch.
+    """Overwrites the padding with the first row of the batch, which must be real.
 
     Masking the losses is not enough: the gradient of ``where`` multiplies by zero, and zero times a
     NaN or infinity that the padding causes in an earlier layer is NaN. If no row is real, all rows
@@ -74,11 +75,10 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
       batch: Pytree of arrays [M, ...].
       mask: bool[M], True for a real example.
     """
-    first = jnp.argmax(mask)  # of the real rows
 
     def replace(x: Any) -> jax.Array:
         x = jnp.asarray(x)
-        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[first])
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[:1])
 
     return jax.tree.map(replace, batch)
 

@@ -1,13 +1,12 @@
 """Data sets as arrays: three splits of normalized inputs and labels, for any training loop."""
 
+from arbiter_jax.batching import Batches, HostBlocks, MaskedBatch, batches, host_blocks, take
 from arbiter_jax.datasets._augmentation import pad_crop_flip
-from arbiter_jax.datasets._batches import Batches, batches
 from arbiter_jax.datasets._dataset import Dataset, from_arrays
 from arbiter_jax.datasets._diabetes import diabetes
 from arbiter_jax.datasets._digits import digits
 from arbiter_jax.datasets._epochs import Epochs, epochs
 from arbiter_jax.datasets._errors import DatasetNotFoundError
-from arbiter_jax.datasets._host_blocks import HostBlocks, host_blocks
 from arbiter_jax.datasets._load import load
 from arbiter_jax.datasets._mnist import fashion_mnist, mnist
 from arbiter_jax.datasets._mnist10k import mnist10k
@@ -22,6 +21,7 @@ __all__ = [
     "DatasetNotFoundError",
     "Epochs",
     "HostBlocks",
+    "MaskedBatch",
     "batches",
     "decode_text",
     "diabetes",
@@ -37,6 +37,7 @@ __all__ = [
     "mnist10k",
     "pad_crop_flip",
     "synthetic",
+    "take",
     "text",
     "text_vocabulary",
 ]

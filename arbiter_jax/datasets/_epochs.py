@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,11 +10,6 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import num_rows
-
-
-def is_resumable(source: Any) -> bool:
-    """Whether an iterator can say where it stands, and go there: the protocol of grain."""
-    return hasattr(source, "get_state") and hasattr(source, "set_state")
 
 
 class Epochs:

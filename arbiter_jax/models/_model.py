@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
-from arbiter_jax.base import PyTree, WeightedLoss
+from arbiter_jax.base import PyTree, WeightedLoss, as_pure
 
 
 class FeaturesFn(Protocol):
@@ -63,6 +64,10 @@ class Losses(NamedTuple):
     ``loss_fn(params, batch, model_state, mask, key) -> (float[M], model_state)``,
     ``response_loss(params, response, meta_batch, model_state) -> float[M]`` and
     ``predict(params, inputs, model_state) -> outputs``.
+
+    Of a model attached to an NNX module, ``params`` and ``model_state`` may also be an ``nnx.State``,
+    which is what a rule inside an ``nnx.Optimizer`` gets, or ``params`` the module itself, whose
+    state counts where ``model_state`` is None. A new model state then has the form of the old one.
     """
 
     loss_fn: Callable[..., Any]
@@ -130,6 +135,7 @@ def make_losses(
         )
 
     def outputs(params, model_state, inputs, response=None, **mode):
+        params, model_state = _without_variables(params), _without_variables(model_state)
         features, model_state = model.features(params, model_state, inputs, **mode)
         if response is not None:
             scale = (1 + response).reshape((1,) * (features.ndim - 1) + (-1,))
@@ -141,6 +147,7 @@ def make_losses(
 
     def response_loss(params, response, meta_batch, model_state=None):
         inputs, labels = meta_batch
+        params, model_state = _without_variables(params), _without_variables(model_state)
         params, model_state = lax.stop_gradient((params, model_state))
         return per_example_loss(outputs(params, model_state, inputs, response)[0], labels)
 
@@ -158,6 +165,13 @@ def make_losses(
 
     loss_fn = loss_of_params if model_state_shape is None else loss_with_state
     return Losses(loss_fn, response_loss, predict)
+
+
+def _without_variables(tree: PyTree) -> PyTree:
+    """An NNX module or state as a state of arrays; any other pytree as it is."""
+    if isinstance(tree, nnx.Pytree):
+        tree = nnx.state(tree)
+    return as_pure(tree) if isinstance(tree, nnx.State) else tree
 
 
 def count_params(params: PyTree) -> int:

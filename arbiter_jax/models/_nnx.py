@@ -58,11 +58,12 @@ def network(
 
     def run(params, model_state, inputs, *, train, mask, key, features):
         key = typed_key(key)
+        nested_params, nested_state = _nested(params, model_state)
         copy = nnx.merge(
             graphdef,
-            _from_dict(params_template, params),
+            _from_dict(params_template, nested_params),
             reseeded(rngs_template, key),
-            _from_dict(rest_template, model_state),
+            _from_dict(rest_template, nested_state),
         )
         if train:
             copy.train()
@@ -75,7 +76,9 @@ def network(
         rngs = {"rngs": nnx.Rngs(key)} if takes_rngs else {}
         outputs = copy(inputs, **{**rngs, **arguments(train)})
         recorded = _value(target.arbiter_features) if features is None else ()
-        return outputs, recorded, _rest_of(copy, rest_template) if has_state else model_state
+        if has_state:
+            model_state = _like(model_state, _rest_of(copy, rest_template))
+        return outputs, recorded, model_state
 
     return Network(init, run)
 
@@ -181,30 +184,72 @@ def _find(module: nnx.Module, head: str) -> tuple[tuple[str, ...], str]:
     raise ValueError(f"head must be one of {', '.join(names)}, got {head!r}.")
 
 
-def _paths(state: nnx.State) -> list[tuple[str, ...]]:
-    """The path of each leaf of a state, in the order of its leaves.
+def _path(path: Sequence[Any]) -> tuple[str, ...]:
+    """The names on the way to a leaf of a state.
 
     JAX has a key type per kind of node (dict, list, attribute); only the name or index counts here.
     """
-    paths = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(state):
-        keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
-        # A variable is a node whose one child is the array: that attribute is dropped.
-        is_variable = isinstance(path[-1], jax.tree_util.GetAttrKey)
-        paths.append(tuple(map(str, keys[:-1] if is_variable else keys)))
-    return paths
+    keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
+    # A variable is a node whose one child is the array: that attribute is dropped.
+    is_variable = isinstance(path[-1], jax.tree_util.GetAttrKey)
+    return tuple(map(str, keys[:-1] if is_variable else keys))
 
 
-def _to_dict(state: nnx.State) -> dict[str, Any]:
-    """A state as nested dicts of arrays, which every library that takes pytrees understands."""
+def _paths(state: nnx.State) -> list[tuple[str, ...]]:
+    """The path of each leaf of a state, in the order of its leaves."""
+    return [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _to_dict(*states: nnx.State) -> dict[str, Any]:
+    """States as one tree of nested dicts, which every library that takes pytrees understands."""
     nested: dict[str, Any] = {}
-    for path, leaf in zip(_paths(state), jax.tree.leaves(state), strict=True):
-        node = functools.reduce(lambda node, name: node.setdefault(name, {}), path[:-1], nested)
-        node[path[-1]] = leaf
+    for state in states:
+        for path, leaf in zip(_paths(state), jax.tree.leaves(state), strict=True):
+            node = functools.reduce(lambda node, name: node.setdefault(name, {}), path[:-1], nested)
+            node[path[-1]] = leaf
     return nested
 
 
 def _from_dict(template: nnx.State, nested: PyTree) -> nnx.State:
     """The inverse of :func:`_to_dict`, for a state of the form of the template."""
-    leaves = [functools.reduce(lambda node, name: node[name], p, nested) for p in _paths(template)]
+    try:
+        leaves = [_at(nested, path) for path in _paths(template)]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"params and model_state must be those of the module that attach was given, got "
+            f"something without {error}."
+        ) from error
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _at(nested: PyTree, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda node, name: node[name], path, nested)
+
+
+def _nested(params: PyTree, model_state: PyTree) -> tuple[PyTree, PyTree]:
+    """Parameters and model state, either of them an ``nnx.State`` or nested dicts, as the latter.
+
+    What an optimizer trains need not be what ``attach`` calls parameters: each of two states is
+    searched for what the other one lacks.
+    """
+    states = [x for x in (params, model_state) if isinstance(x, nnx.State)]
+    found = _to_dict(*states)
+    is_whole = isinstance(params, nnx.State) and model_state is None
+    return (
+        found if isinstance(params, nnx.State) else params,
+        found if isinstance(model_state, nnx.State) or is_whole else model_state,
+    )
+
+
+def _like(model_state: PyTree, new: dict[str, Any]) -> PyTree:
+    """The new model state in the form of the old one, which may be an ``nnx.State``."""
+    if not isinstance(model_state, nnx.State):
+        return new
+
+    def renewed(path, old):
+        try:
+            return _at(new, _path(path))
+        except LookupError:  # random streams, which are seeded at each call
+            return old
+
+    return jax.tree_util.tree_map_with_path(renewed, model_state)

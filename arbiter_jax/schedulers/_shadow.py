@@ -92,7 +92,7 @@ def shadow_batch_sizes(opt_state: base.PyTree) -> dict[str, jax.Array]:
     """What each rule under :func:`shadow` would choose.
 
     Args:
-      opt_state: State of any optax chain.
+      opt_state: State of any optax chain; also the `opt_state` of an ``nnx.Optimizer``.
 
     Returns:
       The name of each shadow and its size, int32[] in examples, in the order of the chain.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from arbiter_jax.gradients import (
     value_grad_and_weight,
 )
 from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._modules import unpacked
 from arbiter_jax.training._own_loop import (
     all_signals,
     check_batch,
@@ -47,6 +49,7 @@ def accumulate(
     *,
     has_aux: bool = False,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
+    wrt: Any = None,
 ) -> Accumulator:
     """Accumulates the gradient of micro-batches, as many as you like, with one compiled program.
 
@@ -70,6 +73,7 @@ def accumulate(
       tx: The whole chain.
       has_aux: Whether `loss_fn` also returns auxiliary output, as the last entry of a tuple.
       inputs_of: The part of a validation batch that an agent sees.
+      wrt: The variables of an NNX module that are trained; see :func:`value_grad_and_signals`.
 
     Returns:
       A NamedTuple of three pure functions, compiled by themselves:
@@ -82,7 +86,8 @@ def accumulate(
         step_seconds=None)`` returns ``(value, grads, signals)``, as the function from
         :func:`value_grad_and_signals` does.
 
-      Parameters and optimizer state are those before the step in all three.
+      Parameters and optimizer state are those before the step in all three. `params` may be an NNX
+      module, whose state goes through the micro-batches and is put into it by ``finish``.
 
     Raises:
       ValueError: If an argument is not what it should be.
@@ -105,15 +110,20 @@ def accumulate(
     if inputs_of is not None:
         _validate.function("inputs_of(validation) -> inputs", inputs_of=inputs_of)
     chain = with_extra_args(tx)
-    weighted = value_grad_and_weight(loss_fn, has_aux)
+    split = functools.partial(unpacked, loss_fn, tx, wrt=wrt, has_aux=has_aux)
 
     @jax.jit
-    def init(params: PyTree, opt_state: PyTree, model_state: PyTree = None) -> Accumulated:
+    def init_state(params, opt_state, model_state):
         measures = bool(requests(opt_state).signals & MEASURED_SIGNALS)
         return init_accumulated(params, model_state, measures)
 
-    @jax.jit
-    def add_rows(state, params, opt_state, batch, mask, key):
+    def init(params: PyTree, opt_state: PyTree, model_state: PyTree = None) -> Accumulated:
+        pure = split(params, opt_state, model_state)
+        return init_state(pure.params, pure.opt_state, pure.model_state)
+
+    @functools.partial(jax.jit, static_argnames="loss_fn")
+    def add_rows(state, params, opt_state, batch, mask, key, loss_fn):
+        weighted = value_grad_and_weight(loss_fn, has_aux)
         rows = num_rows(batch)
         mask = jnp.ones(rows, bool) if mask is None else mask
         batch = replace_padding(batch, mask)
@@ -161,7 +171,10 @@ def accumulate(
         key: jax.Array | None = None,
     ) -> Any:
         check_batch(micro_batch, mask)
-        added = add_rows(state, params, opt_state, micro_batch, mask, key)
+        pure = split(params, opt_state)
+        added = add_rows(
+            state, pure.params, pure.opt_state, micro_batch, mask, key, loss_fn=pure.loss_fn
+        )
         return added if has_aux else added[0]
 
     @jax.jit
@@ -184,10 +197,12 @@ def accumulate(
         num_examples: Any = None,
         step_seconds: Any = None,
     ) -> Any:
-        requested = requests(opt_state)
+        pure = split(params, opt_state)
+        requested = requests(pure.opt_state)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
-        (gradient, noise), size = finish_all(state, params, opt_state, given)
+        (gradient, noise), size = finish_all(state, pure.params, pure.opt_state, given)
+        gradient = gradient._replace(model_state=pure.write(gradient.model_state))
         signals = all_signals(gradient, noise, requested, size, given, tx)
-        return gradient.value, gradient.grads, signals
+        return gradient.value, pure.as_grads(gradient.grads), signals
 
     return Accumulator(init, add, finish)

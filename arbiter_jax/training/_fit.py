@@ -42,7 +42,7 @@ from arbiter_jax.training._records import (
 )
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Plan, Run, check_budget, check_lengths
-from arbiter_jax.training._run_data import data_of_window, on_device, room_for
+from arbiter_jax.training._run_data import closing, data_of_window, on_device, room_for
 from arbiter_jax.training._seeds import are_several, fit_seeds
 from arbiter_jax.training._state import init_state
 from arbiter_jax.training._window import run_window
@@ -149,7 +149,10 @@ def fit(
       tx: An optax chain with one batch-size rule; ``aj.schedulers.constant(64)`` is one.
       data: :class:`Data`, or anything with attributes `train` and `validation` that are pytrees of
         arrays with one leading axis. `train` may also be a :class:`BlockSource` of the same window,
-        for data larger than memory; the run then also ends when the source does.
+        for data larger than memory; the run then also ends when the source does. A loader (a
+        DataLoader of torch, a dataset of grain, an iterable over batches) is passed on to
+        ``arbiter_jax.datasets.host_blocks`` as `train`, repeated if it can be, and read into arrays
+        by ``arbiter_jax.datasets.take`` as `validation`, of which it must have an end.
       num_examples: Budget in training examples, an integer >= 1. It includes those that `state` has
         already seen. Rules that plan ahead are given it.
       stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,
@@ -235,7 +238,7 @@ def fit(
     num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
     callbacks = as_callbacks(callbacks)
     check_transformation(tx)
-    data = on_device(data, window, mesh)
+    given, data = data, on_device(data, window, mesh)
     if state is None:
         state = init_state(place(params, mesh), tx, key, place(model_state, mesh))
     else:
@@ -272,6 +275,7 @@ def fit(
         Interrupts(enabled=checkpoints is not None) as interrupts,
         contextlib.closing(keeper),
         contextlib.closing(ahead),
+        closing(data, given),
     ):
         is_ended = keeper.resume(tx, callbacks)
         plan, is_ended = next_plan(run, is_ended, interrupts, shared)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from arbiter_jax.base import MEASURED_SIGNALS, LossFn, PyTree
 from arbiter_jax.batching import num_groups, num_rows, take_group
@@ -109,3 +110,45 @@ def gradient_fns_of_groups(
         True: over_groups(full, min(2, micro_batch_size)),
         False: with_zero_statistics(plain),
     }
+
+
+def gradient_fns_of_batch(
+    loss_fn: Any,
+    micro_batch_size: int | None,
+    signals: frozenset[str],
+    moved: PyTree | None,
+    has_aux: bool,
+) -> dict[bool, GradientFn]:
+    """As :func:`gradient_fns`, for batches of a user, whole or in groups of so many rows at most."""
+    if micro_batch_size is None:
+        return gradient_fns(loss_fn, None, signals, moved, has_aux, sampled=False)
+    of_groups = functools.partial(_over_groups, micro_batch_size)
+    plain = of_groups(accumulated_value_and_grad(loss_fn, has_aux=has_aux), 1)
+    if not signals & MEASURED_SIGNALS:
+        return {True: plain, False: plain}
+    full = accumulated_value_and_grad(loss_fn, statistics=True, trainable=moved, has_aux=has_aux)
+    # Each group in two halves, so that there are always two pieces.
+    return {True: of_groups(full, 2), False: with_zero_statistics(plain)}
+
+
+def _over_groups(micro_batch_size: int, function: GradientFn, num_parts: int) -> GradientFn:
+    """A gradient function of a whole batch, from one of :class:`Groups` of at most so many rows."""
+
+    def fn(params, batch, mask, model_state=None, key=None):
+        length = mask.shape[0]
+        rows = -(-min(micro_batch_size, length) // num_parts)
+        n = -(-length // rows)
+        first = jnp.argmax(mask)
+
+        def take(j, key):
+            del key
+            # Dealt out in turn: where the real examples come first, every group gets its share.
+            index = j + n * jnp.arange(rows)
+            real = (index < length) & mask[jnp.minimum(index, length - 1)]
+            index = jnp.where(real, index, first)
+            return jax.tree.map(lambda x: jnp.asarray(x)[index], batch), real
+
+        num_examples = jnp.sum(mask, dtype=jnp.int32)
+        return function(params, Groups(take, n), num_examples, model_state, key)
+
+    return fn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from arbiter_jax import _validate
-from arbiter_jax.base import PyTree, requests, the_rule
+from arbiter_jax.base import PyTree, as_pure, requests, the_rule
 from arbiter_jax.batching import next_bucket
 
 
@@ -19,7 +19,8 @@ def next_window(
     little), which runs in the same program: pass `num_steps` on to :func:`run_window`.
 
     Args:
-      opt_state: State of a chain with exactly one batch-size rule.
+      opt_state: State of a chain with exactly one batch-size rule; also the `opt_state` of an
+        ``nnx.Optimizer``.
       window: T, steps of a whole window, an integer >= 1.
       micro_batch_size: The most rows of a bucket, a power of two, for :func:`run_window` with the
         same `micro_batch_size`; None for any number.
@@ -45,7 +46,8 @@ def next_window(
     requested = requests(opt_state)
     rule = the_rule(requested)
     try:
-        sizes, steps = jax.device_get((requested.bucket_sizes, requested.window_steps))
+        read = as_pure((requested.bucket_sizes, requested.window_steps))
+        sizes, steps = jax.device_get(read)
         sizes = [int(size.max()) for size in sizes]
     except jax.errors.ConcretizationTypeError:
         raise ValueError(

@@ -23,19 +23,19 @@ from arbiter_jax.base import (
     takes_extra_args,
     with_extra_args,
 )
-from arbiter_jax.batching import num_rows
-from arbiter_jax.gradients import Gradient, GradientFn, Groups, accumulated_value_and_grad
+from arbiter_jax.batching import MaskedBatch, num_rows
+from arbiter_jax.gradients import Gradient
 from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._checks import check_transformation
-from arbiter_jax.training._gradient_fns import gradient_fns
+from arbiter_jax.training._gradient_fns import gradient_fns_of_batch
 from arbiter_jax.training._inner_step import with_usable_model_state
+from arbiter_jax.training._modules import unpacked
 from arbiter_jax.training._signals import (
     first_entry,
     gradient_signals,
     moved_leaves,
     update_noise,
     with_moved_grad,
-    with_zero_statistics,
 )
 
 _NUM_AGENT_INPUTS = 32  # as in `run_window`: what an agent costs grows with them
@@ -48,6 +48,7 @@ def value_grad_and_signals(
     micro_batch_size: int | None = None,
     has_aux: bool = False,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
+    wrt: Any = None,
 ) -> Callable[..., Any]:
     """A gradient function for a training loop of your own, for every rule of this library.
 
@@ -74,6 +75,8 @@ def value_grad_and_signals(
         is computed in pieces, of other floating-point leaves it is the mean.
       inputs_of: ``inputs_of(validation) -> inputs``, the part of a validation batch that an agent
         sees; by default the first entry of a tuple or list, or the batch if it is one array.
+      wrt: The variables of an NNX module that are trained, the same filter as for ``nnx.Optimizer``;
+        ``nnx.Param`` if None.
 
     Returns:
       ``grad_fn(params, opt_state, batch, *, mask=None, validation=None, model_state=None, key=None,
@@ -81,8 +84,12 @@ def value_grad_and_signals(
       result with `has_aux`:
 
       - `value` is the mean loss, float[]; `grads` is like `params`.
+      - `params` may be an NNX module, and `opt_state` that of its ``nnx.Optimizer``. The loss is then
+        ``loss_fn(model, batch)``, with the parameters ``mask`` and ``key`` if it wants them; `grads`
+        is what ``nnx.grad`` returns, for ``optimizer.update(model, grads, **signals)``; BatchNorm
+        statistics and random streams of the module are updated in place.
       - `batch` is any pytree of arrays [M, ...]. `mask`, bool[M], marks the real rows; padding
-        changes no bit of the result.
+        changes no bit of the result. A pair from :func:`arbiter_jax.datasets.batches` is both.
       - `validation` is a batch of validation examples, a pytree like `batch`, for rules that measure
         on them. An agent sees the first 32 rows.
       - `model_state` is that of the model (BatchNorm statistics), `key` the source of randomness of
@@ -124,12 +131,15 @@ def value_grad_and_signals(
     if inputs_of is not None:
         _validate.function("inputs_of(validation) -> inputs", inputs_of=inputs_of)
     chain = with_extra_args(tx)
+    split = functools.partial(unpacked, loss_fn, tx, wrt=wrt, has_aux=has_aux)
 
     @functools.partial(jax.jit, static_argnames="loss_fn")
     def compute(params, opt_state, batch, mask, model_state, key, given, loss_fn):
         requested = requests(opt_state)
         moved = moved_parameters(chain, opt_state, params, requested, given)
-        functions = _gradient_fns(loss_fn, micro_batch_size, requested, moved, has_aux)
+        functions = gradient_fns_of_batch(
+            loss_fn, micro_batch_size, requested.signals, moved, has_aux
+        )
         mask = jnp.ones(num_rows(batch), bool) if mask is None else mask
         arguments = params, batch, mask, model_state, key
         size = jnp.sum(mask, dtype=jnp.int32)
@@ -147,16 +157,17 @@ def value_grad_and_signals(
         num_examples: Any = None,
         step_seconds: Any = None,
     ) -> Any:
+        if isinstance(batch, MaskedBatch) and mask is None:
+            batch, mask = batch
         check_batch(batch, mask)
-        if key is not None and model_state is None:
-            model_state = {}
-        requested = requests(opt_state)
+        pure = split(params, opt_state, model_state, key)
+        requested = requests(pure.opt_state)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
-        (gradient, noise), size = compute(
-            params, opt_state, batch, mask, model_state, key, given, loss_fn=loss_fn
-        )
+        state = pure.params, pure.opt_state, batch, mask, pure.model_state
+        (gradient, noise), size = compute(*state, key, given, loss_fn=pure.loss_fn)
+        gradient = gradient._replace(model_state=pure.write(gradient.model_state))
         signals = all_signals(gradient, noise, requested, size, given, tx)
-        returned = gradient.value, gradient.grads, signals
+        returned = gradient.value, pure.as_grads(gradient.grads), signals
         return (*returned, gradient.aux) if has_aux else returned
 
     return grad_fn
@@ -301,45 +312,3 @@ def all_signals(
         # Nobody counts: the calls since the last update are taken to have been as large as this.
         signals["num_accumulated"] = requested.accumulators[0].mini_step * batch_size
     return signals | noise | given
-
-
-def _gradient_fns(
-    loss_fn: Any,
-    micro_batch_size: int | None,
-    requested: Requests,
-    moved: PyTree | None,
-    has_aux: bool,
-) -> dict[bool, GradientFn]:
-    signals = requested.signals
-    if micro_batch_size is None:
-        return gradient_fns(loss_fn, None, signals, moved, has_aux, sampled=False)
-    of_groups = functools.partial(_over_groups, micro_batch_size)
-    plain = of_groups(accumulated_value_and_grad(loss_fn, has_aux=has_aux), 1)
-    if not signals & MEASURED_SIGNALS:
-        return {True: plain, False: plain}
-    full = accumulated_value_and_grad(loss_fn, statistics=True, trainable=moved, has_aux=has_aux)
-    # Each group in two halves, so that there are always two pieces.
-    return {True: of_groups(full, 2), False: with_zero_statistics(plain)}
-
-
-def _over_groups(micro_batch_size: int, function: GradientFn, num_parts: int) -> GradientFn:
-    """A gradient function of a whole batch, from one of :class:`Groups` of at most so many rows."""
-
-    def fn(params, batch, mask, model_state=None, key=None):
-        length = mask.shape[0]
-        rows = -(-min(micro_batch_size, length) // num_parts)
-        n = -(-length // rows)
-        first = jnp.argmax(mask)
-
-        def take(j, key):
-            del key
-            # Dealt out in turn: where the real examples come first, every group gets its share.
-            index = j + n * jnp.arange(rows)
-            real = (index < length) & mask[jnp.minimum(index, length - 1)]
-            index = jnp.where(real, index, first)
-            return jax.tree.map(lambda x: jnp.asarray(x)[index], batch), real
-
-        num_examples = jnp.sum(mask, dtype=jnp.int32)
-        return function(params, Groups(take, n), num_examples, model_state, key)
-
-    return fn

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, BlockSource, check_next_block
+from arbiter_jax.batching import (
+    DATA_AXIS,
+    Block,
+    BlockSource,
+    check_next_block,
+    host_blocks,
+    is_loader,
+    take,
+)
 from arbiter_jax.training._checks import check_data
 from arbiter_jax.training._mesh import place, place_block
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
@@ -17,6 +28,7 @@ from arbiter_jax.training._state import Data
 
 def on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None = None) -> Data:
     """The data as arrays on the device, except for what comes in blocks."""
+    data = _from_loaders(data, window, mesh)
     check_data(data)
     data = Data(data.train, getattr(data, "validation", None))
     if isinstance(data.train, Block):
@@ -32,6 +44,27 @@ def on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None = None) -> 
             "the batches of one window."
         )
     return data._replace(validation=_to_device(data.validation, mesh))
+
+
+def _from_loaders(data: Any, window: int, mesh: jax.sharding.Mesh | None) -> Any:
+    """Data with blocks for a loader of training examples, and arrays for one of validation examples."""
+    train, validation = getattr(data, "train", None), getattr(data, "validation", None)
+    is_train = is_loader(train) and not isinstance(train, BlockSource)
+    if not is_train and not is_loader(validation):
+        return data
+    # Before the thread of the blocks begins to read: the two may share workers.
+    validation = take(validation) if is_loader(validation) else validation
+    if is_train:
+        sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+        repeat = not isinstance(train, Iterator)  # as arrays are, until the budget is used up
+        train = host_blocks(train, window=window, repeat=repeat, sharding=sharding)
+    return Data(train, validation)
+
+
+def closing(data: Data, given: Any) -> contextlib.AbstractContextManager[Any]:
+    """Closes at the end the blocks that were made for a loader; the user closes others."""
+    made = isinstance(data.train, BlockSource) and data.train is not given.train
+    return contextlib.closing(data.train) if made else contextlib.nullcontext()  # pyright: ignore
 
 
 def _to_device(data: PyTree, mesh: jax.sharding.Mesh | None) -> Any:

@@ -42,7 +42,7 @@ def test_goes_on_where_it_stood():
 
 def test_a_source_that_cannot_say_where_it_is():
     with pytest.raises(ValueError, match="source must be an iterator with get_state"):
-        datasets.batches(chunks(3), 2).get_state()
+        datasets.batches(iter(chunks(3)), 2).get_state()
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, np.zeros(2, np.int32)])
@@ -51,6 +51,11 @@ def test_sizes_that_no_batch_has(size):
         next(datasets.batches(chunks(3), lambda: size))
     with pytest.raises(ValueError, match="batch_size must be an integer"):
         datasets.batches(chunks(3), size)
+
+
+def test_examples_of_a_list_again_and_again():
+    source = datasets.batches([np.int32(i) for i in range(3)], 2, batched=False, repeat=True)
+    assert [next(source)[0].tolist() for _ in range(4)] == [[0, 1], [2, 0], [1, 2], [0, 1]]
 
 
 def test_data_itself_is_no_source():

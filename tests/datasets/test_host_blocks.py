@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from arbiter_jax import datasets
 from arbiter_jax.batching import (
+    _block_maker,
     bit_reversed,
     block_batch,
     examples_ahead,
@@ -22,7 +23,7 @@ from arbiter_jax.batching import (
     next_bucket,
     sample_batch,
 )
-from arbiter_jax.datasets import _block_maker
+from arbiter_jax.batching._loaders import chunks_of
 
 jitted_sample_batch = jax.jit(sample_batch, static_argnums=3)
 jitted_block_batch = jax.jit(block_batch, static_argnums=2)
@@ -196,7 +197,7 @@ class TestShareOfAProcess:
         monkeypatch.setattr(_block_maker, "spans_processes", lambda sharding: True)
         monkeypatch.setattr(_block_maker, "process_rows", lambda shape, sharding: np.array([2, 3]))
         monkeypatch.setattr(_block_maker, "place", lambda batches, bucket_size, sharding: batches)
-        return _block_maker.BlockMaker(iter(source), window=3, sharding=None, max_bytes=2**20)
+        return _block_maker.BlockMaker(chunks_of(source), window=3, sharding=None, max_bytes=2**20)
 
     @pytest.mark.parametrize(
         ("batch_size", "share", "expected"),

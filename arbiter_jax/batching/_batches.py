@@ -5,43 +5,42 @@ A data loader fixes its batch size when it is made; here the size is asked for b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import next_bucket
-from arbiter_jax.datasets._block_maker import Buffer
+from arbiter_jax.batching._block_maker import Buffer
+from arbiter_jax.batching._buckets import next_bucket
+from arbiter_jax.batching._loaders import chunks_of
 
 
-def _iterator(source: Any) -> Iterator[PyTree]:
-    # Iterating over one of these would take their rows, parts or keys for chunks.
-    is_data = isinstance(source, tuple | Mapping | str | bytes) or hasattr(source, "dtype")
-    if is_data or not isinstance(source, Iterable):
-        raise ValueError(
-            "source must be an iterator over chunks of examples, got "
-            f"{type(source).__name__}; datasets.epochs(data) makes one from arrays."
-        )
-    return iter(source)
+class MaskedBatch(NamedTuple):
+    """A batch in a bucket, which may have more rows than the batch has examples."""
+
+    examples: PyTree  # leaves [bucket, ...]
+    mask: jax.Array | np.ndarray  # shape=(bucket,), dtype=bool, True for an example
 
 
 class Batches:
     """Batches whose size may change, with their masks; see :func:`batches`."""
 
-    def __init__(self, source: Iterable[PyTree], batch_size: Any):
+    def __init__(self, source: Any, batch_size: Any, batched: bool, repeat: bool):
         if not callable(batch_size):
             size = _validate.integer(batch_size=batch_size, minimum=1)
             batch_size = lambda: size
         self.num_examples = 0  # in all batches so far, without padding
-        self._buffer = Buffer(_iterator(source))
+        self._buffer = Buffer(chunks_of(source, batched=batched, repeat=repeat))
+        self._source_name = type(source).__name__
         self._batch_size: Callable[[], Any] = batch_size
 
-    def __iter__(self) -> Iterator[tuple[PyTree, np.ndarray]]:
+    def __iter__(self) -> Iterator[MaskedBatch]:
         return self
 
-    def __next__(self) -> tuple[PyTree, np.ndarray]:
+    def __next__(self) -> MaskedBatch:
         size = np.asarray(self._batch_size())  # waits for the step that decides it
         size = size.item() if size.ndim == 0 else size
         size = _validate.integer(batch_size=size, minimum=1)
@@ -49,23 +48,23 @@ class Batches:
             raise StopIteration
         rows = np.arange(next_bucket(size))
         mask = rows < size
-        batch = self._buffer.take(np.where(mask, rows, 0))
+        examples = self._buffer.take(np.where(mask, rows, 0))
         self._buffer.drop(size)
         self.num_examples += size
-        return batch, mask
+        return MaskedBatch(examples, mask)
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch begins, made of what the source's own ``get_state()`` returns.
 
         Raises:
-          ValueError: If the source has no ``get_state()`` and ``set_state(state)``.
+          ValueError: If the source can be read only once and cannot say where it stands.
         """
         position = self._buffer.position()
         if position is None:
             raise ValueError(
-                "source must be an iterator with get_state() and set_state(state) to go on where a "
-                "run was saved, got one without, such as a generator: use datasets.epochs(data), "
-                "or a dataset of grain."
+                "source must be an iterator with get_state() and set_state(state), or iterable more "
+                f"than once, to go on where a run was saved, got a {self._source_name}: use "
+                "datasets.epochs(data), a dataset of grain or a DataLoader."
             )
         return {**position, "num_examples": self.num_examples}
 
@@ -76,7 +75,13 @@ class Batches:
         self.num_examples = state["num_examples"]
 
 
-def batches(source: Iterable[PyTree], batch_size: int | Callable[[], Any]) -> Batches:
+def batches(
+    source: Any,
+    batch_size: int | Callable[[], Any],
+    *,
+    batched: bool = True,
+    repeat: bool = False,
+) -> Batches:
     """Iterates over batches of the size that a rule wants, in a training loop of your own.
 
     Whatever the sizes of the pieces that `source` yields, they are joined and cut again: each
@@ -89,16 +94,17 @@ def batches(source: Iterable[PyTree], batch_size: int | Callable[[], Any]) -> Ba
     the others repeat the first one, and the mask says which they are.
 
     Args:
-      source: Iterable over pytrees of arrays [n, ...] with any n >= 1, e.g. a data loader;
-        :func:`epochs` makes an endless one from arrays.
+      source: As in :func:`host_blocks`: a DataLoader of torch, a loader or dataset of grain, a
+        generator of pytrees of arrays [n, ...]; :func:`epochs` makes an endless one from arrays.
       batch_size: Examples of a batch, an integer >= 1, or a function without arguments that returns
         it, such as ``lambda: aj.get_batch_size(opt_state)``.
+      batched: Whether an item of the source is a batch, or a single example.
+      repeat: Whether to start again where the source ends; a batch may then cross that end.
 
     Returns:
-      An iterator over ``(batch, mask)``: leaves [bucket, ...] of NumPy, and bool[bucket], True for
-      an example. It ends where the source has no whole batch left, and counts the examples so far in
-      `num_examples`. It has ``get_state()`` and ``set_state(state)`` where the iterator of the
-      source has them.
+      An iterator over :class:`MaskedBatch`, pairs of examples, leaves [bucket, ...] of NumPy, and
+      their mask, bool[bucket]. It ends where the source has no whole batch left, and counts the
+      examples so far in `num_examples`. ``get_state()`` and ``set_state(state)`` save its place.
 
     Raises:
       ValueError: If source is data itself or cannot be iterated over, a size is not an integer >= 1,
@@ -123,4 +129,4 @@ def batches(source: Iterable[PyTree], batch_size: int | Callable[[], Any]) -> Ba
         for batch, mask in datasets.batches(loader, lambda: aj.get_batch_size(opt_state)):
             params, opt_state, loss = train_step(params, opt_state, batch, mask)
     """
-    return Batches(source, batch_size)
+    return Batches(source, batch_size, batched, repeat)

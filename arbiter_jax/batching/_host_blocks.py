@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax._processes import check_equal, gather, spans_processes
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, num_real_rows
-from arbiter_jax.datasets._block_maker import BlockMaker, Request
-from arbiter_jax.datasets._placement import process_rows
+from arbiter_jax.batching._block_maker import BlockMaker, Request
+from arbiter_jax.batching._blocks import Block, num_real_rows
+from arbiter_jax.batching._loaders import Chunks, chunks_of
+from arbiter_jax.batching._placement import process_rows
 
 _JOIN_SECONDS = 5.0
 _MAX_BYTES = 2**28
@@ -45,7 +46,7 @@ def _serves(block: Block, guess: Request | None, request: Request) -> bool:
 
 
 def _serve(
-    source: Any,
+    source: Chunks,
     maker: BlockMaker,
     window: int,
     requests: queue.SimpleQueue,
@@ -85,10 +86,7 @@ def _serve(
             with contextlib.suppress(BaseException):  # raised when these rows are requested
                 maker.fill(guess)
         request = requests.get()
-    close = getattr(source, "close", None)
-    if close is not None:
-        with contextlib.suppress(Exception):
-            close()
+    source.close()
 
 
 def _stop(thread: threading.Thread, requests: queue.SimpleQueue) -> None:
@@ -105,27 +103,23 @@ class HostBlocks:
         window: int,
         sharding: Any = None,
         max_bytes: int = _MAX_BYTES,
+        batched: bool = True,
+        repeat: bool = False,
     ):
-        # Iterating over one of these would take their rows, parts or keys for chunks.
-        is_data = isinstance(source, tuple | Mapping | str | bytes) or hasattr(source, "dtype")
-        if is_data or not isinstance(source, Iterable):
-            raise ValueError(
-                "source must be an iterator over chunks of examples, got "
-                f"{type(source).__name__}; datasets.epochs(data) makes one from arrays."
-            )
         self.num_examples = 0  # examples in all blocks so far, without padding
         self.num_local_examples = 0  # of them, those from the source of this process
         self.sharding = sharding
         self.window = _validate.integer(window=window, minimum=1)
         max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
-        iterator = iter(source)
-        maker = BlockMaker(iterator, self.window, sharding, max_bytes)
+        chunks = chunks_of(source, batched=batched, repeat=repeat)
+        self._source_name = type(source).__name__
+        maker = BlockMaker(chunks, self.window, sharding, max_bytes)
         self._position = maker.buffer.position()
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_serve,
-            args=(iterator, maker, self.window, self._requests, self._results),
+            args=(chunks, maker, self.window, self._requests, self._results),
             name="arbiter_jax.host_blocks",
             daemon=True,
         )
@@ -217,13 +211,13 @@ class HostBlocks:
         Each of several processes has its own.
 
         Raises:
-          ValueError: If the source has no ``get_state()`` and ``set_state(state)``.
+          ValueError: If the source can be read only once and cannot say where it stands.
         """
         if self._position is None:
             raise ValueError(
-                "source must be an iterator with get_state() and set_state(state) to go on where a "
-                "run was saved, got one without, such as a generator: use datasets.epochs(data), "
-                "or a dataset of grain."
+                "source must be an iterator with get_state() and set_state(state), or iterable more "
+                f"than once, to go on where a run was saved, got a {self._source_name}: use "
+                "datasets.epochs(data), a dataset of grain or a DataLoader."
             )
         return {
             **self._position,
@@ -254,6 +248,8 @@ def host_blocks(
     source: Iterable[PyTree],
     *,
     window: int,
+    batched: bool = True,
+    repeat: bool = False,
     sharding: jax.sharding.Sharding | None = None,
     max_bytes: int = _MAX_BYTES,
 ) -> HostBlocks:
@@ -265,8 +261,28 @@ def host_blocks(
     bucket can hold. If the guess is wrong, the rows are arranged and moved again, which delays the
     window; reading is still overlapped.
 
-    Pass the blocks to :func:`arbiter_jax.fit` instead of the training arrays. The validation data
-    stays on the device. In your own loop, request the block of each window:
+    The source may be anybody's loader; the sizes of its batches do not matter, because they are cut
+    anew. What it yields may be arrays, tensors of torch or numbers, in any pytree. Lists become
+    tuples, because torch collates pairs as lists: a loss gets ``(inputs, labels)``.
+
+    =====================================  ============  ==========================================
+    source                                 repeat=True   position, for checkpoints
+    =====================================  ============  ==========================================
+    ``datasets.epochs(data)``              endless       its ``get_state``
+    dataset or DataLoader of grain         yes           its iterator's ``get_state``
+    ``torchdata``'s StatefulDataLoader     yes           its ``state_dict``
+    DataLoader of torch, tfds.as_numpy,    yes           read again from the beginning up to there:
+    other iterables, lists                               its order must be repeatable
+    generator, iterator                    no: an error  none: an error where a run is saved
+    =====================================  ============  ==========================================
+
+    Each epoch iterates over the source once more; to reshuffle is its own matter. A repeatable order
+    needs a seed, e.g. ``DataLoader(..., generator=torch.Generator().manual_seed(0))``, and the same
+    program that made the loader: a run that goes on with other examples is refused.
+
+    Pass the blocks to :func:`arbiter_jax.fit` instead of the training arrays. It also takes a loader
+    as it is, ``aj.Data(loader, validation)``: one that can be iterated over again is then repeated.
+    The validation data stays on the device; :func:`take` makes it of a loader. In your own loop, request the block of each window:
 
         size, bucket_size, _ = aj.next_window(state.opt_state)
         data = aj.Data(blocks.next_block(size, bucket_size), validation)
@@ -279,11 +295,14 @@ def host_blocks(
     but the number of steps that each has left.
 
     Args:
-      source: Iterable over chunks, pytrees of arrays [n, ...] with any n >= 1, used only by the
-        thread. :func:`epochs` makes an endless one from arrays. Where its iterator has
-        ``get_state()`` and ``set_state(state)``, as that of :func:`epochs` and grain's have, the
-        blocks have them too, and a run is saved with its place in the data.
+      source: Iterable over chunks, pytrees of arrays [n, ...] with any n >= 1, which it does not
+        change afterwards. The thread reads it, in the order that it has. :func:`epochs` makes an
+        endless one from arrays.
       window: T, number of steps per block, an integer >= 1; pass the same to training.
+      batched: Whether an item of the source is a batch of any size; False for a single example. Only
+        an item whose arrays have no common leading axis is recognized as an example.
+      repeat: Whether to iterate over the source again when it ends. A batch may cross the end of an
+        epoch.
       sharding: Where to put the blocks; their second axis is that of the examples. If None, on the
         default device. Processes that hold the same rows must read the same source.
       max_bytes: Limit for a block, in bytes on one device, an integer >= 1; two blocks exist at a
@@ -296,8 +315,8 @@ def host_blocks(
       ``next_block(batch_size, bucket_size, num_steps=None)``.
 
     Raises:
-      ValueError: If source is data itself or cannot be iterated over, or window or max_bytes is not
-        an integer >= 1.
+      ValueError: If source is data itself or cannot be iterated over, or cannot be iterated over
+        again with ``repeat=True``, or window or max_bytes is not an integer >= 1.
 
     *Guarantees*:
       * Each example is used exactly once, in the order of the source, however the sizes change;
@@ -317,5 +336,12 @@ def host_blocks(
     ...         loss_fn, jnp.zeros(()), tx, aj.Data(blocks), num_examples=100, window=10)
     >>> [record.num_examples for record in result.history], blocks.num_examples
     ([60, 96], 96)
+
+    A loader of one epoch, with examples of which the last batch has fewer:
+
+    >>> loader = [np.arange(4), np.arange(4, 6)]
+    >>> with datasets.host_blocks(loader, window=2, repeat=True) as blocks:
+    ...     blocks.next_block(4, 4).batches.tolist()
+    [[0, 2, 1, 3], [4, 0, 5, 1]]
     """
-    return HostBlocks(source, window, sharding, max_bytes)
+    return HostBlocks(source, window, sharding, max_bytes, batched, repeat)

@@ -10,28 +10,20 @@ import numpy as np
 
 from arbiter_jax._processes import spans_processes
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import (
-    Block,
-    block_rows,
-    block_shape,
-    group_rows,
-    interleaved,
-    is_split,
-    num_real_rows,
-    num_rows,
-)
-from arbiter_jax.datasets._epochs import is_resumable
-from arbiter_jax.datasets._placement import place, process_rows, steps_that_fit
+from arbiter_jax.batching._blocks import Block, block_rows, num_real_rows
+from arbiter_jax.batching._groups import block_shape, group_rows
+from arbiter_jax.batching._loaders import Chunks, is_resumable
+from arbiter_jax.batching._placement import place, process_rows, steps_that_fit
+from arbiter_jax.batching._rows import interleaved, is_split
 
 
 class Buffer:
     """Queue of the examples that were read from the source and not yet used."""
 
-    def __init__(self, source: Any):
-        self._source = source  # an iterator, perhaps with get_state and set_state
+    def __init__(self, source: Chunks):
+        self._source: Any = source  # perhaps with get_state and set_state
         self._chunks: deque[PyTree] = deque()
         self._num_rows = 0
-        self._kind: Any = None
         self._first: PyTree = None  # one example, [1, ...]
         self._error: BaseException | None = None
         self._dropped = 0  # rows of the first chunk
@@ -62,24 +54,12 @@ class Buffer:
 
     def _read(self) -> None:
         state = self._source.get_state() if is_resumable(self._source) else None
-        chunk = jax.tree.map(np.asarray, next(self._source))
-        count, kind = num_rows(chunk, name="each chunk of the source"), _kind(chunk)
-        if self._kind not in (None, kind):
-            raise ValueError(
-                "source must yield chunks of the same structure, shape and dtype, got "
-                f"{self._kind[1]} and {kind[1]}."
-            )
-        if self._kind is None:
-            for leaf in jax.tree.leaves(chunk):
-                if leaf.dtype.kind in "OSUMm":
-                    raise ValueError(
-                        f"source must yield chunks of numbers, got dtype {leaf.dtype}."
-                    )
+        chunk = next(self._source)
+        if self._first is None:
             self._first = jax.tree.map(lambda x: x[:1].copy(), chunk)
-        self._kind = kind
         self._chunks.append(chunk)
         self._states.append(state)
-        self._num_rows += count
+        self._num_rows += len(jax.tree.leaves(chunk)[0])
 
     def fill(self, wanted: int) -> int:
         """Reads until there are `wanted` rows or the source has ended; returns how many there are.
@@ -132,12 +112,6 @@ class Buffer:
             count -= length
 
 
-def _kind(chunk: PyTree) -> tuple[Any, list[Any]]:
-    """Structure, shapes and dtypes of a chunk, which all chunks of a source share."""
-    leaves, structure = jax.tree.flatten(chunk)
-    return structure, [(leaf.shape[1:], str(leaf.dtype)) for leaf in leaves]
-
-
 class Request(NamedTuple):
     """What the thread is asked for."""
 
@@ -150,7 +124,7 @@ class Request(NamedTuple):
 class BlockMaker:
     """Makes blocks of the rows that this process supplies."""
 
-    def __init__(self, source: Any, window: int, sharding: Any, max_bytes: int):
+    def __init__(self, source: Chunks, window: int, sharding: Any, max_bytes: int):
         self.buffer = Buffer(source)
         self._window, self._sharding, self._max_bytes = window, sharding, max_bytes
         self._spans_processes = spans_processes(sharding)

@@ -1,0 +1,73 @@
+"""The first examples of a loader as arrays."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from arbiter_jax import _validate
+from arbiter_jax.base import PyTree
+from arbiter_jax.batching._loaders import chunks_of
+
+_MAX_BYTES = 2**30
+
+
+def take(
+    source: Any,
+    num_examples: int | None = None,
+    *,
+    batched: bool = True,
+    max_bytes: int = _MAX_BYTES,
+) -> PyTree:
+    """Reads the first examples of a loader into arrays, e.g. the validation examples of a run.
+
+    :func:`arbiter_jax.fit` does so with a loader in ``data.validation``, which must be finite.
+
+    Args:
+      source: As in :func:`host_blocks`. An iterator has then given away the batches that were read,
+        including the rest of the last one.
+      num_examples: How many, an integer >= 1, or None for all.
+      batched: Whether an item is a batch, or a single example.
+      max_bytes: The most that may be read, an integer >= 1; by default 1 GiB.
+
+    Returns:
+      Pytree of NumPy arrays [num_examples, ...], in the order of the source.
+
+    Raises:
+      ValueError: If an argument is out of range, the source holds no or too few examples, or they
+        need more than `max_bytes`.
+
+    >>> import numpy as np
+    >>> from arbiter_jax import datasets
+    >>> endless = datasets.epochs((np.arange(6.0), np.arange(6)), chunk_size=4)
+    >>> inputs, labels = datasets.take(endless, 6)
+    >>> sorted(labels.tolist())
+    [0, 1, 2, 3, 4, 5]
+    """
+    if num_examples is not None:
+        num_examples = _validate.integer(num_examples=num_examples, minimum=1)
+    max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
+    parts, count, num_bytes = [], 0, 0
+    with contextlib.closing(chunks_of(source, batched=batched)) as chunks:
+        for chunk in chunks:
+            if num_examples is not None:
+                chunk = jax.tree.map(lambda x, n=num_examples - count: x[:n], chunk)
+            leaves = jax.tree.leaves(chunk)
+            count, num_bytes = count + len(leaves[0]), num_bytes + sum(x.nbytes for x in leaves)
+            if num_bytes > max_bytes:
+                raise ValueError(
+                    f"source must hold at most {max_bytes} bytes to be read into arrays, got more "
+                    f"in the first {count} examples: read fewer with "
+                    "datasets.take(source, num_examples), or raise its max_bytes."
+                )
+            parts.append(chunk)
+            if count == num_examples:
+                break
+    if not count or (num_examples is not None and count < num_examples):
+        raise ValueError(
+            f"source must hold at least {num_examples or 1} examples to be read, got {count}."
+        )
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
