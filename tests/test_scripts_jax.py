@@ -136,7 +136,7 @@ def test_language_model_as_fit(name, text):
     assert not np.any(sizes % MICRO)
 
     schedule = aj.schedulers.from_schedule(lambda t: jnp.asarray([*sizes, MICRO])[t])
-    params = language_model.model.init(jax.random.key(0), validation[:1, :-1])
+    params = jax.jit(language_model.model.init)(jax.random.key(0), validation[:1, :-1])
     loss_fn = lambda *args: aj.WeightedLoss(*language_model.token_losses(*args))
     tx, source = optax.chain(adamw(), schedule), datasets.epochs(train, chunk_size=50)
     result, of_fit, _ = run_fit(
@@ -160,7 +160,7 @@ def test_noise_scale_of_groups_by_hand(text):
     tx, chunks = adamw(), datasets.epochs(train, chunk_size=MICRO)
     grad_fn = jax.jit(jax.value_and_grad(language_model.loss_fn, has_aux=True))
     update = jax.jit(tx.update)
-    params = language_model.model.init(jax.random.key(0), validation[:1, :-1])
+    params = jax.jit(language_model.model.init)(jax.random.key(0), validation[:1, :-1])
     opt_state, size = tx.init(params), 4 * MICRO
     variance = signal = 0.0
     for step in range(NUM_STEPS):

@@ -67,7 +67,7 @@ class TrainState(NamedTuple):
 
 
 def train(tx, source, validation, num_steps, num_micro_batches=4):
-    params = model.init(jax.random.key(0), validation[:1, :-1])
+    params = jax.jit(model.init)(jax.random.key(0), validation[:1, :-1])
     state = TrainState(params, tx.init(params))
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 

@@ -39,14 +39,15 @@ def train(tx, source, validation, num_steps):
     grad_fn = aj.value_grad_and_signals(cross_entropy, tx)
 
     @jax.jit
-    def update(params, opt_state, batch, mask):
-        value, grads, signals = grad_fn(params, opt_state, batch, mask=mask, validation=validation)
+    def update(params, opt_state, batch):
+        value, grads, signals = grad_fn(params, opt_state, batch, validation=validation)
         updates, opt_state = tx.update(grads, opt_state, params, **signals)
         return optax.apply_updates(params, updates), opt_state, value
 
     losses = []
-    for batch, mask in aj.datasets.batches(source, lambda: aj.get_batch_size(opt_state)):  # noqa: B023
-        params, opt_state, value = update(params, opt_state, batch, mask)
+    source = aj.datasets.batches(source, lambda: aj.get_batch_size(opt_state))
+    for batch in source:
+        params, opt_state, value = update(params, opt_state, batch)
         losses.append(float(value))
         if len(losses) == num_steps:
             break
