@@ -82,6 +82,7 @@ def text():
 # Plain functions, clipping, AdamW with a warm-up and a cosine.
 
 
+@pytest.mark.slow
 def test_plain_functions_at_a_constant_size(digits):
     train, validation = digits
     chunks = lambda size: datasets.epochs(train, chunk_size=size)

@@ -2,6 +2,7 @@
 
 The cart-pole of Barto, Sutton and Anderson (1983) is a few lines of ``jax.numpy``; rollouts, epochs
 and minibatches are scans, and ``jax.jit(jax.vmap(make_train(tx)))(keys)`` trains several seeds.
+Advantages are normalized over the rollout: so a loss belongs to one example.
 """
 
 from typing import NamedTuple

@@ -2,6 +2,10 @@
 
 The cart-pole of Barto, Sutton and Anderson (1983) is a few lines of ``jax.numpy``; rollouts, epochs
 and minibatches are scans, and ``jax.jit(jax.vmap(make_train(tx)))(keys)`` trains several seeds.
+Advantages are normalized over the rollout: so a loss belongs to one example.
+
+Shapes are static here: the batch size of the rule moves the mask within a minibatch, which is as
+large as the rule's `max_batch_size`. Each seed has a batch size of its own.
 """
 
 from typing import NamedTuple
