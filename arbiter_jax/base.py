@@ -74,7 +74,7 @@ class LossFn(Protocol):
     loss returns :class:`WeightedLoss`.
     """
 
-    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array | WeightedLoss:
+    def __call__(self, params: PyTree, batch: PyTree, /) -> jax.Array | WeightedLoss:
         """Returns the loss of each example, float[M]."""
         ...
 

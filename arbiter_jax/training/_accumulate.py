@@ -172,6 +172,7 @@ def accumulate(
     ) -> Any:
         check_batch(micro_batch, mask)
         pure = split(params, opt_state)
+        _check_begun(state, pure.opt_state)
         added = add_rows(
             state, pure.params, pure.opt_state, micro_batch, mask, key, loss_fn=pure.loss_fn
         )
@@ -198,6 +199,7 @@ def accumulate(
         step_seconds: Any = None,
     ) -> Any:
         pure = split(params, opt_state)
+        _check_begun(state, pure.opt_state)
         requested = requests(pure.opt_state)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
         (gradient, noise), size = finish_all(state, pure.params, pure.opt_state, given)
@@ -206,3 +208,21 @@ def accumulate(
         return gradient.value, pure.as_grads(gradient.grads), signals
 
     return Accumulator(init, add, finish)
+
+
+def _check_begun(state: Any, opt_state: PyTree) -> None:
+    """Raises a ValueError if a batch was not begun by `init`, or for a chain with other rules."""
+    if not isinstance(state, Accumulated):
+        is_pair = isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Accumulated)
+        hint = "with has_aux=True, add returns (batch, aux)" if is_pair else "it comes first"
+        raise ValueError(
+            "batch must be what init(params, opt_state) or add(batch, ...) has returned, got "
+            f"{type(state).__name__}: {hint}."
+        )
+    measures = bool(requests(opt_state).signals & MEASURED_SIGNALS)
+    if measures != (state.spread is not None):
+        raise ValueError(
+            "batch must have been begun by init(params, opt_state) with the state of the same chain, "
+            f"got one that {'keeps no' if measures else 'keeps'} statistics: the rules in this "
+            f"opt_state read {'them' if measures else 'none'}."
+        )

@@ -200,7 +200,7 @@ def given_signals(
     if wanted and validation is None:
         raise ValueError(
             "validation must be given, got None: a rule in the chain measures on validation "
-            "examples. Pass a batch of them, grad_fn(..., validation=batch)."
+            "examples. Pass a batch of them: validation=batch."
         )
     if wanted:
         num_rows(validation, "validation")
