@@ -136,29 +136,6 @@ def _head_input(
     return features
 
 
-def first_argument(
-    method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """What a call passes for the first parameter of a method, by position or by keyword.
-
-    Args:
-      method: A bound method; its signature says which of the keywords comes first.
-      args: The call's positional arguments.
-      kwargs: The call's keyword arguments.
-
-    Returns:
-      (value, replace): the argument, and `replace(value) -> (args, kwargs)`, which puts another value
-      in the same place.
-    """
-    if args:
-        return args[0], lambda value: ((value, *args[1:]), kwargs)
-    if not kwargs:
-        raise ValueError("A head or BatchNorm must be called with its input, got no arguments.")
-    parameters = inspect.signature(method).parameters
-    name = next((name for name in parameters if name in kwargs), next(iter(kwargs)))
-    return kwargs[name], lambda value: (args, {**kwargs, name: value})
-
-
 def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
     """The keyword arguments that usually tell a module whether it is training."""
     names = inspect.signature(call).parameters
@@ -167,30 +144,6 @@ def mode_arguments(call: Callable[..., Any], train: bool) -> dict[str, Any]:
         **dict.fromkeys(("deterministic", "use_running_average"), not train),
     }
     return {name: value for name, value in values.items() if name in names}
-
-
-def with_row_mask(
-    method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mask: jax.Array
-) -> dict[str, Any]:
-    """The keyword arguments of a call of BatchNorm, with padding left out of its statistics.
-
-    A mask that the network passes itself, of its tokens for example, goes on to count.
-    """
-    rows = row_mask(mask, first_argument(method, args, kwargs)[0])
-    own = kwargs.get("mask")
-    return {**kwargs, "mask": rows if own is None else jnp.logical_and(rows, own)}
-
-
-def row_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """A mask of the M examples, in the shape that BatchNorm takes for its input."""
-    if x.shape[0] % mask.shape[0]:
-        raise ValueError(
-            "mask must have a number of rows that divides the number of rows of the input of "
-            f"BatchNorm, {x.shape[0]}, got {mask.shape[0]}."
-        )
-    # More rows than examples: the other axes were folded into the batch, examples first.
-    mask = jnp.repeat(mask, x.shape[0] // mask.shape[0], axis=0)
-    return jnp.reshape(mask, (x.shape[0],) + (1,) * (x.ndim - 1))
 
 
 def reseeded(template: PyTree, key: jax.Array) -> PyTree:

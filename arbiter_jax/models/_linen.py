@@ -17,7 +17,8 @@ from flax import linen as nn
 
 from arbiter_jax._numerics import typed_key
 from arbiter_jax.base import PyTree
-from arbiter_jax.models._cut import Network, first_argument, mode_arguments, with_row_mask
+from arbiter_jax.batching._batch_norm import first_argument, with_row_mask
+from arbiter_jax.models._cut import Network, mode_arguments
 
 _COLLECTION = "arbiter_intercepted"
 

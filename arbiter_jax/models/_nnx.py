@@ -1,8 +1,7 @@
 """Flax NNX modules as pure functions, with the head's input intercepted.
 
-Each run works on a fresh copy of the module, in which single submodules are given a subclass with one
-method overridden. What such a method records or uses is a variable of the submodule, so that it also
-passes through Flax's own transformations (``nnx.jit``, ``nnx.remat``).
+Each run works on a fresh copy of the module, in which single methods are overridden; see
+`batching._batch_norm`.
 """
 
 from __future__ import annotations
@@ -17,20 +16,21 @@ from flax import nnx
 
 from arbiter_jax._numerics import typed_key
 from arbiter_jax.base import PyTree
+from arbiter_jax.batching._batch_norm import (
+    Intercepted,
+    first_argument,
+    mask_batch_norms,
+    override,
+    value_of,
+)
 from arbiter_jax.models._cut import (
     Network,
-    first_argument,
     mode_arguments,
     reseeded,
-    with_row_mask,
 )
 
 # How a module is split: parameters, random state, everything else (the model state).
 _KINDS = (nnx.Param, nnx.RngState, ...)
-
-
-class _Intercepted(nnx.Variable):
-    """What an overridden method records or uses; neither a parameter nor model state."""
 
 
 def network(
@@ -70,12 +70,12 @@ def network(
         else:
             copy.eval()
         if train and mask is not None:
-            _mask_batch_norms(copy, mask)
+            mask_batch_norms(copy, mask)
         target = functools.reduce(_child, owner, copy)
         _intercept(target, method, features)
         rngs = {"rngs": nnx.Rngs(key)} if takes_rngs else {}
         outputs = copy(inputs, **{**rngs, **arguments(train)})
-        recorded = _value(target.arbiter_features) if features is None else ()
+        recorded = value_of(target.arbiter_features) if features is None else ()
         if has_state:
             model_state = _like(model_state, _rest_of(copy, rest_template))
         return outputs, recorded, model_state
@@ -100,63 +100,30 @@ def _abstract(build: Any) -> nnx.Module:
 
 def _rest_of(module: nnx.Module, template: nnx.State) -> dict[str, Any]:
     """The model state after a call, without variables that the call added, such as sown ones."""
-    *_, rest = nnx.state(module, nnx.Param, nnx.RngState, _Intercepted, ...)
+    *_, rest = nnx.state(module, nnx.Param, nnx.RngState, Intercepted, ...)
     return _to_dict(_from_dict(template, _to_dict(rest)))
-
-
-def _override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> None:
-    """Makes `node.method(...)` call `wrapper(node, the original method, args, kwargs)`.
-
-    Python looks up `node(...)` in the class, so an attribute of the node would not do. A subclass
-    keeps what Flax knows about the class, which a proxy would not.
-    """
-    cls = type(node)
-    original = getattr(cls, method)
-
-    def call(self, *args, **kwargs):
-        return wrapper(self, functools.partial(original, self), args, kwargs)
-
-    node.__class__ = type(cls.__name__, (cls,), {method: call})
-
-
-def _value(variable: nnx.Variable) -> Any:
-    """What a variable holds; `variable[...]`, the usual way, only works for arrays."""
-    return variable.get_value()
 
 
 def _intercept(target: Any, method: str, features: jax.Array | None) -> None:
     """Makes a method record what it is called with or, unless None, use `features` instead."""
     if features is None:
-        target.arbiter_features = _Intercepted(())
-        _override(target, method, _record_input)
+        target.arbiter_features = Intercepted(())
+        override(target, method, _record_input)
     else:
-        target.arbiter_features = _Intercepted(features)
-        _override(target, method, _replace_input)
+        target.arbiter_features = Intercepted(features)
+        override(target, method, _replace_input)
 
 
 def _record_input(self, original, args, kwargs):
     features, _ = first_argument(original, args, kwargs)
-    self.arbiter_features = _Intercepted((*_value(self.arbiter_features), features))
+    self.arbiter_features = Intercepted((*value_of(self.arbiter_features), features))
     return original(*args, **kwargs)
 
 
 def _replace_input(self, original, args, kwargs):
     _, replace = first_argument(original, args, kwargs)
-    args, kwargs = replace(_value(self.arbiter_features))
+    args, kwargs = replace(value_of(self.arbiter_features))
     return original(*args, **kwargs)
-
-
-def _mask_batch_norms(module: nnx.Module, mask: jax.Array) -> None:
-    """Passes the mask of the examples to every BatchNorm."""
-    for _, node in nnx.iter_modules(module):
-        if isinstance(node, nnx.BatchNorm):
-            batch_norm: Any = node
-            batch_norm.arbiter_mask = _Intercepted(mask)
-            _override(node, "__call__", _pass_mask)
-
-
-def _pass_mask(self, original, args, kwargs):
-    return original(*args, **with_row_mask(original, args, kwargs, _value(self.arbiter_mask)))
 
 
 def _child(node: Any, name: str) -> Any:

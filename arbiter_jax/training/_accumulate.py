@@ -13,7 +13,7 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.base import MEASURED_SIGNALS, PyTree, requests, with_extra_args
-from arbiter_jax.batching import num_rows, replace_padding
+from arbiter_jax.batching import MaskedBatch, num_rows, replace_padding
 from arbiter_jax.gradients import (
     Accumulated,
     add_piece,
@@ -132,7 +132,10 @@ def accumulate(
         def add_part(state, part, num_parts, in_first):
             piece, real = jax.tree.map(lambda x: x[part::num_parts], (batch, mask))
             piece_key = key if key is None or num_parts == 1 else jax.random.fold_in(key, part)
-            gradient, weight = weighted(params, piece, real, state.model_state, piece_key)
+            model_state = state.model_state
+            if key is not None and model_state is None:
+                model_state = {}
+            gradient, weight = weighted(params, piece, real, model_state, piece_key)
             size = jnp.sum(real, dtype=jnp.int32)
             return add_piece(state, gradient, weight, size, in_first), gradient.aux, weight
 
@@ -170,8 +173,10 @@ def accumulate(
         mask: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Any:
+        if isinstance(micro_batch, MaskedBatch) and mask is None:
+            micro_batch, mask = micro_batch
         check_batch(micro_batch, mask)
-        pure = split(params, opt_state)
+        pure = split(params, opt_state, is_masked=mask is not None)
         _check_begun(state, pure.opt_state)
         added = add_rows(
             state, pure.params, pure.opt_state, micro_batch, mask, key, loss_fn=pure.loss_fn

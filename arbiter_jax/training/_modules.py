@@ -20,6 +20,7 @@ from flax import nnx
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss, as_pure, takes_extra_args
 from arbiter_jax.batching import num_rows
+from arbiter_jax.batching._batch_norm import mask_batch_norms
 
 
 class Unpacked(NamedTuple):
@@ -44,6 +45,7 @@ def unpacked(
     *,
     wrt: Any = None,
     has_aux: bool = False,
+    is_masked: bool = False,
 ) -> Unpacked:
     """Splits a module, and makes a pure function of a loss that is called with it.
 
@@ -65,6 +67,7 @@ def unpacked(
       wrt: Filter of the variables that are trained, as in ``nnx.grad`` and ``nnx.Optimizer``;
         ``nnx.Param`` if None.
       has_aux: Whether `loss_fn` returns ``(losses, aux)``.
+      is_masked: Whether rows may be padding: every BatchNorm of the module then gets the mask.
 
     Raises:
       ValueError: If a model state is given besides a module, the module has no variable of the kind
@@ -116,7 +119,7 @@ def unpacked(
         params=as_pure(trained),
         model_state=jax.tree.map(_as_array, pure_rest),
         opt_state=as_pure(opt_state),
-        loss_fn=_PureLoss(loss_fn, keywords, has_aux, graphdef, structures),
+        loss_fn=_PureLoss(loss_fn, keywords, has_aux, is_masked, graphdef, structures),
         as_grads=lambda tree: jax.tree.unflatten(structures[0], jax.tree.leaves(tree)),
         write=write,
     )
@@ -132,6 +135,7 @@ class _PureLoss:
     loss_fn: Callable[..., Any]
     keywords: tuple[str, ...]  # those of `mask` and `key` that it takes
     has_aux: bool
+    is_masked: bool
     graphdef: Any
     structures: tuple[Any, Any]  # of the states of what is trained and of the rest
 
@@ -139,6 +143,8 @@ class _PureLoss:
         pure_states = zip(self.structures, (params, model_state), strict=True)
         states = (jax.tree.unflatten(s, jax.tree.leaves(x)) for s, x in pure_states)
         copy = nnx.merge(self.graphdef, *states)
+        if self.is_masked and mask is not None:
+            mask_batch_norms(copy, mask)
         if mask is None and "mask" in self.keywords:
             mask = jnp.ones(num_rows(batch), bool)
         available = {"mask": mask, "key": key}

@@ -160,7 +160,7 @@ def value_grad_and_signals(
         if isinstance(batch, MaskedBatch) and mask is None:
             batch, mask = batch
         check_batch(batch, mask)
-        pure = split(params, opt_state, model_state, key)
+        pure = split(params, opt_state, model_state, key, is_masked=mask is not None)
         requested = requests(pure.opt_state)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
         state = pure.params, pure.opt_state, batch, mask, pure.model_state

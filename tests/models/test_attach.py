@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 from arbiter_jax import models
-from arbiter_jax.models import _cut
+from arbiter_jax.batching._batch_norm import row_mask
 
 xent = optax.softmax_cross_entropy_with_integer_labels
 IMAGES = (8, 8, 1)
@@ -617,9 +617,9 @@ def test_a_mask_must_divide_the_rows_of_batch_norm(key):
     """As it does where other axes are folded into the batch."""
     x = jax.ShapeDtypeStruct((6, 3, 2), jnp.float32)
     mask = jnp.array([True, False, True])
-    assert _cut.row_mask(mask, x)[:, 0, 0].tolist() == [True, True, False, False, True, True]
+    assert row_mask(mask, x)[:, 0, 0].tolist() == [True, True, False, False, True, True]
     with pytest.raises(ValueError, match=r"mask must have a number of rows .* 6, got 4"):
-        _cut.row_mask(jnp.ones(4, bool), x)
+        row_mask(jnp.ones(4, bool), x)
 
 
 def test_call_arguments_are_passed_on(key):
