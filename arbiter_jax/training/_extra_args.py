@@ -91,25 +91,31 @@ def with_made_extra_args(
     """
 
     def update(updates, state, params=None, *, batch_loss=_half_sq_norm, **signals):
-        made = extra_args(batch_loss)
-        if not isinstance(made, Mapping):
-            raise ValueError(
-                "extra_args must return a dict, e.g. {'value_fn': batch_loss}, got "
-                f"{type(made).__name__}."
-            )
-        for name in made:
-            if name in signals:
-                raise ValueError(
-                    f"extra_args must not return {name!r}, which the training loop supplies itself."
-                )
-        names = signals.keys() | made.keys()
-        made = {
-            name: _accepting(value, names) if callable(value) else value
-            for name, value in made.items()
-        }
+        made = made_extra_args(extra_args, batch_loss, signals)
         return tx.update(updates, state, params, **made, **signals)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def made_extra_args(
+    extra_args: ExtraArgs, batch_loss: BatchLoss, signals: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `extra_args` makes, to be passed to ``tx.update`` beside the signals."""
+    made = extra_args(batch_loss)
+    if not isinstance(made, Mapping):
+        raise ValueError(
+            "extra_args must return a dict, e.g. {'value_fn': batch_loss}, got "
+            f"{type(made).__name__}."
+        )
+    for name in made:
+        if name in signals:
+            raise ValueError(
+                f"extra_args must not return {name!r}, which the training loop supplies itself."
+            )
+    names = signals.keys() | made.keys()
+    return {
+        name: _accepting(value, names) if callable(value) else value for name, value in made.items()
+    }
 
 
 def _half_sq_norm(params: PyTree) -> jax.Array:

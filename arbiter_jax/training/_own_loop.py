@@ -22,10 +22,17 @@ from arbiter_jax.base import (
     takes_extra_args,
     with_extra_args,
 )
-from arbiter_jax.batching import MaskedBatch, num_rows
+from arbiter_jax.batching import MaskedBatch, num_rows, replace_padding
 from arbiter_jax.gradients import Gradient
 from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._extra_args import (
+    ExtraArgs,
+    check_extra_args,
+    loss_of_batch,
+    made_extra_args,
+    with_made_extra_args,
+)
 from arbiter_jax.training._gradient_fns import gradient_fns_of_batch
 from arbiter_jax.training._inner_step import with_usable_model_state
 from arbiter_jax.training._modules import unpacked
@@ -48,6 +55,7 @@ def value_grad_and_signals(
     has_aux: bool = False,
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     wrt: Any = None,
+    extra_args: ExtraArgs | None = None,
 ) -> Callable[..., Any]:
     """A gradient function for a training loop of your own, for every rule of this library.
 
@@ -76,6 +84,9 @@ def value_grad_and_signals(
         sees; by default the first entry of a tuple or list, or the batch if it is one array.
       wrt: The variables of an NNX module that are trained, the same filter as for ``nnx.Optimizer``;
         ``nnx.Param`` if None.
+      extra_args: ``extra_args(batch_loss) -> dict`` makes more extra arguments of ``tx.update``, for
+        optimizers that evaluate the loss of the batch themselves; see :func:`run_window`. They are
+        among the signals, functions too, which a compiled function cannot return.
 
     Returns:
       ``grad_fn(params, opt_state, batch, *, mask=None, validation=None, model_state=None, key=None,
@@ -130,7 +141,10 @@ def value_grad_and_signals(
         micro_batch_size = _validate.integer(micro_batch_size=micro_batch_size, minimum=1)
     if inputs_of is not None:
         _validate.function("inputs_of(validation) -> inputs", inputs_of=inputs_of)
+    check_extra_args(extra_args, micro_batch_size)
     chain = with_extra_args(tx)
+    if extra_args is not None:
+        chain = with_made_extra_args(chain, extra_args)
     split = functools.partial(unpacked, loss_fn, tx, wrt=wrt, has_aux=has_aux)
 
     @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -167,6 +181,14 @@ def value_grad_and_signals(
         (gradient, noise), size = compute(*state, key, given, loss_fn=pure.loss_fn)
         gradient = gradient._replace(model_state=pure.write(gradient.model_state))
         signals = all_signals(gradient, noise, requested, size, given, tx)
+        if extra_args is not None:
+            rows = batch
+            if mask is not None:
+                rows = replace_padding(batch, mask)
+            real = jnp.ones(num_rows(batch), bool) if mask is None else mask
+            given = {"loss_fn": pure.loss_fn, "gradient_fn": None, "has_aux": has_aux}
+            batch_loss = loss_of_batch(rows, real, pure.model_state, key, **given)
+            signals |= made_extra_args(extra_args, batch_loss, signals)
         returned = gradient.value, pure.as_grads(gradient.grads), signals
         return (*returned, gradient.aux) if has_aux else returned
 

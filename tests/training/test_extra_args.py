@@ -75,6 +75,28 @@ def by_hand_from(name, key):
 SLOW = pytest.param("lbfgs", marks=pytest.mark.slow)  # two programs of a line search by zooming
 
 
+def test_in_a_loop_of_ones_own():
+    argument, make = OPTIMIZERS["backtracking"]
+    tx = optax.chain(make(), schedulers.shadow(schedulers.gradient_noise_scale()))
+    grad_fn = aj.value_grad_and_signals(losses, tx, extra_args=TAKES[argument])
+    sampler, params = aj.init_state(START, tx, 0).train_sampler, START
+    state, values = tx.init(START), []
+
+    @jax.jit
+    def step(params, state, batch, mask):
+        value, grads, signals = grad_fn(params, state, batch, mask=mask)
+        updates, state = tx.update(grads, state, params, **signals)
+        return optax.apply_updates(params, updates), state, value
+
+    for _ in range(STEPS):
+        sampler, batch, mask = batching.sample_batch(sampler, DATA.train, SIZE, BUCKET)
+        params, state, value = step(params, state, batch, mask)
+        values.append(value)
+    expected, expected_values = by_hand("backtracking")
+    np.testing.assert_allclose(values, expected_values, rtol=2e-4)
+    chex.assert_trees_all_close(params, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["backtracking", "sophia", SLOW])
 def test_equals_a_loop_by_hand(name):
     params, values = by_hand(name)
