@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,8 +28,8 @@ def take(
     :func:`arbiter_jax.fit` does so with a loader in ``data.validation``, which must be finite.
 
     Args:
-      source: As in :func:`host_blocks`. An iterator has then given away the batches that were read,
-        including the rest of the last one.
+      source: As in :func:`host_blocks`. An iterator goes on after the last batch that was read;
+        what is left of that batch is lost.
       num_examples: How many, an integer >= 1, or None for all.
       batched: Whether an item is a batch, or a single example.
       max_bytes: The most that may be read, an integer >= 1; by default 1 GiB.
@@ -62,7 +63,10 @@ def read_examples(
         num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
     parts, count, num_bytes = [], 0, 0
-    with contextlib.closing(chunks_of(source, batched=batched)) as chunks:
+    chunks = chunks_of(source, batched=batched)
+    # The caller may go on with an iterator of their own; one that was made here lets go of its workers.
+    is_own = isinstance(source, Iterator)
+    with contextlib.nullcontext() if is_own else contextlib.closing(chunks):
         for chunk in chunks:
             if num_examples is not None:
                 chunk = jax.tree.map(lambda x, n=num_examples - count: x[:n], chunk)

@@ -216,13 +216,10 @@ def _growing_test(
             signals_due=None if always else jnp.array(True),
         )
 
-    def update_state(state, *, grad_stats: Any = None, signals_made=None, **signals):
+    def update_state(state, *, grad_stats: Any = None, **signals):
         base.require(name, grad_stats=grad_stats)
-        update = base.applied_update(state, **signals)
-        num_steps: Any = optax.safe_increment(state.num_steps)
-        counted = state._replace(ledger=update.ledger, num_steps=num_steps)
         return _rule.measured_at_interval(
-            state, counted, interval, signals_made, lambda new: measured(new, grad_stats, update)
+            state, signals, interval, lambda new, update: measured(new, grad_stats, update)
         )
 
     def measured(state, grad_stats, update):

@@ -46,28 +46,30 @@ def transformation(
 
 def measured_at_interval(
     state: Any,
-    counted: State,
+    signals: dict[str, Any],
     interval: int | jax.Array,
-    signals_made: Any,
-    measured: Callable[[State], State],
-) -> State:
-    """The state of a rule that measures at every n-th step; its fields are named as in `base`.
+    measured: Callable[[Any, base.Update], Any],
+) -> Any:
+    """The state of a rule after a step, of which it measures every n-th; fields as in `base`.
 
     Args:
       state: Before the step. Its `signals_due` is None if the interval is the Python int 1.
-      counted: The state after a step without a measurement, its `num_steps` counted.
+      signals: Those that say what was applied and measured; see
+        :func:`arbiter_jax.base.applied_update` and :func:`arbiter_jax.base.measures_now`.
       interval: n.
-      signals_made: See :func:`arbiter_jax.base.measures_now`.
-      measured: ``measured(counted) -> state`` after a measurement.
+      measured: ``measured(state, update) -> state`` adds a measurement to the state of a counted step.
     """
+    made = signals.get("signals_made")
+    update = base.applied_update(state, **signals)
+    num_steps: Any = optax.safe_increment(state.num_steps)
+    counted = state._replace(ledger=update.ledger, num_steps=num_steps)
     if state.signals_due is None:
-        return measured(counted)
-    new: Any = counted
-    counted = new._replace(signals_due=counted.num_steps % interval == 0)  # pyright: ignore[reportAttributeAccessIssue]
-    now = base.measures_now(state.signals_due, signals_made)
+        return measured(counted, update)
+    counted = counted._replace(signals_due=num_steps % interval == 0)
+    now = base.measures_now(state.signals_due, made)
     if now is False:
         return counted
-    new = measured(counted)
+    new = measured(counted, update)
     return new if now is True else _numerics.tree_where(now, new, counted)
 
 

@@ -112,57 +112,11 @@ def accumulate(
     chain = with_extra_args(tx)
     split = functools.partial(unpacked, loss_fn, tx, wrt=wrt, has_aux=has_aux)
 
-    @jax.jit
-    def init_state(params, opt_state, model_state):
-        measures = bool(requests(opt_state).signals & MEASURED_SIGNALS)
-        return init_accumulated(params, model_state, measures)
-
     def init(params: PyTree, opt_state: PyTree, model_state: PyTree = None) -> Accumulated:
         pure = split(params, opt_state, model_state)
-        return init_state(pure.params, pure.opt_state, pure.model_state)
+        return _begun(pure.params, pure.opt_state, pure.model_state)
 
-    @functools.partial(jax.jit, static_argnames="loss_fn")
-    def add_rows(state, params, opt_state, batch, mask, key, loss_fn):
-        weighted = value_grad_and_weight(loss_fn, has_aux)
-        rows = num_rows(batch)
-        mask = jnp.ones(rows, bool) if mask is None else mask
-        batch = replace_padding(batch, mask)
-        key = None if key is None else jax.random.fold_in(key, state.num_pieces)
-
-        def add_part(state, part, num_parts, in_first):
-            piece, real = jax.tree.map(lambda x: x[part::num_parts], (batch, mask))
-            piece_key = key if key is None or num_parts == 1 else jax.random.fold_in(key, part)
-            model_state = state.model_state
-            if key is not None and model_state is None:
-                model_state = {}
-            gradient, weight = weighted(params, piece, real, model_state, piece_key)
-            size = jnp.sum(real, dtype=jnp.int32)
-            return add_piece(state, gradient, weight, size, in_first), gradient.aux, weight
-
-        def whole(state):
-            # One row has no halves: the micro-batches alternate.
-            in_first = state.num_pieces % 2 == 0 if rows == 1 else None
-            return add_part(state, 0, 1, in_first)[:2]
-
-        def halves(state):
-            old_state = state.model_state
-            state, *first = add_part(state, 0, 2, True)
-            state, *second = add_part(state, 1, 2, False)
-            if not has_aux:
-                return state, None
-            auxes, weights = zip(first, second, strict=True)
-            sizes = -(-rows // 2), rows // 2
-            with_rows = has_rows(loss_fn, auxes, sizes, params, batch, mask, old_state, key)
-            return state, joined_aux(auxes, jnp.stack(weights), with_rows, contiguous=False)
-
-        if state.spread is None or rows == 1:
-            return whole(state)
-        due = requests(opt_state).due
-        if due is None:
-            return halves(state)
-        aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(whole, state)[1])
-        carry = cond_in_place(due, lambda carry: halves(carry[0]), (state, aux))
-        return cond_in_place(~due, lambda carry: whole(carry[0]), carry)
+    add_rows = jax.jit(functools.partial(_add_rows, has_aux=has_aux), static_argnames="loss_fn")
 
     def add(
         state: Accumulated,
@@ -213,6 +167,66 @@ def accumulate(
         return gradient.value, pure.as_grads(gradient.grads), signals
 
     return Accumulator(init, add, finish)
+
+
+@jax.jit
+def _begun(params: PyTree, opt_state: PyTree, model_state: PyTree) -> Accumulated:
+    measures = bool(requests(opt_state).signals & MEASURED_SIGNALS)
+    return init_accumulated(params, model_state, measures)
+
+
+def _add_rows(
+    state: Accumulated,
+    params: PyTree,
+    opt_state: PyTree,
+    batch: PyTree,
+    mask: jax.Array | None,
+    key: jax.Array | None,
+    *,
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+) -> tuple[Accumulated, PyTree]:
+    """The batch with a micro-batch more, in halves if a rule is due; and the aux of the latter."""
+    weighted = value_grad_and_weight(loss_fn, has_aux)
+    rows = num_rows(batch)
+    mask = jnp.ones(rows, bool) if mask is None else mask
+    batch = replace_padding(batch, mask)
+    key = None if key is None else jax.random.fold_in(key, state.num_pieces)
+
+    def add_part(state, part, num_parts, in_first):
+        piece, real = jax.tree.map(lambda x: x[part::num_parts], (batch, mask))
+        piece_key = key if key is None or num_parts == 1 else jax.random.fold_in(key, part)
+        model_state = state.model_state
+        if key is not None and model_state is None:
+            model_state = {}
+        gradient, weight = weighted(params, piece, real, model_state, piece_key)
+        size = jnp.sum(real, dtype=jnp.int32)
+        return add_piece(state, gradient, weight, size, in_first), gradient.aux, weight
+
+    def whole(state):
+        # One row has no halves: the micro-batches alternate.
+        in_first = state.num_pieces % 2 == 0 if rows == 1 else None
+        return add_part(state, 0, 1, in_first)[:2]
+
+    def halves(state):
+        old_state = state.model_state
+        state, *first = add_part(state, 0, 2, True)
+        state, *second = add_part(state, 1, 2, False)
+        if not has_aux:
+            return state, None
+        auxes, weights = zip(first, second, strict=True)
+        sizes = -(-rows // 2), rows // 2
+        with_rows = has_rows(loss_fn, auxes, sizes, params, batch, mask, old_state, key)
+        return state, joined_aux(auxes, jnp.stack(weights), with_rows, contiguous=False)
+
+    if state.spread is None or rows == 1:
+        return whole(state)
+    due = requests(opt_state).due
+    if due is None:
+        return halves(state)
+    aux = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(whole, state)[1])
+    carry = cond_in_place(due, lambda carry: halves(carry[0]), (state, aux))
+    return cond_in_place(~due, lambda carry: whole(carry[0]), carry)
 
 
 def _check_begun(state: Any, opt_state: PyTree) -> None:

@@ -168,6 +168,11 @@ class TestTake:
         np.testing.assert_array_equal(found["y"], found["x"][:, 0] % 3)
         assert sorted(found["x"][:, 0].tolist()) == list(range(20))
 
+    def test_an_iterator_goes_on_after_what_was_taken(self):
+        generator = (np.arange(4 * i, 4 * i + 4) for i in range(3))
+        assert datasets.take(generator, 6).tolist() == [0, 1, 2, 3, 4, 5]
+        assert [chunk.tolist() for chunk in generator] == [[8, 9, 10, 11]]
+
     @every_source
     def test_takes_all_or_the_first(self, make):
         inputs, labels = datasets.take(make())
