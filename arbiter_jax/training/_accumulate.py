@@ -192,14 +192,12 @@ def _add_rows(
     mask = jnp.ones(rows, bool) if mask is None else mask
     batch = replace_padding(batch, mask)
     key = None if key is None else jax.random.fold_in(key, state.num_pieces)
+    usable = lambda model_state: {} if key is not None and model_state is None else model_state
 
     def add_part(state, part, num_parts, in_first):
         piece, real = jax.tree.map(lambda x: x[part::num_parts], (batch, mask))
         piece_key = key if key is None or num_parts == 1 else jax.random.fold_in(key, part)
-        model_state = state.model_state
-        if key is not None and model_state is None:
-            model_state = {}
-        gradient, weight = weighted(params, piece, real, model_state, piece_key)
+        gradient, weight = weighted(params, piece, real, usable(state.model_state), piece_key)
         size = jnp.sum(real, dtype=jnp.int32)
         return add_piece(state, gradient, weight, size, in_first), gradient.aux, weight
 
@@ -209,7 +207,7 @@ def _add_rows(
         return add_part(state, 0, 1, in_first)[:2]
 
     def halves(state):
-        old_state = state.model_state
+        old_state = usable(state.model_state)
         state, *first = add_part(state, 0, 2, True)
         state, *second = add_part(state, 1, 2, False)
         if not has_aux:

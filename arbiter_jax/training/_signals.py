@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import optax
 
 from arbiter_jax import _jaxpr
+from arbiter_jax._count import Count
 from arbiter_jax.base import (
     VALIDATION_SIGNALS,
     GradStats,
@@ -29,6 +31,7 @@ from arbiter_jax.batching import (
     num_rows,
 )
 from arbiter_jax.gradients import Gradient, GradientFn
+from arbiter_jax.objectives import measure_persistence
 
 
 def with_zero_statistics(gradient_fn: GradientFn) -> GradientFn:
@@ -239,3 +242,25 @@ def check_validation(requested: Requests, validation: PyTree) -> None:
             "examples. Use aj.Data(train, validation)."
         )
     num_rows(validation, "data.validation")
+
+
+def constant_signals(
+    params: PyTree,
+    requested: Requests,
+    tx: optax.GradientTransformation,
+    step_seconds: jax.typing.ArrayLike,
+    budget: Count | jax.typing.ArrayLike | None,
+    own_bucket_size: jax.typing.ArrayLike | None,
+) -> dict[str, Any]:
+    """The extra arguments of ``tx.update`` that are the same at every step of a window."""
+    constants: dict[str, Any] = {}
+    if budget is not None:
+        is_count = isinstance(budget, Count)
+        constants["budget"] = budget if is_count else jnp.asarray(budget, jnp.int32)
+    if "step_seconds" in requested.signals:
+        constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
+    if "persistence" in requested.signals:
+        constants["persistence"] = measure_persistence(tx, params)
+    if own_bucket_size is not None and "meta_batch" in requested.signals:
+        constants["num_meta_examples"] = own_bucket_size
+    return constants

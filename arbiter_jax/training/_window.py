@@ -16,14 +16,12 @@ import jax.numpy as jnp
 import jax.typing
 import optax
 
-from arbiter_jax import _validate
 from arbiter_jax._count import Count
 from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.base import (
     MEASURED_SIGNALS,
     LossFn,
     PyTree,
-    Requests,
     StepInfo,
     get_batch_size,
     requests,
@@ -31,34 +29,17 @@ from arbiter_jax.base import (
 )
 from arbiter_jax.batching import (
     Block,
-    SamplerState,
-    advance,
-    block_batch,
     check_block,
     halves_apart,
-    num_rows,
-    sample_batch,
-    sample_own_batch,
-    sample_shared,
 )
 from arbiter_jax.gradients import (
     GradientFn,
 )
-from arbiter_jax.objectives import measure_persistence
-from arbiter_jax.training._checks import (
-    check_data,
-    check_functions,
-    check_on_device,
-    check_same_chain,
-    check_state,
-    check_static_integers,
-    check_transformation,
-    explained,
-)
+from arbiter_jax.training._checks import explained
 from arbiter_jax.training._compile_log import log_trace
+from arbiter_jax.training._draw import draw
 from arbiter_jax.training._extra_args import (
     ExtraArgs,
-    check_extra_args,
     loss_of_batch,
     with_made_extra_args,
 )
@@ -69,56 +50,19 @@ from arbiter_jax.training._gradient_fns import (
 )
 from arbiter_jax.training._inner_step import inner_step
 from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
-from arbiter_jax.training._micro_batches import (
-    check_micro_batch_size,
-    check_sampling,
-    steps_of_groups,
-)
+from arbiter_jax.training._micro_batches import steps_of_groups
 from arbiter_jax.training._signals import (
     check_validation,
+    constant_signals,
     moved_leaves,
     validation_signals,
     with_moved_grad,
 )
-from arbiter_jax.training._state import (
-    Data,
-    TrainState,
-    abstract_state,
-)
+from arbiter_jax.training._state import Data, TrainState
+from arbiter_jax.training._window_arguments import check_arguments, explain
 
 
-def _explain(
-    state: Any, data: Any, *, tx: Any, bucket_size: Any, window: Any = 100, **options: Any
-) -> None:
-    """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
-    num_agent_inputs = options.get("num_agent_inputs", 32)
-    check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
-    check_micro_batch_size(options.get("micro_batch_size"), bucket_size)
-    functions = [
-        options.get(name) for name in ("loss_fn", "gradient_fn", "transform_batch", "inputs_of")
-    ]
-    _check_arguments(state, data, tx, *functions)
-    check_extra_args(options.get("extra_args"), options.get("micro_batch_size"))
-    check_on_device(data)
-
-
-def _check_arguments(
-    state: TrainState,
-    data: Any,
-    tx: Any,
-    loss_fn: Any,
-    gradient_fn: Any,
-    transform_batch: Any,
-    inputs_of: Any,
-) -> None:
-    check_transformation(tx)
-    check_data(data)
-    check_state(state, TrainState)
-    check_same_chain(state, abstract_state(state, tx))
-    check_functions(loss_fn, gradient_fn, transform_batch, state.model_state, inputs_of)
-
-
-@explained(_explain)
+@explained(explain)
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -249,31 +193,24 @@ def run_window(
     >>> float(state.params), info.batch_size.tolist(), info.loss.tolist()
     (0.75, [3, 3], [0.5, 0.125])
     """
-    _validate.power_of_two(bucket_size=bucket_size)
-    _validate.integer(window=window, minimum=1)
-    _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
-    check_micro_batch_size(micro_batch_size, bucket_size)
-    in_groups = bucket_size == micro_batch_size
-    check_sampling(sampling, micro_batch_size)
+    options = {
+        "tx": tx,
+        "bucket_size": bucket_size,
+        "window": window,
+        "num_agent_inputs": num_agent_inputs,
+        "loss_fn": loss_fn,
+        "gradient_fn": gradient_fn,
+        "transform_batch": transform_batch,
+        "inputs_of": inputs_of,
+        "has_aux": has_aux,
+        "extra_args": extra_args,
+        "micro_batch_size": micro_batch_size,
+        "sampling": sampling,
+    }
+    check_arguments(state, data, **options)
     check_bucket_of_mesh(bucket_size)
-    _check_arguments(state, data, tx, loss_fn, gradient_fn, transform_batch, inputs_of)
-    check_extra_args(extra_args, micro_batch_size)
-    log_trace(
-        state,
-        data,
-        bucket_size=bucket_size,
-        window=window,
-        num_agent_inputs=num_agent_inputs,
-        micro_batch_size=micro_batch_size,
-        tx=tx,
-        loss_fn=loss_fn,
-        gradient_fn=gradient_fn,
-        transform_batch=transform_batch,
-        inputs_of=inputs_of,
-        has_aux=has_aux,
-        extra_args=extra_args,
-        sampling=sampling,
-    )
+    log_trace(state, data, **options)
+    in_groups = bucket_size == micro_batch_size
     if isinstance(data.train, Block):
         slots = check_block(data.train, None if in_groups else window, bucket_size)
         window = min(window, slots)  # a large block has fewer steps
@@ -297,7 +234,7 @@ def run_window(
     taken = jnp.asarray(taken, jnp.int32)
     if own_bucket_size is not None:
         own_bucket_size = jnp.asarray(own_bucket_size, jnp.int32)
-    constants = _constants(state, requested, tx, step_seconds, budget, own_bucket_size)
+    constants = constant_signals(state.params, requested, tx, step_seconds, budget, own_bucket_size)
     tx = with_extra_args(tx)
     if extra_args is not None:
         tx = with_made_extra_args(tx, extra_args)
@@ -327,20 +264,6 @@ def run_window(
         )
     else:
         functions = gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
-
-    def draw(state: TrainState, t: jax.Array) -> tuple[SamplerState, PyTree, jax.Array]:
-        if in_groups:  # drawn group by group, where their gradients are computed
-            sampler = state.train_sampler
-            if not isinstance(data.train, Block):
-                sampler = advance(sampler, taken, num_rows(data.train))
-            return sampler, (state.train_sampler, t), taken
-        if isinstance(data.train, Block):
-            return state.train_sampler, *block_batch(data.train, t, bucket_size)
-        sampler = state.train_sampler
-        if own_bucket_size is not None:
-            return sample_shared(sampler, data.train, taken, own_bucket_size, bucket_size)
-        sample = sample_own_batch if sampling == "local" else sample_batch
-        return sample(sampler, data.train, taken, bucket_size)
 
     def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
         due = made is not False
@@ -388,7 +311,17 @@ def run_window(
         flags, due = requests(state.opt_state).flags, requests(state.opt_state).due
         # A rule whose flag is the only one need not read it: the branch taken says what it holds.
         made = True if len(flags) < 2 else jnp.array(True)
-        drawn = draw(state, t)  # once for the two branches below; a step not taken drops it
+        # Once for the two branches below; a step not taken drops it.
+        drawn = draw(
+            state.train_sampler,
+            data.train,
+            t,
+            taken,
+            bucket_size,
+            own_bucket_size=own_bucket_size,
+            in_groups=in_groups,
+            sampling=sampling,
+        )
         if due is None and num_steps is None:
             return step(state, drawn, made)
         wanted = jnp.array(True) if num_steps is None else t < num_steps
@@ -402,25 +335,3 @@ def run_window(
         return cond_in_place(wanted & ~due, take(False), carry)
 
     return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
-
-
-def _constants(
-    state: TrainState,
-    requested: Requests,
-    tx: optax.GradientTransformation,
-    step_seconds: jax.typing.ArrayLike,
-    budget: Count | jax.typing.ArrayLike | None,
-    own_bucket_size: jax.typing.ArrayLike | None,
-) -> dict[str, Any]:
-    """The extra arguments of ``tx.update`` that are the same at every step of a window."""
-    constants: dict[str, Any] = {}
-    if budget is not None:
-        is_count = isinstance(budget, Count)
-        constants["budget"] = budget if is_count else jnp.asarray(budget, jnp.int32)
-    if "step_seconds" in requested.signals:
-        constants["step_seconds"] = jnp.asarray(step_seconds, jnp.float32)
-    if "persistence" in requested.signals:
-        constants["persistence"] = measure_persistence(tx, state.params)
-    if own_bucket_size is not None and "meta_batch" in requested.signals:
-        constants["num_meta_examples"] = own_bucket_size
-    return constants
