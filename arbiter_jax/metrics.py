@@ -148,7 +148,7 @@ def evaluate(
 
 
 def check_split(data: Any) -> None:
-    """Raises a ValueError if this is no pair (inputs, labels) of numbers with rows."""
+    """Raises a ValueError unless this is a pair (inputs, labels) of numbers with rows."""
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise ValueError(
             "data must be a pair (inputs, labels), each an array or a pytree of arrays, got "

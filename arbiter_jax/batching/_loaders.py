@@ -22,7 +22,7 @@ from arbiter_jax.batching._masking import num_rows
 
 
 def is_loader(value: Any) -> bool:
-    """Whether the value is iterated over for examples, and is no pytree of arrays itself."""
+    """Whether the value is iterated over for examples, and is not itself a pytree of arrays."""
     return _is_source(value) and jax.tree_util.all_leaves([value])
 
 

@@ -1,7 +1,7 @@
-"""What a run does besides training: it is saved, shown, logged and evaluated.
+"""Callbacks: what a run does besides training. It is evaluated, logged, shown and saved.
 
-Pass them to ``fit(callbacks=[...])`` in this order, because a callback sees what those before it have
-noted; checkpoints have an argument of their own.
+Pass callbacks to ``fit(callbacks=[...])`` in this order, because each one sees what those before it
+have noted; checkpoints have an argument of their own.
 
 ====================  =============================================  ==================  ============
 callback              what it writes, and where                      when                extra

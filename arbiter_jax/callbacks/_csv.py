@@ -37,8 +37,8 @@ def csv(path: str | os.PathLike[str]) -> Csv:
 
     Every row is in the file before the next window begins: a run that is killed loses the window that
     was running. A run that goes on, from a checkpoint or from ``state=result.state``, goes on in the
-    same file: rows of examples that it has not seen are cut, no row is there twice. A run that begins
-    anew replaces the file of an earlier one.
+    same file: rows of examples that it has not seen are removed, and no row is there twice. A run
+    that begins anew replaces the file of an earlier one.
 
     Args:
       path: The file, whose folder is made if it is not there. Of several processes, only process 0
@@ -78,7 +78,6 @@ def csv(path: str | os.PathLike[str]) -> Csv:
             pass
         if not existed:
             os.remove(path)
-            # A new set of columns is written beside the file, which is then replaced.
     except OSError as error:
         raise ValueError(
             f"path must be a file that can be written, got {path}: {error.strerror or error}."

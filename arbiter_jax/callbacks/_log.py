@@ -91,7 +91,7 @@ def tensorboard(directory: str | os.PathLike[str]) -> Log:
 
     Raises:
       ImportError: If tensorboardX is not installed.
-      ValueError: If `directory` is no path, or cannot be written into.
+      ValueError: If `directory` is not a path, or cannot be written into.
 
     >>> import os, tempfile
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax

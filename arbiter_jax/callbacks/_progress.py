@@ -23,8 +23,8 @@ def progress(description: str = "training") -> Progress:
 
     The line has the examples seen and the budget, the batch size, the loss, the newest evaluation, the
     examples per second and the time left. It is written to stderr, above it what the program prints,
-    and changes after a window, at most ten times a second. Speed and time left count everything
-    between two windows, but for those that were compiled for.
+    and changes after a window, at most ten times a second. Speed and time left include
+    everything between two windows, except for windows that were compiled.
 
     It is shown where a human looks: in a notebook by tqdm, in a terminal by rich. It is silent where
     stderr is no terminal, ``TERM=dumb``, in continuous integration (``CI`` is set) and under pytest,

@@ -90,7 +90,7 @@ def shadow(
         return _shadow_of_one(rules, name)
     if name is not None:
         raise ValueError(
-            f"name must be None where there is not one rule alone, got {name!r}: name several in a "
+            f"name must be None unless there is a single rule, got {name!r}: name several in a "
             "dict, shadow({name: rule})."
         )
     if isinstance(rules, Mapping):

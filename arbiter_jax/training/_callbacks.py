@@ -40,7 +40,7 @@ class RunStart(NamedTuple):
 
 
 def as_callbacks(callbacks: Any, progress: Any = False) -> tuple[Callback, ...]:
-    """One callback or several as a tuple, or a ValueError for what is none.
+    """One callback or several as a tuple; raises a ValueError for anything else.
 
     Args:
       callbacks: What the user passed to `fit`.
@@ -94,7 +94,7 @@ class Callbacks:
         return any(stops)
 
     def end(self, record: Any, state: TrainState) -> None:
-        """Tells them that the last window of this call is behind them."""
+        """Tells them that the last window of this call is over."""
         for callback in self._callbacks:
             end = _method(callback, "end")
             if end is not None:
@@ -102,7 +102,7 @@ class Callbacks:
         _check_evaluations(record)
 
     def close(self) -> None:
-        """Lets all of them free what they hold, in reverse order."""
+        """Closes all of them, in reverse order."""
         self._stack.close()
 
 
@@ -122,7 +122,7 @@ def _is_true(returned: Any) -> bool:
 
 
 def _check_evaluations(record: Any) -> None:
-    """Makes floats of what the callbacks have noted, or raises a ValueError."""
+    """Converts what the callbacks have noted to floats, or raises a ValueError."""
     for one in record if isinstance(record, list) else [record]:
         evaluation = {} if one is None else one.evaluation
         for name, value in evaluation.items():

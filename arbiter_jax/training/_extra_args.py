@@ -54,7 +54,7 @@ def loss_of_batch(
     batch: PyTree,
     mask: jax.Array,
     model_state: PyTree,
-    key: jax.Array,
+    key: jax.Array | None,
     *,
     loss_fn: Any,
     gradient_fn: GradientFn | None,
@@ -66,7 +66,7 @@ def loss_of_batch(
       batch: Pytree of arrays [M, ...], whose masked rows repeat a real example.
       mask: bool[M], True for a real example.
       model_state: Of the model, as the step finds it.
-      key: Of the step.
+      key: Of the step, or None.
       loss_fn: See :class:`arbiter_jax.base.LossFn`.
       gradient_fn: In its place; then the loss is the value that it returns.
       has_aux: Whether `loss_fn` returns auxiliary output.

@@ -149,8 +149,8 @@ def fit(
         arrays with one leading axis. `train` may also be a :class:`BlockSource` of the same window,
         for data larger than memory; the run then also ends when the source does. A loader (a
         DataLoader of torch, a dataset of grain, an iterable over batches) is passed on to
-        ``arbiter_jax.datasets.host_blocks`` as `train`, repeated if it can be, and read into arrays
-        by ``arbiter_jax.datasets.take`` as `validation`, of which it must have an end.
+        ``arbiter_jax.datasets.host_blocks`` as `train`, repeated if it can be. As `validation` it
+        must end, and ``arbiter_jax.datasets.take`` reads it into arrays.
       num_examples: Budget in training examples, an integer >= 1. It includes those that `state` has
         already seen. Rules that plan ahead are given it.
       stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,
@@ -197,7 +197,7 @@ def fit(
         measured times repeatable. Everything it measures counts, including compilation.
       progress: Whether a line shows how far the run is while it goes on, see
         :func:`arbiter_jax.callbacks.progress`: None for where a human looks and what it needs is
-        installed, False for nowhere. True is None that raises an ImportError where that is missing.
+        installed, False for nowhere. True is like None, but raises an ImportError where it is not.
 
     Returns:
       A :class:`FitResult`; that of a resumed run has the whole history.

@@ -49,7 +49,7 @@ def unpacked(
 ) -> Unpacked:
     """Splits a module, and makes a pure function of a loss that is called with it.
 
-    Parameters that are no module come back as they are.
+    Parameters that are not a module are returned unchanged.
 
     References that the module shares stay shared, and so do its static attributes, such as what
     ``module.train()`` sets. Random streams of the module go on counting. A variable that a call adds
@@ -71,7 +71,7 @@ def unpacked(
 
     Raises:
       ValueError: If a model state is given besides a module, the module has no variable of the kind
-        `wrt` or holds a variable that is no array or number, or the loss takes other arguments;
+        `wrt` or holds a variable that is not an array or a number, or the loss takes other arguments;
         when traced, if it returns no pair with `has_aux`, or one without.
 
     >>> from flax import nnx
@@ -83,7 +83,7 @@ def unpacked(
     """
     if not isinstance(params, nnx.Pytree):
         if wrt is not None:
-            raise ValueError(f"wrt must be None where params is no NNX module, got {wrt!r}.")
+            raise ValueError(f"wrt must be None unless params is an NNX module, got {wrt!r}.")
         if key is not None and model_state is None:
             model_state = {}
         identity = lambda tree: tree

@@ -120,7 +120,7 @@ def value_grad_and_signals(
         mask does not fit the batch.
 
     *Guarantees*:
-      * As in fit: the same batches give the same decisions, to float rounding.
+      * As in fit: the same batches give the same decisions, up to rounding.
       * Padding changes no bit: of value, gradient and signals.
 
     >>> import arbiter_jax as aj
@@ -182,12 +182,10 @@ def value_grad_and_signals(
         gradient = gradient._replace(model_state=pure.write(gradient.model_state))
         signals = all_signals(gradient, noise, requested, size, given, tx)
         if extra_args is not None:
-            rows = batch
-            if mask is not None:
-                rows = replace_padding(batch, mask)
             real = jnp.ones(num_rows(batch), bool) if mask is None else mask
-            given = {"loss_fn": pure.loss_fn, "gradient_fn": None, "has_aux": has_aux}
-            batch_loss = loss_of_batch(rows, real, pure.model_state, key, **given)
+            rows = batch if mask is None else replace_padding(batch, mask)
+            options = {"loss_fn": pure.loss_fn, "gradient_fn": None, "has_aux": has_aux}
+            batch_loss = loss_of_batch(rows, real, pure.model_state, key, **options)
             signals |= made_extra_args(extra_args, batch_loss, signals)
         returned = gradient.value, pure.as_grads(gradient.grads), signals
         return (*returned, gradient.aux) if has_aux else returned
@@ -216,7 +214,7 @@ def given_signals(
     step_seconds: Any,
     inputs_of: Callable[[PyTree], PyTree] | None,
 ) -> dict[str, Any]:
-    """The signals that a step gets from its caller, not from its gradient; those asked for alone."""
+    """The signals that a step gets from its caller, not from its gradient; only those asked for."""
     signals: dict[str, Any] = {}
     wanted = requested.signals & VALIDATION_SIGNALS
     if wanted and validation is None:

@@ -175,5 +175,5 @@ def test_a_module_holds_its_own_state_and_key():
         unpacked(loss, TX, model, (), {})
     with pytest.raises(ValueError, match=r"key must be None .* no parameter `key`"):
         unpacked(loss, TX, model, (), key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"wrt must be None where params is no NNX module"):
+    with pytest.raises(ValueError, match=r"wrt must be None unless params is an NNX module"):
         unpacked(loss, TX, {"w": jnp.ones(())}, (), wrt=nnx.Param)

@@ -101,7 +101,7 @@ CASES = {**RULES, **ARBITERS}
 
 def test_as_in_fit():
     # Several rules at once: what each would have chosen, from signals that they share.
-    names = ["gradient_noise_scale", "noise_floor", "arbiter", "goodput", "from_schedule"]
+    names = ["gradient_noise_scale", "noise_floor", "goodput", "from_schedule"]
     watched = [aj.schedulers.shadow(CASES[name].make(**LIMITS), name=name) for name in names]
     tx = optax.chain(optax.sgd(0.02, momentum=0.9), *watched, aj.schedulers.constant(6))
     result = through_fit(tx)
