@@ -39,7 +39,8 @@ from arbiter_jax.training._records import FitResult, what_went_wrong
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Plan, Run, check_budget, check_lengths
 from arbiter_jax.training._run_data import closing, data_of_window, on_device, room_for
-from arbiter_jax.training._seeds import are_several, fit_seeds
+from arbiter_jax.training._seed_states import are_several
+from arbiter_jax.training._seeds import fit_seeds
 from arbiter_jax.training._state import init_state
 from arbiter_jax.training._window import run_window
 

@@ -21,7 +21,6 @@ import numpy as np
 import optax
 
 from arbiter_jax._count import Count, as_count
-from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import BlockSource, batch_of_the_rest, next_bucket
 from arbiter_jax.gradients import GradientFn
@@ -29,20 +28,16 @@ from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks
 from arbiter_jax.training._checks import (
     check_concrete,
     check_functions,
-    check_key,
-    check_model_state,
-    check_params,
-    check_state,
     check_transformation,
 )
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
 from arbiter_jax.training._records import FitResult, WindowRecord, what_went_wrong
-from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import check_budget, check_lengths
 from arbiter_jax.training._run_data import on_device
-from arbiter_jax.training._state import Data, TrainState, Unfinished, copy_state, init_state
+from arbiter_jax.training._seed_states import stacked_state
+from arbiter_jax.training._state import Data, TrainState, Unfinished
 from arbiter_jax.training._window import run_window
 
 _OF_ONE_RUN = {  # arguments of `fit` that several keys do not allow -> what they must be
@@ -53,17 +48,6 @@ _OF_ONE_RUN = {  # arguments of `fit` that several keys do not allow -> what the
     "resume": False,
     "sampling": "exact",
 }
-
-
-def are_several(key: Any) -> bool:
-    """Whether this is a vector of PRNG keys, typed ones [k] or raw ones uint32[k, 2]."""
-    dtype, shape = getattr(key, "dtype", None), jnp.shape(key) if hasattr(key, "shape") else ()
-    if dtype is None:
-        return False
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return len(shape) == 1
-    one = jax.eval_shape(jax.random.PRNGKey, 0).shape
-    return dtype == jnp.uint32 and len(shape) == 2 and shape[1:] == one
 
 
 def fit_seeds(
@@ -105,7 +89,7 @@ def fit_seeds(
             "holds the batches of one run: run the seeds one after the other."
         )
     check_concrete(params=params, key=key, data=data, state=state)
-    state = _stacked_state(params, tx, key, model_state, state)
+    state = stacked_state(params, tx, key, model_state, state)
     the_rule(requests(state.opt_state), "tx")
     if "step_seconds" in requests(state.opt_state).signals:
         raise ValueError(
@@ -148,35 +132,6 @@ def fit_seeds(
         num_cache_hits=run.num_cache_hits,
         seconds=time.perf_counter() - start,
     )
-
-
-def _stacked_state(
-    params: PyTree, tx: optax.GradientTransformation, keys: Any, model_state: PyTree, state: Any
-) -> TrainState:
-    """The states at the start of the runs, with a leading axis, in buffers of their own."""
-    num_seeds = len(keys)
-    if num_seeds < 1:
-        raise ValueError("key must hold at least one PRNG key, got none.")
-    if state is not None:
-        check_state(state, TrainState)
-        _check_leading_axis(state, num_seeds, "state", "the state of that many seeds, result.state")
-        return copy_state(jax.vmap(lambda state: resume_state(state, tx))(state))
-    check_params(params)
-    check_model_state(model_state)
-    _check_leading_axis(params, num_seeds, "params", "jax.vmap(init)(keys)")
-    _check_leading_axis(model_state, num_seeds, "model_state", "jax.vmap(init)(keys)")
-    check_key(keys[0])  # the others are of its kind
-    make = lambda params, key, model_state: init_state(params, tx, key, model_state)
-    return copy_state(jax.vmap(make)(params, raw_key(keys), model_state))
-
-
-def _check_leading_axis(tree: PyTree, num_seeds: int, name: str, source: str) -> None:
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if jnp.shape(leaf)[:1] != (num_seeds,):
-            raise ValueError(
-                f"{name} must have a leading axis of {num_seeds}, an entry for each key, got shape "
-                f"{list(jnp.shape(leaf))} at {name}{jax.tree_util.keystr(path)}: pass {source}."
-            )
 
 
 class _Plan(NamedTuple):
