@@ -65,7 +65,7 @@ def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
 
 
 def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
-    """Overwrites the padding with the first row of the batch, which must be real.
+    """Overwrites the padding with the first real row of the batch.
 
     Masking the losses is not enough: the gradient of ``where`` multiplies by zero, and zero times a
     NaN or infinity that the padding causes in an earlier layer is NaN. If no row is real, all rows
@@ -76,9 +76,12 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
       mask: bool[M], True for a real example.
     """
 
+    mask = jnp.asarray(mask)
+    first = jnp.argmax(mask)  # 0 if no row is real
+
     def replace(x: Any) -> jax.Array:
         x = jnp.asarray(x)
-        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[:1])
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[first])
 
     return jax.tree.map(replace, batch)
 
