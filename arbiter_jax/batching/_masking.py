@@ -75,7 +75,6 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
       batch: Pytree of arrays [M, ...].
       mask: bool[M], True for a real example.
     """
-
     mask = jnp.asarray(mask)
     first = jnp.argmax(mask)  # 0 if no row is real
 
