@@ -26,7 +26,10 @@ def mask_batch_norms(module: nnx.Module, mask: jax.Array) -> None:
     for _, node in nnx.iter_modules(module):
         if isinstance(node, nnx.BatchNorm):
             batch_norm: Any = node
-            batch_norm.arbiter_mask = Intercepted(mask)
+            # The layers of nnx.scan and nnx.vmap are stacked: each gets its slice of everything.
+            stacked = jnp.shape(value_of(batch_norm.mean))[:-1]
+            rows = jnp.broadcast_to(mask, (*stacked, *mask.shape))
+            batch_norm.arbiter_mask = Intercepted(rows)
             override(node, "__call__", _pass_mask)
 
 

@@ -75,7 +75,8 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
       batch: Pytree of arrays [M, ...].
       mask: bool[M], True for a real example.
     """
-    first = jnp.argmax(mask)  # of the real rows
+    mask = jnp.asarray(mask)
+    first = jnp.argmax(mask)  # 0 if no row is real
 
     def replace(x: Any) -> jax.Array:
         x = jnp.asarray(x)

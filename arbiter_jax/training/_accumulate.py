@@ -24,9 +24,11 @@ from arbiter_jax.gradients import (
     value_grad_and_weight,
 )
 from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._mesh import on_auto_axes
 from arbiter_jax.training._modules import unpacked
 from arbiter_jax.training._own_loop import (
     all_signals,
+    apart,
     check_batch,
     given_signals,
     measured,
@@ -138,7 +140,8 @@ def accumulate(
         return added if has_aux else added[0]
 
     @jax.jit
-    def finish_all(state, params, opt_state, given):
+    @on_auto_axes
+    def finish_all(params, state, opt_state, given):
         requested = requests(opt_state)
         moved = moved_parameters(chain, opt_state, params, requested, given)
         plain = lambda params, *_: finished(state, params, False, moved)
@@ -146,7 +149,9 @@ def accumulate(
         functions = {True: full, False: with_zero_statistics(plain)}
         arguments = params, None, None, state.old_model_state, None
         size = state.num_examples
-        return measured(functions, arguments, size, chain, opt_state, requested, moved, given), size
+        return apart(
+            *measured(functions, arguments, size, chain, opt_state, requested, moved, given), size
+        )
 
     def finish(
         state: Accumulated,
@@ -161,8 +166,9 @@ def accumulate(
         _check_begun(state, pure.opt_state)
         requested = requests(pure.opt_state)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
-        (gradient, noise), size = finish_all(state, pure.params, pure.opt_state, given)
-        gradient = gradient._replace(model_state=pure.write(gradient.model_state))
+        grads, (gradient, noise, size) = finish_all(pure.params, state, pure.opt_state, given)
+        model_state = pure.write(gradient.model_state)
+        gradient = gradient._replace(grads=grads, model_state=model_state)
         signals = all_signals(gradient, noise, requested, size, given, tx)
         return gradient.value, pure.as_grads(gradient.grads), signals
 
@@ -175,6 +181,7 @@ def _begun(params: PyTree, opt_state: PyTree, model_state: PyTree) -> Accumulate
     return init_accumulated(params, model_state, measures)
 
 
+@on_auto_axes
 def _add_rows(
     state: Accumulated,
     params: PyTree,

@@ -35,6 +35,7 @@ from arbiter_jax.training._extra_args import (
 )
 from arbiter_jax.training._gradient_fns import gradient_fns_of_batch
 from arbiter_jax.training._inner_step import with_usable_model_state
+from arbiter_jax.training._mesh import on_auto_axes
 from arbiter_jax.training._modules import unpacked
 from arbiter_jax.training._signals import (
     first_entry,
@@ -148,6 +149,7 @@ def value_grad_and_signals(
     split = functools.partial(unpacked, loss_fn, tx, wrt=wrt, has_aux=has_aux)
 
     @functools.partial(jax.jit, static_argnames="loss_fn")
+    @on_auto_axes
     def compute(params, opt_state, batch, mask, model_state, key, given, loss_fn):
         requested = requests(opt_state)
         moved = moved_parameters(chain, opt_state, params, requested, given)
@@ -157,7 +159,9 @@ def value_grad_and_signals(
         mask = jnp.ones(num_rows(batch), bool) if mask is None else mask
         arguments = params, batch, mask, model_state, key
         size = jnp.sum(mask, dtype=jnp.int32)
-        return measured(functions, arguments, size, chain, opt_state, requested, moved, given), size
+        return apart(
+            *measured(functions, arguments, size, chain, opt_state, requested, moved, given), size
+        )
 
     def grad_fn(
         params: PyTree,
@@ -178,8 +182,9 @@ def value_grad_and_signals(
         requested = requests(pure.opt_state)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
         state = pure.params, pure.opt_state, batch, mask, pure.model_state
-        (gradient, noise), size = compute(*state, key, given, loss_fn=pure.loss_fn)
-        gradient = gradient._replace(model_state=pure.write(gradient.model_state))
+        grads, (gradient, noise, size) = compute(*state, key, given, loss_fn=pure.loss_fn)
+        model_state = pure.write(gradient.model_state)
+        gradient = gradient._replace(grads=grads, model_state=model_state)
         signals = all_signals(gradient, noise, requested, size, given, tx)
         if extra_args is not None:
             real = jnp.ones(num_rows(batch), bool) if mask is None else mask
@@ -310,6 +315,13 @@ def measured(
     else:
         gradient, noise = jax.lax.cond(requested.due, lambda: step(True), lambda: step(False))
     return gradient, persistence | ({} if noise is None else {"update_noise": noise})
+
+
+def apart(
+    gradient: Gradient, noise: dict[str, Any], size: jax.Array
+) -> tuple[PyTree, tuple[Gradient, dict[str, Any], jax.Array]]:
+    """The gradient itself, which is sharded as the parameters, and everything else."""
+    return gradient.grads, (gradient._replace(grads=None), noise, size)
 
 
 def all_signals(

@@ -53,6 +53,10 @@ class TestReplacePadding:
         assert clean["x"].tolist() == [[1, 2], [3, 4], [1, 2], [1, 2]]
         assert clean["y"].tolist() == [5, 6, 5, 5]
 
+    def test_the_first_row_may_be_padding(self):
+        clean = replace_padding(np.array([NAN, 2.0, INF, 4.0]), np.array([0, 1, 0, 1], bool))
+        assert clean.tolist() == [2, 2, 2, 4]
+
     @pytest.mark.parametrize(("real", "expected"), [(True, [1, 2, 3]), (False, [1, 1, 1])])
     def test_all_or_no_rows_are_real(self, real, expected):
         assert replace_padding(np.array([1, 2, 3]), np.full(3, real)).tolist() == expected

@@ -323,3 +323,21 @@ def test_buckets_and_data_that_devices_cannot_share():
             run(odd, bucket_size=8, sampling="local")
     with pytest.raises(ValueError, match=r"sampling must be .*got 'own'"):
         run(data(), bucket_size=8, sampling="own")
+
+
+def test_own_loop_on_explicit_axes():
+    mesh, tx = make_mesh(8, kind=AxisType.Explicit), make("gradient_noise_scale")
+    batch, mask = jax.tree.map(lambda x: x[:32], data().train), np.arange(32) % 8 > 0
+    grad_fn, accumulator = aj.value_grad_and_signals(loss_fn, tx), aj.accumulate(loss_fn, tx)
+
+    def run(params, opt_state, batch, mask):
+        at_once = grad_fn(params, opt_state, batch, mask=mask)
+        added = accumulator.init(params, opt_state)
+        added = accumulator.add(added, params, opt_state, batch, mask=mask)
+        return at_once, accumulator.finish(added, params, opt_state)
+
+    expected = run(params(), tx.init(params()), batch, mask)
+    with jax.set_mesh(mesh):
+        state = put((params(), tx.init(params())), mesh, REPLICATED)
+        found = run(*state, *put((batch, mask), mesh, ROWS))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from flax import nnx
 from arbiter_jax._numerics import all_finite, tree_where
 from arbiter_jax.base import WeightedLoss, as_pure
 from arbiter_jax.training._modules import unpacked
+from arbiter_jax.training._own_loop import value_grad_and_signals
 
 TX = optax.sgd(0.1)
 
@@ -177,3 +178,27 @@ def test_a_module_holds_its_own_state_and_key():
         unpacked(loss, TX, model, (), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"wrt must be None unless params is an NNX module"):
         unpacked(loss, TX, {"w": jnp.ones(())}, (), wrt=nnx.Param)
+
+
+class Stacked(nnx.Module):
+    """Two layers that nnx.scan goes through."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.BatchNorm(3, momentum=0.5, rngs=rngs))
+        self.layers = nnx.split_rngs(splits=2)(make)(rngs)
+
+    def __call__(self, x):
+        through = nnx.scan(lambda norm, x: norm(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return through(self.layers, x)
+
+
+def test_the_mask_reaches_stacked_layers():
+    inputs, labels = example(4)
+    padded = np.concatenate([inputs, np.full((1, 3), 9.0)]), np.append(labels, 0.0)
+    found, expected = [], []
+    for batch, mask, out in ((padded, np.arange(5) < 4, found), ((inputs, labels), None, expected)):
+        model = Stacked(nnx.Rngs(0))
+        grad_fn = value_grad_and_signals(loss, TX)
+        value, grads, _ = grad_fn(model, TX.init(nnx.state(model, nnx.Param)), batch, mask=mask)
+        out += [value, *jax.tree.leaves((grads, nnx.state(model, nnx.BatchStat)))]
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
