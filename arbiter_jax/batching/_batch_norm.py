@@ -51,7 +51,7 @@ def override(node: nnx.Module, method: str, wrapper: Callable[..., Any]) -> None
 
 def value_of(variable: nnx.Variable) -> Any:
     """What a variable holds; `variable[...]`, the usual way, only works for arrays."""
-    return variable.getvalue_of()
+    return variable.get_value()
 
 
 def first_argument(
