@@ -371,6 +371,11 @@ def the_rule(requested: Requests, name: str = "opt_state") -> Any:
         hint = "aj.schedulers.constant(64), for example, is one whose size is fixed."
         if requested.rules:
             hint = "Wrap those that should only watch in aj.schedulers.shadow."
+        elif name == "opt_state":
+            hint += (
+                " The state is that of the whole chain, tx.init(params) or "
+                "nnx.Optimizer(model, tx).opt_state; rules in aj.schedulers.shadow only watch."
+            )
         raise ValueError(
             f"{name} must hold exactly one batch-size rule (a state with a field `batch_size`), "
             f"found {found}. {hint}"
@@ -492,7 +497,8 @@ def require(rule: str, **signals: Any) -> None:
         if value is None:
             raise TypeError(
                 f"{rule} needs the signal `{name}`: call update(..., {name}=...). {SIGNALS[name]} "
-                "aj.value_grad_and_signals makes all signals, aj.fit and aj.run_window pass them."
+                "aj.value_grad_and_signals makes all signals, for tx.update(..., **signals); aj.fit "
+                "and aj.run_window pass them."
             )
 
 

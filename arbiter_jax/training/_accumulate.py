@@ -28,6 +28,7 @@ from arbiter_jax.training._modules import unpacked
 from arbiter_jax.training._own_loop import (
     all_signals,
     check_batch,
+    check_opt_state,
     given_signals,
     measured,
     moved_parameters,
@@ -206,6 +207,7 @@ def accumulate(
         pure = split(params, opt_state)
         _check_begun(state, pure.opt_state)
         requested = requests(pure.opt_state)
+        check_opt_state(tx, pure.params, requested)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
         (gradient, noise), size = finish_all(state, pure.params, pure.opt_state, given)
         gradient = gradient._replace(model_state=pure.write(gradient.model_state))
