@@ -43,7 +43,8 @@ SIGNALS = {
     "batch_size": "It is the number of examples of this step; aj.get_batch_size(opt_state) has it.",
     "num_steps": "It is the number of steps before this one.",
     "num_examples": (
-        "It is the number of training examples before this step, as a number or an aj.base.Count. "
+        "It is the number of training examples before this step, as a number or an aj.base.Count: "
+        "in a loop of one's own, grad_fn(params, opt_state, batch, num_examples=...). "
         "A loop of one's own under optax.MultiSteps has to pass it: only then a rule inside knows "
         "what the calls between two updates have seen."
     ),
