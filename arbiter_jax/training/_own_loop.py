@@ -108,8 +108,7 @@ def value_grad_and_signals(
         ``signals["model_state"]``; that of a batch whose loss or gradient is not finite is the old
         one.
       - `num_examples`, the training examples before this step, is what rules that count examples
-        read. Without it they count for themselves; ``seesaw`` and other learning rates by
-        the number of examples need it.
+        read. ``seesaw`` and learning rates by examples need it; the rest count for themselves.
       - `step_seconds` is the measured time of a step, for rules that ask; unknown if None.
 
       It is compiled by itself, and may be called inside ``jax.jit``, ``jax.lax.scan`` and
