@@ -43,7 +43,8 @@ SIGNALS = {
     "batch_size": "It is the number of examples of this step; aj.get_batch_size(opt_state) has it.",
     "num_steps": "It is the number of steps before this one.",
     "num_examples": (
-        "It is the number of training examples before this step, as a number or an aj.base.Count. "
+        "It is the number of training examples before this step, as a number or an aj.base.Count: "
+        "in a loop of one's own, grad_fn(params, opt_state, batch, num_examples=...). "
         "A loop of one's own under optax.MultiSteps has to pass it: only then a rule inside knows "
         "what the calls between two updates have seen."
     ),
@@ -371,6 +372,11 @@ def the_rule(requested: Requests, name: str = "opt_state") -> Any:
         hint = "aj.schedulers.constant(64), for example, is one whose size is fixed."
         if requested.rules:
             hint = "Wrap those that should only watch in aj.schedulers.shadow."
+        elif name == "opt_state":
+            hint += (
+                " The state is that of the whole chain, tx.init(params) or "
+                "nnx.Optimizer(model, tx).opt_state; rules in aj.schedulers.shadow only watch."
+            )
         raise ValueError(
             f"{name} must hold exactly one batch-size rule (a state with a field `batch_size`), "
             f"found {found}. {hint}"
@@ -492,7 +498,8 @@ def require(rule: str, **signals: Any) -> None:
         if value is None:
             raise TypeError(
                 f"{rule} needs the signal `{name}`: call update(..., {name}=...). {SIGNALS[name]} "
-                "aj.value_grad_and_signals makes all signals, aj.fit and aj.run_window pass them."
+                "aj.value_grad_and_signals makes all signals, for tx.update(..., **signals); aj.fit "
+                "and aj.run_window pass them."
             )
 
 

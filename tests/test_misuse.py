@@ -279,7 +279,7 @@ STATES = [
     E("a key among parameters", lambda: fit(params={"w": W, "k": jax.random.key(0)}, loss_fn=lambda p, b: loss_fn(p["w"], b)), r"params must hold .* params\['k'\]"),
     E("no parameters", lambda: fit(params=None), "params must be a pytree of arrays, got None"),
     E("model state that is text", lambda: fit(model_state="x"), "model_state must be an array of numbers, got 'x'"),
-    E("the state of no rule", lambda: aj.get_batch_size(optax.sgd(0.1).init(W)), "opt_state must hold exactly one batch-size rule .* found none"),
+    E("the state of no rule", lambda: aj.get_batch_size(optax.sgd(0.1).init(W)), r"opt_state must hold exactly one batch-size rule .* found none.* whole chain, tx\.init\(params\)"),
     E("next_window of traced numbers", lambda: jax.jit(aj.next_window)(TX.init(W)), "opt_state must hold numbers, got traced"),
     E("re_anchor of no arbiter", lambda: aj.re_anchor(TX.init(W), 16), r"opt_state must hold the state of an aj\.arbiter"),
     E("re_anchor out of range", lambda: aj.re_anchor(arbiter().init(W), 10**6), "batch_size must be an integer >= 8 and <= 512, got 1000000"),

@@ -45,7 +45,8 @@ def shadow(
     Add one line to a chain, train as before, and look at what each rule would have chosen:
     ``optax.chain(optimizer, aj.schedulers.shadow())``. The chain may have a rule that decides
     beside it, as :func:`arbiter_jax.fit` needs (:func:`constant` is one), or none, in a loop with a
-    batch size of its own. Signals that several rules read are computed once, and each rule measures
+    batch size of its own. Such a loop takes :func:`arbiter_jax.value_grad_and_signals`, which makes
+    what the rules read. Signals that several rules read are computed once, and each rule measures
     at its own interval. `get_batch_size` does not see the shadows; :func:`shadow_batch_sizes` does,
     and :func:`arbiter_jax.plotting.shadow` draws them.
 

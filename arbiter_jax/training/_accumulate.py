@@ -30,6 +30,7 @@ from arbiter_jax.training._own_loop import (
     all_signals,
     apart,
     check_batch,
+    check_opt_state,
     given_signals,
     measured,
     moved_parameters,
@@ -165,6 +166,7 @@ def accumulate(
         pure = split(params, opt_state)
         _check_begun(state, pure.opt_state)
         requested = requests(pure.opt_state)
+        check_opt_state(tx, pure.params, requested)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
         grads, (gradient, noise, size) = finish_all(pure.params, state, pure.opt_state, given)
         model_state = pure.write(gradient.model_state)

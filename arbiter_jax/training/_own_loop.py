@@ -109,7 +109,7 @@ def value_grad_and_signals(
         ``signals["model_state"]``; that of a batch whose loss or gradient is not finite is the old
         one.
       - `num_examples`, the training examples before this step, is what rules that count examples
-        read. Without it they count for themselves.
+        read. ``seesaw`` and learning rates by examples need it; the rest count for themselves.
       - `step_seconds` is the measured time of a step, for rules that ask; unknown if None.
 
       It is compiled by itself, and may be called inside ``jax.jit``, ``jax.lax.scan`` and
@@ -180,6 +180,7 @@ def value_grad_and_signals(
         check_batch(batch, mask)
         pure = split(params, opt_state, model_state, key, is_masked=mask is not None)
         requested = requests(pure.opt_state)
+        check_opt_state(tx, pure.params, requested)
         given = given_signals(requested, validation, num_examples, step_seconds, inputs_of)
         state = pure.params, pure.opt_state, batch, mask, pure.model_state
         grads, (gradient, noise, size) = compute(*state, key, given, loss_fn=pure.loss_fn)
@@ -210,6 +211,18 @@ def check_batch(batch: PyTree, mask: Any) -> None:
         f"mask must be bool[{rows}], one entry per row of batch, got {_validate.shown(mask)}: "
         "weights of the examples go in an aj.WeightedLoss."
     )
+
+
+def check_opt_state(tx: Any, params: PyTree, requested: Requests) -> None:
+    """Raises a ValueError if `tx` holds rules and the state, that of another optimizer, none."""
+    if requested.rules or requested.signals:
+        return
+    expected = requests(jax.eval_shape(tx.init, params))
+    if expected.rules or expected.signals:
+        raise ValueError(
+            "opt_state must be that of tx, whose rules read signals, got one without a rule: make it "
+            "with the whole chain, tx.init(params) or nnx.Optimizer(model, tx, wrt=...).opt_state."
+        )
 
 
 def given_signals(

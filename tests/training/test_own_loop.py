@@ -389,6 +389,11 @@ def test_under_scan_and_vmap():
         (lambda f, s: f(start(), s, batch_of(4), mask=np.ones(3, bool)), r"mask must be bool\[4\]"),
         (lambda f, s: f(start(), s, batch_of(4), mask=np.ones(4)), r"mask must be bool\[4\]"),
         (lambda f, s: f(start(), s, ()), "batch must be a pytree of arrays"),
+        (
+            lambda f, s: f(start(), optax.adam(0.1).init(start()), batch_of(4)),
+            "opt_state must be that",
+        ),
+        (lambda f, s: f(start(), None, batch_of(4)), "opt_state must be that of tx, whose rules"),
         (lambda f, s: f(start(), s, (np.ones((3, 2)), np.ones(4))), "one leading axis of equal"),
     ],
 )
@@ -413,6 +418,8 @@ def test_errors_of_arguments():
             make(loss_fn, optax.sgd)
         with pytest.raises(ValueError, match="has_aux must be"):
             make(loss_fn, tx, has_aux="yes")
+    with pytest.raises(TypeError, match=r"needs the signal .* tx\.update\(\.\.\., \*\*signals\)"):
+        tx.update(start(), tx.init(start()), start())
     with pytest.raises(ValueError, match="micro_batch_size must be an integer >= 1"):
         aj.value_grad_and_signals(loss_fn, tx, micro_batch_size=0)
     with pytest.raises(ValueError, match="return the losses, not their mean"):
