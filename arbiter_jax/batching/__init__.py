@@ -17,6 +17,7 @@ from arbiter_jax.batching._host_blocks import HostBlocks, host_blocks
 from arbiter_jax.batching._loaders import is_loader
 from arbiter_jax.batching._masking import (
     batch_mask,
+    check_integers,
     check_losses,
     masked_mean,
     num_rows,
@@ -62,6 +63,7 @@ __all__ = [
     "block_shape",
     "check_block",
     "check_data_axis",
+    "check_integers",
     "check_losses",
     "check_next_block",
     "examples_ahead",

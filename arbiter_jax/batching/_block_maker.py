@@ -13,6 +13,7 @@ from arbiter_jax.base import PyTree
 from arbiter_jax.batching._blocks import Block, block_rows, num_real_rows
 from arbiter_jax.batching._groups import block_shape, group_rows
 from arbiter_jax.batching._loaders import Chunks, is_resumable
+from arbiter_jax.batching._masking import check_integers
 from arbiter_jax.batching._placement import place, process_rows, steps_that_fit
 from arbiter_jax.batching._rows import interleaved, is_split
 
@@ -55,6 +56,8 @@ class Buffer:
     def _read(self) -> None:
         state = self._source.get_state() if is_resumable(self._source) else None
         chunk = next(self._source)
+        for path, leaf in jax.tree.leaves_with_path(chunk):
+            check_integers(leaf, f"each chunk of the source{jax.tree_util.keystr(path)}")
         if self._first is None:
             self._first = jax.tree.map(lambda x: x[:1].copy(), chunk)
         self._chunks.append(chunk)

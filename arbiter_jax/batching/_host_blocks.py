@@ -7,86 +7,25 @@ decides the order of the examples; the batch size only decides how many are take
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax._processes import check_equal, gather, spans_processes
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._block_maker import BlockMaker, Request
 from arbiter_jax.batching._blocks import Block, num_real_rows
-from arbiter_jax.batching._loaders import Chunks, chunks_of
+from arbiter_jax.batching._loaders import chunks_of
 from arbiter_jax.batching._placement import process_rows
+from arbiter_jax.batching._prefetch import serve
 
 _JOIN_SECONDS = 5.0
 _MAX_BYTES = 2**28
-
-
-def _try(make: Callable[[Request], Any], request: Request) -> Any:
-    """What is made, or the exception that the main thread is to raise instead."""
-    try:
-        return make(request)
-    except BaseException as error:
-        return error
-
-
-def _serves(block: Block, guess: Request | None, request: Request) -> bool:
-    """Whether a block that was made on a guess holds all that can be had of what is asked for."""
-    num_slots = jax.tree.leaves(block.batches)[0].shape[0]
-    room = num_slots // -(-request.batch_size // request.bucket_size)  # steps
-    same_sizes = guess is not None and guess[:2] == request[:2]
-    return same_sizes and min(request.num_steps, room) <= int(block.num_steps)
-
-
-def _serve(
-    source: Chunks,
-    maker: BlockMaker,
-    window: int,
-    requests: queue.SimpleQueue,
-    results: queue.SimpleQueue,
-) -> None:
-    """The thread: answers requests and prefetches; a request may also be a position to go to.
-
-    A result is a block and the position after it, or the exception to raise instead of the block.
-    """
-    request, guess, result = requests.get(), None, None
-    while request is not None:
-        if isinstance(request, dict):
-            result = None
-            maker.buffer.go_to(request)
-            request = requests.get()
-            continue
-        if request.counts:
-            results.put(_try(maker.count, request))
-            request = requests.get()
-            continue
-        if isinstance(result, Block) and _serves(result, guess, request):
-            fewer = np.minimum(result.num_steps, np.int32(request.num_steps))
-            result = result._replace(num_steps=fewer)
-        else:
-            result = _try(maker.block, request)
-        if isinstance(result, Block):
-            maker.drop(result, request)
-        position = _try(lambda _: maker.buffer.position(), request)
-        if isinstance(position, BaseException):  # of the source's get_state
-            result, position = position, None
-        results.put((result, position))
-        if isinstance(result, Block):
-            # Sizes rarely change between windows, so guess that they stay. If the guess is wrong,
-            # every batch size in the same bucket still finds all its rows in the buffer.
-            guess = request._replace(num_steps=window)
-            result = _try(maker.block, guess)
-            with contextlib.suppress(BaseException):  # raised when these rows are requested
-                maker.fill(guess)
-        request = requests.get()
-    source.close()
 
 
 def _stop(thread: threading.Thread, requests: queue.SimpleQueue) -> None:
@@ -117,8 +56,9 @@ class HostBlocks:
         self._position = maker.buffer.position()
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
+        self._asked: Request | None = None  # what has no answer yet
         self._thread = threading.Thread(
-            target=_serve,
+            target=serve,
             args=(chunks, maker, self.window, self._requests, self._results),
             name="arbiter_jax.host_blocks",
             daemon=True,
@@ -182,8 +122,17 @@ class HostBlocks:
         return block
 
     def _ask(self, request: Request) -> Any:
-        self._requests.put(request)
-        return self._results.get()
+        # Ctrl-C may have come before an answer, whose examples nobody has got.
+        if self._asked is not None and (self._position is not None or self._asked != request):
+            self.set_state(self.get_state())
+        if self._asked is None:
+            self._asked = request
+            self._requests.put(request)
+        asked, answer = None, None
+        while asked is not self._asked:  # an equal one may have been given up
+            asked, answer = self._results.get()
+        self._asked = None
+        return answer
 
     def _common_steps(self, request: Request) -> int:
         """The steps that every process has examples for; raises on all of them if there are none."""
@@ -231,6 +180,7 @@ class HostBlocks:
         self._position = {"source": state["source"], "skip": state["skip"]}
         self.num_examples = state["num_examples"]
         self.num_local_examples = state["num_local_examples"]
+        self._asked = None
         self._requests.put(self._position)
 
     def close(self) -> None:

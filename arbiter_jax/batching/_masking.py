@@ -53,6 +53,20 @@ def num_rows(data: PyTree, name: str = "data", hint: str = "") -> int:
     raise ValueError(f"{name} must hold at least 1 example, got shapes {found}.")
 
 
+def check_integers(leaf: Any, where: str) -> None:
+    """Raises a ValueError for integers that JAX would wrap without a word."""
+    leaf = np.asarray(leaf)
+    wanted = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if leaf.dtype.kind not in "iu" or leaf.dtype == wanted or not leaf.size:
+        return
+    limits, low, high = jnp.iinfo(wanted), int(leaf.min()), int(leaf.max())
+    if low < limits.min or high > limits.max:
+        raise ValueError(
+            f"{where} must fit into {wanted}, got numbers from {low} to {high}: renumber them, "
+            "e.g. with np.unique(x, return_inverse=True)."
+        )
+
+
 def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
     """Marks the first `batch_size` rows of a bucket as real, bool[bucket_size].
 

@@ -14,6 +14,7 @@ from arbiter_jax.base import PyTree
 from arbiter_jax.batching._loaders import chunks_of
 
 _MAX_BYTES = 2**30
+_OBJECT_BYTES = 256  # what Python and NumPy need for an array besides its numbers
 
 
 def take(
@@ -62,7 +63,12 @@ def read_examples(
     if num_examples is not None:
         num_examples = _validate.integer(num_examples=num_examples, minimum=1)
     max_bytes = _validate.integer(max_bytes=max_bytes, minimum=1)
-    parts, count, num_bytes = [], 0, 0
+    if num_examples is None and getattr(source, "is_endless", False):
+        raise ValueError(
+            f"{name} must have an end to be read into arrays, got an endless "
+            f"{type(source).__name__}: read a number of them, datasets.take(source, num_examples)."
+        )
+    parts, count, num_bytes, objects = [], 0, 0, 0
     chunks = chunks_of(source, batched=batched)
     # The caller may go on with an iterator of their own; one that was made here lets go of its workers.
     is_own = isinstance(source, Iterator)
@@ -72,7 +78,8 @@ def read_examples(
                 chunk = jax.tree.map(lambda x, n=num_examples - count: x[:n], chunk)
             leaves = jax.tree.leaves(chunk)
             count, num_bytes = count + len(leaves[0]), num_bytes + sum(x.nbytes for x in leaves)
-            if num_bytes > max_bytes:
+            objects += _OBJECT_BYTES * len(leaves)
+            if num_bytes > max_bytes or objects > max(max_bytes, _MAX_BYTES):
                 raise ValueError(
                     f"{name} must hold at most {max_bytes} bytes to be read into arrays, got more "
                     f"in the first {count} examples: read fewer with "

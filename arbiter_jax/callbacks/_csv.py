@@ -70,7 +70,10 @@ def csv(path: str | os.PathLike[str]) -> Csv:
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"path must be the path of a file, got {path!r}.")
-    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    # The file itself, because a link would be replaced.
+    path = os.path.realpath(os.path.expanduser(os.fspath(path)))
+    if os.path.exists(path) and not os.path.isfile(path):  # replaced as well, if it is a device
+        raise ValueError(f"path must be that of a file, got {path}, which is none.")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         existed = os.path.exists(path)
@@ -100,6 +103,12 @@ class Csv:
     def begin(self, start: RunStart) -> None:
         """Leaves the rows of what the run has seen, and opens the file."""
         check_one_run("csv", start)
+        paths = [one.path for one in start.callbacks if isinstance(one, Csv)]
+        if paths.count(self.path) > 1:
+            raise ValueError(
+                f"path must be another one for each callbacks.csv of a run, got {self.path} "
+                f"{paths.count(self.path)} times."
+            )
         if jax.process_index() > 0:
             return
         history = start.history

@@ -15,6 +15,8 @@ from arbiter_jax.batching import num_rows
 class Epochs:
     """Chunks of arrays, reshuffled in every epoch; see :func:`epochs`."""
 
+    is_endless = True  # cannot be read as a whole
+
     def __init__(self, data: PyTree, chunk_size: int, seed: int, start: int):
         self._data, self._chunk_size, self._seed = data, chunk_size, seed
         self._num_rows = num_rows(data)

@@ -86,6 +86,8 @@ def shadow(
     for z, (name, (width, dash, color)) in enumerate(zip(names, styles, strict=False)):
         style = {"lw": width, "ls": dash, "color": color, "zorder": 2.1 + 0.01 * z}
         ax.plot(seen, lines[name], label=label(name), **style)
+    for line in ax.lines if len(chunks) == 1 else ():  # one point makes no line
+        line.set(marker="o", clip_on=False)
     _size_axis(ax, limits)
     _thousands(ax)
     if applied is None:
@@ -154,7 +156,13 @@ def _label_ends(ax: Any, limits: tuple[int, int]) -> None:
             va="center",
             fontsize=8,
             color=line.get_color(),
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.6, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.get_color(),
+                "lw": 0.6,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
 

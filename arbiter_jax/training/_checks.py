@@ -17,7 +17,7 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree, children
-from arbiter_jax.batching import Block, BlockSource, num_rows
+from arbiter_jax.batching import Block, BlockSource, check_integers, num_rows
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -101,7 +101,7 @@ def _check_leaves(tree: PyTree, name: str) -> None:
             hint = "leave it out" if isinstance(leaf, str) else _FROM_HOST
             raise ValueError(f"{where} must be an array of numbers, got {_called(leaf)}: {hint}.")
         if not isinstance(leaf, jax.Array):
-            _check_integers(leaf, where)
+            check_integers(leaf, where)
 
 
 def check_on_device(data: Any) -> None:
@@ -112,20 +112,6 @@ def check_on_device(data: Any) -> None:
                 f"data{jax.tree_util.keystr(path)} must be an array of JAX, got {_called(leaf)}: "
                 "convert it with jnp.asarray."
             )
-
-
-def _check_integers(leaf: Any, where: str) -> None:
-    """Raises a ValueError for integers that JAX would wrap without a word."""
-    leaf = np.asarray(leaf)
-    wanted = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    if leaf.dtype.kind not in "iu" or leaf.dtype == wanted or not leaf.size:
-        return
-    limits, low, high = jnp.iinfo(wanted), int(leaf.min()), int(leaf.max())
-    if low < limits.min or high > limits.max:
-        raise ValueError(
-            f"{where} must fit into {wanted}, got numbers from {low} to {high}: renumber them, "
-            "e.g. with np.unique(x, return_inverse=True)."
-        )
 
 
 # Functions

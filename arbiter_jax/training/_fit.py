@@ -151,7 +151,8 @@ def fit(
         for data larger than memory; the run then also ends when the source does. A loader (a
         DataLoader of torch, a dataset of grain, an iterable over batches) is passed on to
         ``arbiter_jax.datasets.host_blocks`` as `train`, repeated if it can be. As `validation` it
-        must end, and ``arbiter_jax.datasets.take`` reads it into arrays.
+        must end, and ``arbiter_jax.datasets.take`` reads it into arrays. Each call reads a loader
+        from its beginning: to go on with `state`, pass blocks that stay open.
       num_examples: Budget in training examples, an integer >= 1. It includes those that `state` has
         already seen. Rules that plan ahead are given it.
       stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,

@@ -111,13 +111,27 @@ def test_what_it_cannot_write_is_named_at_once(tmp_path):
     for path, message in {
         3: "path must be the path of a file, got 3",
         "": "path must be the path of a file",
-        tmp_path: "path must be a file that can be written, got .*: Is a directory",
+        tmp_path: "path must be that of a file, got .*, which is none",
+        os.devnull: "path must be that of a file, got .*, which is none",  # and is not replaced
         tmp_path / "text" / "run.csv": "path must be a file that can be written",
         tmp_path / "text": "path must be a new file or one that callbacks.csv has written",
     }.items():
         with pytest.raises(ValueError, match=f"^{message}"):
             aj.callbacks.csv(path)
     assert (tmp_path / "text").read_text() == "a,b\n1,2\n"
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "run.csv")
+    fit(aj.callbacks.csv(tmp_path / "link.csv"))
+    assert (tmp_path / "link.csv").is_symlink()
+    assert seen(tmp_path / "run.csv") == [24, 48, 72, 96, 120, 144, 150]
+
+
+def test_two_into_one_file_are_refused(tmp_path):
+    two = [aj.callbacks.csv(tmp_path / "run.csv") for _ in range(2)]
+    with pytest.raises(ValueError, match=r"^path must be another one for each .* 2 times"):
+        fit(two)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -382,6 +382,45 @@ class TestEnd:
             interrupted()
         assert not threads()
 
+    @pytest.mark.parametrize("again", ["same size", "another size", "set_state", "generator"])
+    def test_goes_on_after_ctrl_c(self, again):
+        """Examples that nobody has got come again, in the size that is asked for now."""
+        is_slow, go_on = threading.Event(), threading.Event()
+
+        class Loader:
+            def __iter__(self):
+                for chunk in np.arange(60).reshape(15, 4):
+                    if chunk[0] == 24 and not go_on.is_set():
+                        is_slow.set()
+                        go_on.wait()
+                    yield chunk
+
+        class Interrupted:
+            def get(self):
+                is_slow.wait()
+                raise KeyboardInterrupt
+
+        loader = iter(Loader()) if again == "generator" else Loader()
+        size = 3 if again == "another size" else 4
+        with datasets.host_blocks(loader, window=2) as blocks:
+            blocks.next_block(4, 4)
+            blocks.next_block(4, 4)
+            results, blocks._results = blocks._results, Interrupted()
+            with pytest.raises(KeyboardInterrupt):
+                blocks.next_block(4, 4)
+            blocks._results = results
+            go_on.set()
+            if again == "set_state":
+                blocks.set_state(blocks.get_state())
+            found = [blocks.next_block(size, 4).batches for _ in range(2)]
+        assert np.unique(found).tolist() == list(range(16, 16 + 4 * size))
+
+    def test_integers_that_would_wrap(self):
+        chunk = {"x": np.zeros(4), "id": np.full(4, 2**40)}
+        error = pytest.raises(ValueError, match=r"^each .*\['id'\] must fit into int32, got")
+        with datasets.host_blocks([chunk], window=1) as blocks, error:
+            blocks.next_block(2, 2)
+
     def test_garbage_collection_ends_the_thread(self):
         blocks = datasets.host_blocks(numbered_chunks([9] * 9), window=1)
         blocks.next_block(4, 4)

@@ -189,6 +189,7 @@ class TestTake:
             ([], {}, "source must hold at least 1 example.*, got 0"),
             ([X], {"num_examples": 51}, "source must hold at least 51 examples, got 50"),
             (itertools.repeat(X), {"max_bytes": 3000}, r"at most 3000 bytes .* first 400 ex.*take"),
+            (datasets.epochs(X), {}, "source must have an end .* got an endless Epochs: read"),
             ([X], {"num_examples": 0}, "num_examples must be an integer >= 1"),
             ([X], {"max_bytes": 0}, "max_bytes must be an integer >= 1"),
             (X, {}, "source must be an iterator"),
