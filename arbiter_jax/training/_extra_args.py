@@ -54,7 +54,7 @@ def loss_of_batch(
     batch: PyTree,
     mask: jax.Array,
     model_state: PyTree,
-    key: jax.Array,
+    key: jax.Array | None,
     *,
     loss_fn: Any,
     gradient_fn: GradientFn | None,
