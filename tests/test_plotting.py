@@ -11,7 +11,7 @@ import pytest
 from arbiter_jax import plotting
 from arbiter_jax.hyper_learning import to_logit
 
-REASON = 'needs matplotlib: pip install "arbiter-jax[experiments]"'
+REASON = 'needs matplotlib: pip install "arbiter-jax[plotting]"'
 matplotlib = pytest.importorskip("matplotlib", reason=REASON)
 
 LIMITS = (8, 64)

@@ -5,6 +5,8 @@ A data loader fixes its batch size when it is made; here the size is asked for b
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +33,11 @@ class Batches:
         if not callable(batch_size):
             size = _validate.integer(batch_size=batch_size, minimum=1)
             batch_size = lambda: size
+        elif not _takes_nothing(batch_size):
+            raise ValueError(
+                "batch_size must be an integer or a function without arguments, such as lambda: "
+                f"aj.get_batch_size(opt_state), got {_validate.shown(batch_size)}."
+            )
         self.num_examples = 0  # in all batches so far, without padding
         self._buffer = Buffer(chunks_of(source, batched=batched, repeat=repeat))
         self._source_name = type(source).__name__
@@ -43,7 +50,15 @@ class Batches:
         size = np.asarray(self._batch_size())  # waits for the step that decides it
         size = size.item() if size.ndim == 0 else size
         size = _validate.integer(batch_size=size, minimum=1)
-        if self._buffer.fill(size) < size:
+        held = self._buffer.fill(size)
+        if held < size:
+            if not self.num_examples:
+                warnings.warn(
+                    f"datasets.batches: the source holds {held} examples, fewer than the first batch "
+                    f"of {size}; repeat=True starts it again where it ends.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             raise StopIteration
         rows = np.arange(next_bucket(size))
         mask = rows < size
@@ -72,6 +87,16 @@ class Batches:
         self.get_state()  # raises
         self._buffer.go_to({"source": state["source"], "skip": state["skip"]})
         self.num_examples = state["num_examples"]
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # some callables have no signature
+        pass
+    return True
 
 
 def batches(

@@ -28,7 +28,7 @@ def _figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'Figures need matplotlib: pip install "arbiter-jax[experiments]".'
+            'Figures need matplotlib: pip install "arbiter-jax[plotting]".'
         ) from error
 
     class NotebookFigure(Figure):

@@ -26,15 +26,8 @@ from arbiter_jax.gradients import (
 from arbiter_jax.training._checks import check_transformation
 from arbiter_jax.training._mesh import on_auto_axes
 from arbiter_jax.training._modules import unpacked
-from arbiter_jax.training._own_loop import (
-    all_signals,
-    apart,
-    check_batch,
-    check_opt_state,
-    given_signals,
-    measured,
-    moved_parameters,
-)
+from arbiter_jax.training._own_arguments import check_batch, check_opt_state, given_signals
+from arbiter_jax.training._own_loop import all_signals, apart, measured, moved_parameters
 from arbiter_jax.training._signals import with_zero_statistics
 
 

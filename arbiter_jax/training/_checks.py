@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
@@ -284,6 +285,12 @@ def check_gradient(gradient: Any, params: PyTree, model_state: PyTree) -> None:
 def check_params(params: PyTree) -> None:
     """Raises a ValueError if the parameters are not a pytree of arrays."""
     hint = "pass what the model's init returns, e.g. model.init(key, inputs)['params'] in Flax"
+    if isinstance(params, nnx.Module):
+        raise ValueError(
+            f"params must be a pytree of arrays, got the NNX module {type(params).__name__}: "
+            "aj.attach(module, head, inputs) makes functions of it; its `init(key)` returns params "
+            "and model_state."
+        )
     leaves = _leaves(params)
     if not leaves:
         raise ValueError(f"params must be a pytree of arrays, got {_called(params)}: {hint}.")

@@ -61,3 +61,13 @@ def test_examples_of_a_list_again_and_again():
 def test_data_itself_is_no_source():
     with pytest.raises(ValueError, match=r"datasets\.epochs"):
         datasets.batches((np.ones(3), np.ones(3)), 2)
+
+
+def test_a_size_that_needs_an_argument():
+    with pytest.raises(ValueError, match="batch_size must be .* a function without arguments"):
+        datasets.batches(chunks(3), lambda opt_state: 2)
+
+
+def test_a_source_smaller_than_a_batch_is_told():
+    with pytest.warns(UserWarning, match="the source holds 3 examples, fewer than .* batch of 4"):
+        assert list(datasets.batches(chunks(3), 4)) == []

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.training import train_state
 
 import arbiter_jax as aj
@@ -442,6 +443,7 @@ def test_a_sampler_takes_one_key(key):
             "^params must be an array of numbers, got a ShapeDtypeStruct",
         ),
         (np.array(["a"]), "^params must be an array of numbers, got an array <U1"),
+        (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "got the NNX module Linear: aj.attach"),
     ],
 )
 def test_parameters_are_named(call, params, message):

@@ -403,6 +403,15 @@ def test_errors(call, message):
         call(grad_fn, tx.init(start()))
 
 
+def test_a_tensor_is_no_array():
+    class Tensor:  # as torch's: it has a shape and a type
+        shape, dtype = (4, NUM_FEATURES), np.dtype(np.float32)
+
+    tx, grad_fn = floor_chain()
+    with pytest.raises(ValueError, match="batch must be a pytree of arrays .* got a Tensor"):
+        grad_fn(start(), tx.init(start()), (Tensor(), np.ones(4)))
+
+
 def test_errors_of_arguments():
     tx = noise_chain(CASES["arbiter"].make(**LIMITS))
     grad_fn = aj.value_grad_and_signals(loss_fn, tx)
