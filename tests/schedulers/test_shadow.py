@@ -98,7 +98,7 @@ def test_two_shadows_of_one_name_are_refused():
         (lambda: schedulers.shadow("cabs"), "rules must be a batch-size rule .*, got 'cabs'"),
         (lambda: schedulers.shadow([None]), "rule must be an optax gradient transformation"),
         (lambda: schedulers.shadow({}), "rules must hold at least one rule, got none"),
-        (lambda: schedulers.shadow(name="a"), "name must be None where there is not one rule"),
+        (lambda: schedulers.shadow(name="a"), "name must be None unless there is a single rule"),
         (lambda: schedulers.shadow({"": schedulers.constant(8)}), "name must be a string"),
         (
             lambda: schedulers.shadow([schedulers.constant(8), schedulers.constant(9)]).init(None),
