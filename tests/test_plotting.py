@@ -213,5 +213,5 @@ def test_notebooks_display_figures_as_images():
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     plotting._figures._figure_class.cache_clear()
-    with pytest.raises(ImportError, match=r'pip install "arbiter-jax\[experiments\]"'):
+    with pytest.raises(ImportError, match=r'pip install "arbiter-jax\[plotting\]"'):
         plotting.figure()
