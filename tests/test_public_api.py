@@ -270,7 +270,7 @@ def test_the_package_works_without_any_extra():
 
         for extra, use in {
             "data": lambda: aj.datasets.load("digits"),
-            "experiments": lambda: aj.plotting.figure(),
+            "plotting": lambda: aj.plotting.figure(),
         }.items():
             try:
                 use()
