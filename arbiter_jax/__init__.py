@@ -1,23 +1,12 @@
 """Batch sizes that adapt while a network trains, as optax transformations."""
 
-from arbiter_jax import (
-    callbacks,
-    critical_batch_size,
-    datasets,
-    learning_rate,
-    metrics,
-    models,
-    noisy_quadratic,
-    objectives,
-    plotting,
-    schedulers,
-    stochastic_meta_descent,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from arbiter_jax import learning_rate, metrics, objectives, schedulers
 from arbiter_jax._version import __version__
 from arbiter_jax.base import GradStats, StepInfo, WeightedLoss, get_batch_size
 from arbiter_jax.batching import all_buckets, init_sampler, next_bucket, sample_batch
-from arbiter_jax.callbacks import checkpoints
-from arbiter_jax.critical_batch_size import measure_critical_batch_size
 from arbiter_jax.gradients import gradient_stats
 from arbiter_jax.hyper_learning import (
     Agent,
@@ -39,14 +28,8 @@ from arbiter_jax.learning_rate import (
     scale_by_batch_size,
     sgd_hd,
 )
-from arbiter_jax.models import attach
 from arbiter_jax.objectives import impulse_response, noise_response
 from arbiter_jax.schedulers._seesaw_chain import seesaw
-from arbiter_jax.subset_selection import (
-    dynamic_batch_adaptation,
-    select_subset,
-    subset_gradients,
-)
 from arbiter_jax.training import (
     Data,
     FitResult,
@@ -59,6 +42,42 @@ from arbiter_jax.training import (
     run_window,
     value_grad_and_signals,
 )
+
+# What a run need not have is imported when it is first used, which halves the time of the import.
+_LAZY = {
+    "attach": "models",
+    "callbacks": "",
+    "checkpoints": "callbacks",
+    "critical_batch_size": "",
+    "datasets": "",
+    "dynamic_batch_adaptation": "subset_selection",
+    "measure_critical_batch_size": "critical_batch_size",
+    "models": "",
+    "noisy_quadratic": "",
+    "plotting": "",
+    "select_subset": "subset_selection",
+    "stochastic_meta_descent": "",
+    "subset_gradients": "subset_selection",
+    "subset_selection": "",
+}
+if TYPE_CHECKING:
+    from arbiter_jax import (
+        callbacks,
+        critical_batch_size,
+        datasets,
+        models,
+        noisy_quadratic,
+        plotting,
+        stochastic_meta_descent,
+    )
+    from arbiter_jax.callbacks import checkpoints
+    from arbiter_jax.critical_batch_size import measure_critical_batch_size
+    from arbiter_jax.models import attach
+    from arbiter_jax.subset_selection import (
+        dynamic_batch_adaptation,
+        select_subset,
+        subset_gradients,
+    )
 
 # fmt: off
 __all__ = [
@@ -74,3 +93,17 @@ __all__ = [
     "to_logit", "value_grad_and_signals", "warm_up",
 ]
 # fmt: on
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package = _LAZY[name]
+    module = importlib.import_module(f"{__name__}.{package or name}")
+    value = getattr(module, name) if package else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs compiled by an earlier run, or by another worker of this one, are read from here.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+# Also small ones, unless the environment says otherwise, as CI does.
+LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ.get(LEAST, "0")))
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
@@ -37,7 +39,10 @@ def no_cached_programs(tmp_path):
     """For tests that count compilations: nothing has been compiled before."""
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+    least = float(os.environ.get(LEAST, "0"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
 

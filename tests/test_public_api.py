@@ -28,6 +28,18 @@ MODULES = [
     "arbiter_jax.training",
 ]
 
+# Imported when they are first used: what a run need not have.
+LAZY = (
+    "callbacks",
+    "critical_batch_size",
+    "datasets",
+    "models",
+    "noisy_quadratic",
+    "plotting",
+    "stochastic_meta_descent",
+    "subset_selection",
+)
+
 # Everything that is no dependency of the core.
 EXTRAS = (
     "chex",
@@ -290,8 +302,21 @@ def test_importing_the_package_imports_no_extra():
         import flax.nnx, jax, optax
         before = set(sys.modules)
         import arbiter_jax
-        new = {{name.split(".")[0] for name in set(sys.modules) - before}}
-        print(sorted(new & set({EXTRAS!r})))
+        loaded = set(sys.modules) - before
+        print(sorted({{name.split(".")[0] for name in loaded}} & set({EXTRAS!r})))
+        print(sorted(loaded & {{f"arbiter_jax.{{name}}" for name in {LAZY!r}}}))
+        print("flax.training" in loaded, "urllib.request" in loaded)
+        print(set(arbiter_jax.__all__) <= set(dir(arbiter_jax)))
         """
     )
-    assert out.strip() == "[]"
+    assert out.split("\n")[:-1] == ["[]", "[]", "False False", "True"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'arbiter_jax' has no attribute 'fitt'"):
+        _ = aj.fitt  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_packages_imported_on_first_use_are_modules(name):
+    assert getattr(aj, name) is importlib.import_module(f"arbiter_jax.{name}")

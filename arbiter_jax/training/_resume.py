@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -59,8 +60,7 @@ def _within_range(unfinished: Unfinished, opt_state: PyTree) -> Unfinished:
 
 
 def _with_limits_of(tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> PyTree:
-    # Compiled, so that the rest of the state, a multiple of the parameters, is never made.
-    limits = jax.jit(lambda params: _limits(tx.init(params)))(params)
+    limits = _limits_of(params, tx)
 
     def replace(path: Any, leaf: Any) -> Any:
         (*node, name) = path or (None,)
@@ -74,6 +74,12 @@ def _with_limits_of(tx: optax.GradientTransformation, opt_state: PyTree, params:
         return jnp.clip(leaf, low, high).astype(leaf.dtype)
 
     return jax.tree.map_with_path(replace, opt_state)
+
+
+@functools.partial(jax.jit, static_argnames="tx")
+def _limits_of(params: PyTree, tx: optax.GradientTransformation) -> Any:
+    """The range of `tx`. Compiled, and once: the rest of the state, which is large, is never made."""
+    return _limits(tx.init(params))
 
 
 def _limits(opt_state: PyTree) -> Any:

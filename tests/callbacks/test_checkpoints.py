@@ -176,10 +176,28 @@ def undisturbed(directory, name, kind):
     return dict(np.load(directory / "expected.npz"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     found = killed_until_done(tmp_path, 1, "gradient_noise_scale", "resident")
     expected = fit_chain("gradient_noise_scale", "resident")
     assert_same_run(found, arrays(expected))
+
+
+def test_a_run_that_ends_without_a_word_goes_on_from_what_is_complete(tmp_path):
+    """In one process, as after a kill during a write: the newest directory is half there."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path, every=2, callbacks=at_window(5, kill))
+    saved = numbers(tmp_path)
+    assert saved[-1] == 4
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    assert_same_run(arrays(fit(tmp_path, every=2)), arrays(fit(tmp_path / "whole")))
 
 
 @pytest.mark.slow

@@ -112,6 +112,93 @@ def test_guarantee_2_second_process_compiles_nothing(tmp_path):
     assert counts == [[[7, 0], [1, 0]], [[0, 7], [0, 1]]]
 
 
+# Compiled once: nothing at all is asked of the compiler again, also no small operation
+
+
+def noisy(rate=0.01):
+    rule = aj.schedulers.gradient_noise_scale(max_batch_size=8)  # one bucket
+    return optax.chain(optax.inject_hyperparams(optax.sgd)(rate), rule)
+
+
+def plain(rate=0.01):
+    return optax.chain(optax.inject_hyperparams(optax.sgd)(rate), aj.schedulers.constant(8))
+
+
+def counted(function, *args, **kwargs):
+    with count_compilations() as compilations:
+        jax.block_until_ready(jax.tree.leaves(function(*args, **kwargs)))
+    return compilations.num_programs
+
+
+def test_a_second_fit_compiles_nothing():
+    tx, arrays = noisy(), data()
+    run = lambda seed: (
+        aj.fit(loss_fn, jnp.zeros(3), tx, arrays, num_examples=48, window=2, key=seed).state
+    )
+    assert counted(run, 0) > 0
+    assert counted(run, 0) == 0
+    assert counted(run, 1) == 0
+
+
+def set_rate(state, rate):
+    return state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=rate))
+
+
+def test_a_sweep_of_rates_and_seeds_is_one_program():
+    tx, arrays = plain(), data()
+
+    def run(rate, seed):
+        state = set_rate(aj.init_state(jnp.zeros(3), tx, seed), jnp.array(rate, jnp.float32))
+        return aj.fit(loss_fn, None, tx, arrays, num_examples=48, window=2, state=state).state
+
+    assert counted(run, 0.01, 0) > 0
+    assert counted(run, 0.02, 1) == 0
+    # And it trains with that rate.
+    usual = aj.fit(loss_fn, jnp.zeros(3), plain(0.02), arrays, num_examples=48, window=2, key=1)
+    np.testing.assert_array_equal(run(0.02, 1).params, usual.state.params)
+
+
+def test_a_sweep_of_several_rates_and_seeds_at_once_is_one_program():
+    tx, arrays = plain(), data()
+
+    def run(rates, seed):
+        keys = jax.random.split(jax.random.key(seed), 2)
+        states = jax.vmap(lambda key: aj.init_state(jnp.zeros(3), tx, key))(keys)
+        states = set_rate(states, jnp.array(rates, jnp.float32))
+        return aj.fit(
+            loss_fn, None, tx, arrays, num_examples=48, window=2, key=keys, state=states
+        ).state
+
+    assert counted(run, [0.01, 0.02], 0) > 0
+    assert counted(run, [0.03, 0.04], 1) == 0
+
+
+def test_a_loop_of_ones_own_compiles_once():
+    tx = noisy()
+    params, opt_state = jnp.zeros(3), tx.init(jnp.zeros(3))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[:8]), data().train)
+    grad_fn = aj.value_grad_and_signals(loss_fn, tx)
+    assert counted(grad_fn, params, opt_state, batch) == 1
+    assert counted(grad_fn, params, opt_state, batch) == 0
+
+    @jax.jit
+    def step(params, opt_state, batch):
+        value, grads, signals = aj.value_grad_and_signals(loss_fn, tx)(params, opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, **signals)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    assert counted(step, params, opt_state, batch) == 1
+    params, opt_state, _ = step(params, opt_state, batch)
+    assert counted(step, params, opt_state, batch) == 0
+
+
+def test_programs_of_a_transformation_that_is_gone_can_be_freed():
+    aj.fit(loss_fn, jnp.zeros(3), plain(), data(), num_examples=48, window=2)
+    assert aj.run_window._cache_size() > 0  # pyright: ignore
+    aj.run_window.clear_cache()  # pyright: ignore
+    assert aj.run_window._cache_size() == 0  # pyright: ignore
+
+
 # The counter
 
 
