@@ -9,7 +9,7 @@ bytes of state for data of any size, and works under `vmap`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,18 @@ def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> Py
 
 
 def _take(data: PyTree, rows: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
+    def take(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        flat = x
+        # XLA's loop for the CPU computes all indices for each number that it copies: more than twice
+        # as long for images as for rows of numbers. Elsewhere to flatten may copy all the data.
+        is_image = x.ndim > 2 and not any(jax.typeof(x).sharding.spec[1:])
+        if is_image and jax.default_backend() == "cpu":
+            flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        taken = flat.at[rows].get(mode="promise_in_bounds")
+        return taken.reshape(rows.shape + x.shape[1:])
+
+    return jax.tree.map(take, data)
 
 
 def sample_own_batch(
