@@ -8,6 +8,7 @@ bytes of state for data of any size, and works under `vmap`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -168,6 +169,13 @@ def sample_batch(
 
 def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
     """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
+    return parts_ahead(state, data, position, (position.shape[0],))[0]
+
+
+def parts_ahead(
+    state: SamplerState, data: PyTree, position: jax.Array, sizes: tuple[int, ...]
+) -> tuple[PyTree, ...]:
+    """As :func:`examples_ahead`, in parts of so many examples each."""
     size = num_rows(data)
 
     # Each device numbers its own rows: a loop over all of them would ask all devices at every turn
@@ -177,8 +185,14 @@ def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> Py
         return permuted_index(state.key, state.epoch + ahead // size, ahead % size, size)
 
     if position.shape[0] % num_data_devices():
-        return _take(data, numbers(state, position))
-    return shard_rows(_take(data, on_each_device(numbers, 1)(state, position)))
+        return _take_parts(data, numbers(state, position), sizes)
+    rows = on_each_device(numbers, 1)(state, position)
+    return shard_rows(_take_parts(data, rows, sizes))
+
+
+def _take_parts(data: PyTree, rows: jax.Array, sizes: tuple[int, ...]) -> tuple[PyTree, ...]:
+    ends = list(itertools.accumulate(sizes))
+    return tuple(_take(data, rows[end - n : end]) for n, end in zip(sizes, ends, strict=True))
 
 
 def _take(data: PyTree, rows: jax.Array) -> PyTree:
