@@ -38,6 +38,7 @@ from arbiter_jax.batching._sampling import (
     advance,
     examples_ahead,
     init_sampler,
+    parts_ahead,
     sample_batch,
     sample_own_batch,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "num_groups",
     "num_real_rows",
     "num_rows",
+    "parts_ahead",
     "read_examples",
     "replace_padding",
     "sample_batch",

@@ -8,8 +8,9 @@ bytes of state for data of any size, and works under `vmap`.
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,13 @@ def sample_batch(
 
 def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> PyTree:
     """The examples at int32[M] positions ahead of the sampler, a pytree of arrays [M, ...]."""
+    return parts_ahead(state, data, position, (position.shape[0],))[0]
+
+
+def parts_ahead(
+    state: SamplerState, data: PyTree, position: jax.Array, sizes: tuple[int, ...]
+) -> tuple[PyTree, ...]:
+    """As :func:`examples_ahead`, in parts of so many examples each."""
     size = num_rows(data)
 
     # Each device numbers its own rows: a loop over all of them would ask all devices at every turn
@@ -177,12 +185,29 @@ def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> Py
         return permuted_index(state.key, state.epoch + ahead // size, ahead % size, size)
 
     if position.shape[0] % num_data_devices():
-        return _take(data, numbers(state, position))
-    return shard_rows(_take(data, on_each_device(numbers, 1)(state, position)))
+        return _take_parts(data, numbers(state, position), sizes)
+    rows = on_each_device(numbers, 1)(state, position)
+    return shard_rows(_take_parts(data, rows, sizes))
+
+
+def _take_parts(data: PyTree, rows: jax.Array, sizes: tuple[int, ...]) -> tuple[PyTree, ...]:
+    ends = list(itertools.accumulate(sizes))
+    return tuple(_take(data, rows[end - n : end]) for n, end in zip(sizes, ends, strict=True))
 
 
 def _take(data: PyTree, rows: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), data)
+    def take(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        flat = x
+        # XLA's loop for the CPU computes all indices for each number that it copies: more than twice
+        # as long for images as for rows of numbers. Elsewhere to flatten may copy all the data.
+        is_image = x.ndim > 2 and not any(jax.typeof(x).sharding.spec[1:])
+        if is_image and jax.default_backend() == "cpu":
+            flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        taken = flat.at[rows].get(mode="promise_in_bounds")
+        return taken.reshape(rows.shape + x.shape[1:])
+
+    return jax.tree.map(take, data)
 
 
 def sample_own_batch(

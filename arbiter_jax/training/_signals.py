@@ -29,6 +29,7 @@ from arbiter_jax.batching import (
     examples_ahead,
     num_data_devices,
     num_rows,
+    parts_ahead,
 )
 from arbiter_jax.gradients import Gradient, GradientFn
 from arbiter_jax.objectives import measure_persistence
@@ -195,12 +196,15 @@ def validation_signals(
         return sampler, {}
     total = sum(rows.values())
     if due:
-        # One draw for both: a step is short enough for the number of its operations to matter.
         used = rows.get("agent_inputs", 0)
-        draw = lambda *ends: examples_ahead(sampler, validation, jnp.arange(*ends, dtype=jnp.int32))
         if num_data_devices() == 1:
-            batch = seen = draw(total)
+            # One draw for both: a step is short enough for the number of its operations to matter.
+            position = jnp.arange(total, dtype=jnp.int32)
+            seen, batch = parts_ahead(sampler, validation, position, (used, total - used))
         else:  # a slice of rows that are split over devices would move between them
+            draw = lambda *ends: examples_ahead(
+                sampler, validation, jnp.arange(*ends, dtype=jnp.int32)
+            )
             seen, batch = draw(used), draw(used, total)
         if "meta_batch" in rows:
             size = requested.meta_batch_size
