@@ -78,7 +78,7 @@ def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
     return jnp.arange(bucket_size, dtype=jnp.int32) < jnp.asarray(batch_size)
 
 
-def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
+def replace_padding(batch: PyTree, mask: jax.Array, first: int | None = None) -> PyTree:
     """Overwrites the padding with the first real row of the batch.
 
     Masking the losses is not enough: the gradient of ``where`` multiplies by zero, and zero times a
@@ -88,13 +88,15 @@ def replace_padding(batch: PyTree, mask: jax.Array) -> PyTree:
     Args:
       batch: Pytree of arrays [M, ...].
       mask: bool[M], True for a real example.
+      first: The number of the first real row, where it is known while tracing: on a mesh, devices
+        need not look for it.
     """
     mask = jnp.asarray(mask)
-    first = jnp.argmax(mask)  # 0 if no row is real
+    row: Any = jnp.argmax(mask) if first is None else first  # 0 if no row is real
 
     def replace(x: Any) -> jax.Array:
         x = jnp.asarray(x)
-        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[first])
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, x[row])
 
     return jax.tree.map(replace, batch)
 

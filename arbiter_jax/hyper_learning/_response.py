@@ -62,7 +62,8 @@ def response_objective(
             most = signals["num_meta_examples"]
             mask &= batch_mask(most, num_rows(meta_batch))
         # Explicit stop_gradient: F is differentiated with respect to agent, mixture and response only.
-        constants = jax.lax.stop_gradient((new_params, replace_padding(meta_batch, mask)))
+        meta_batch = replace_padding(meta_batch, mask, first=0)  # no batch is empty
+        constants = jax.lax.stop_gradient((new_params, meta_batch))
         losses = _call(response_loss, num_features, response_weights * mixture, constants, signals)
         check_losses(losses, num_rows(meta_batch), "response_loss")
         return MetaLoss(

@@ -170,7 +170,7 @@ def validation_loss(
     rows = jnp.ones(num_rows(meta_batch), bool)
     if "num_meta_examples" in signals:  # of a batch that has more rows than this seed uses
         rows = batch_mask(signals["num_meta_examples"], num_rows(meta_batch))
-        meta_batch = replace_padding(meta_batch, rows)
+        meta_batch = replace_padding(meta_batch, rows, first=0)
 
     key = None if model_state is None else jax.random.PRNGKey(0)
 
