@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 import numpy as np
+from jax import lax
 
 from arbiter_jax import _validate
 from arbiter_jax._numerics import raw_key
@@ -94,15 +95,20 @@ def permuted_index(
     rows = -(-dataset_size // columns)
     salt = _hash32(key[1] ^ (epoch.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)))
 
+    # `lax.div` and `lax.rem`: `//` and `%` also compile what only signed numbers need.
+    count_rows, count_columns = jnp.uint32(rows), jnp.uint32(columns)
+
     def network(x: jax.Array) -> jax.Array:
-        left, right = x // columns, x % columns
+        left, right = lax.div(x, count_columns), lax.rem(x, count_columns)
         for r in range(_FEISTEL_ROUNDS):
-            pepper = key[0] + jnp.uint32((2 * r + 1) * 0x9E3779B9 % 2**32)
-            noise = _hash32((right + pepper) ^ salt)
-            left = (left + noise % rows) % rows
-            noise = _hash32((left + ~pepper) ^ salt)
-            right = (right + noise % columns) % columns
-        return left * columns + right
+            # The constant first, then the key: XLA would move a sum of both out of all loops, and
+            # compile a program of its own for each of these scalars.
+            pepper = jnp.uint32((2 * r + 1) * 0x9E3779B9 % 2**32)
+            noise = _hash32(((right + pepper) + key[0]) ^ salt)
+            left = lax.rem(left + lax.rem(noise, count_rows), count_rows)
+            noise = _hash32(((left + ~pepper) - key[0]) ^ salt)
+            right = lax.rem(right + lax.rem(noise, count_columns), count_columns)
+        return left * count_columns + right
 
     def walk(carry):
         index, outside = carry

@@ -296,7 +296,7 @@ def _budget(config: FloorConfig, state: FloorState) -> Count:
 
 def _examples_left(config: FloorConfig, state: FloorState) -> jax.Array:
     """What is left of the budget, float[]."""
-    return jnp.maximum(_budget(config, state) - as_count(state.num_examples), 0)
+    return _budget(config, state).minus(state.num_examples).astype(float)
 
 
 def _grows(config: FloorConfig, state: FloorState) -> jax.Array:

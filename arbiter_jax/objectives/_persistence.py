@@ -7,6 +7,7 @@ step therefore underestimate what noise does, by a factor that only the optimize
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -152,12 +153,11 @@ def _total(responses: np.ndarray, power: int) -> float:
 def _follow(tx: Any, params: PyTree, num_steps: int, along_gradient: bool = False) -> np.ndarray:
     """The response of each update to the first of `num_steps` gradients; zeros if all updates are."""
     try:
-        with jax.ensure_compile_time_eval():
-            responses, scale = _responses(tx, params, _WARM_UP, num_steps, along_gradient)
-            if scale == 0:  # a schedule may have been larger than zero at the start
-                responses, scale = _responses(tx, params, 0, num_steps, along_gradient)
-            if along_gradient and _vanishes(responses, scale):  # of a clipped gradient
-                responses, scale = _responses(tx, params, _WARM_UP, num_steps, False)
+        responses, scale = _responses(tx, params, _WARM_UP, num_steps, along_gradient)
+        if scale == 0:  # a schedule may have been larger than zero at the start
+            responses, scale = _responses(tx, params, 0, num_steps, along_gradient)
+        if along_gradient and _vanishes(responses, scale):  # of a clipped gradient
+            responses, scale = _responses(tx, params, _WARM_UP, num_steps, False)
     except Exception as error:  # a transformation of somebody else may raise anything
         reason = str(error).strip().splitlines() or [""]
         raise _refusal(f"{type(error).__name__}: {reason[0]}") from error
@@ -178,16 +178,14 @@ def _responses(
     """(r_0, r_1, ..., the sum of the entries of the largest update), from one run, differentiated."""
     update = with_extra_args(tx).update
 
-    @jax.jit
-    def derivative(params):
-        leaves, structure = jax.tree.flatten(params)
-        ends = np.cumsum([leaf.size for leaf in leaves])
-        shape = (warm_up + num_steps, ends[-1])
-        noise = jax.random.rademacher(jax.random.PRNGKey(0), shape, float)
+    leaves, structure = jax.tree.flatten(params)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    noise = _signs(0, (warm_up + num_steps, ends[-1]))
+    # Independent of the gradient: clipping leaves nothing of a change along it.
+    direction = noise[warm_up] if along_gradient else _signs(1, (ends[-1],))
+
+    def derivative(params, noise, direction):
         losses = _LOSS_DECAY ** jnp.arange(len(noise), dtype=float)
-        # Independent of the gradient: clipping leaves nothing of a change along it.
-        direction = jax.random.rademacher(jax.random.PRNGKey(1), shape[1:], float)
-        direction = noise[warm_up] if along_gradient else direction
 
         def step(state, inputs):
             gradient, loss = inputs
@@ -204,8 +202,32 @@ def _responses(
 
         return jax.jvp(run, (jnp.zeros_like(direction),), (direction,), has_aux=True)[1:]
 
-    responses, scale = derivative(params)
+    # Compiled by itself, it runs while another function is traced. Within
+    # `jax.ensure_compile_time_eval` each operation without a traced operand would be a program of
+    # its own, dozens of them.
+    inputs = params, noise, direction
+    responses, scale = jax.jit(derivative).lower(*inputs).compile()(*inputs)
     return np.asarray(responses, np.float64), np.asarray(scale)
+
+
+def _signs(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """``jax.random.rademacher(jax.random.PRNGKey(seed), shape, float)``, which takes long to compile.
+
+    Threefry-2x32 with 20 rounds, of which the top bit is the sign.
+    """
+    dtype = jnp.zeros((), float).dtype
+    keys = np.array([0, seed, 0x1BD11BDA ^ seed], np.uint32)
+    first, second = np.full(math.prod(shape), keys[0]), np.arange(math.prod(shape), dtype=np.uint32)
+    second = second + keys[1]
+    for block in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[block % 2]:
+            first = first + second
+            second = first ^ ((second << np.uint32(turn)) | (second >> np.uint32(32 - turn)))
+        first = first + keys[(block + 1) % 3]
+        second = second + keys[(block + 2) % 3] + np.uint32(block + 1)
+    # A number below one half is +1: of 32 bits, those of both words, or the upper 32 of 64 bits.
+    bits = first if dtype == np.float64 else first ^ second
+    return np.where(bits >> np.uint32(31), -1, 1).astype(dtype).reshape(shape)
 
 
 def _refusal(reason: str) -> ValueError:

@@ -141,7 +141,7 @@ def make_rule(
         if objective.num_examples is None:  # one step, until the budget of the loop is known
             window_steps = _rule.int32(1)
         else:
-            budget = as_count(objective.num_examples)
+            budget = _as_budget(objective.num_examples)
             window_steps = _window_steps(
                 _rule.int32(), _rule.int32(start), budget, _initial_size(budget, high)
             )
@@ -183,7 +183,7 @@ def make_rule(
         budget = objective.num_examples
         if budget is None:
             budget = 0 if signals.get("budget") is None else signals["budget"]
-        budget = as_count(budget)
+        budget = _as_budget(budget)
         initial = _initial_size(budget, high, update)
         size = update.per_call(objective.best(statistics, cost))
         # The latter if nothing is known.
@@ -210,17 +210,38 @@ def make_rule(
     return _rule.transformation(init_fn, update_state, (low, high))
 
 
-def _initial_size(budget: Count, high: Any, update: base.Update | None = None) -> jax.Array:
+def _as_budget(number: Any) -> jax.Array | Count:
+    """An int32 where that is known to hold it: the quotients of a Count take long to compile."""
+    if isinstance(number, int) and number < 2**31:
+        return _rule.int32(max(number, 0))
+    if getattr(number, "dtype", None) == jnp.int32:
+        return jnp.maximum(number, 0)
+    return as_count(number)
+
+
+def _quotient(budget: jax.Array | Count, size: Any) -> jax.Array:
+    """The whole part of a quotient of numbers >= 0 and > 0, int32[]."""
+    if isinstance(budget, Count):
+        return budget // size
+    return jax.lax.div(*jnp.broadcast_arrays(budget, jnp.asarray(size, jnp.int32)))
+
+
+def _initial_size(
+    budget: jax.Array | Count, high: Any, update: base.Update | None = None
+) -> jax.Array:
     """The size that the first batches have at least; 0 without a budget."""
-    size = budget // _INITIAL_BATCHES_PER_BUDGET
+    size = _quotient(budget, _INITIAL_BATCHES_PER_BUDGET)
     return jnp.minimum(high, size if update is None else update.per_call(size))
 
 
 def _window_steps(
-    num_steps: jax.Array, size: jax.Array, budget: Count, initial: jax.Array
+    num_steps: jax.Array, size: jax.Array, budget: jax.Array | Count, initial: jax.Array
 ) -> jax.Array:
     """Few examples at all times, and one step until the first batches are large enough."""
-    limit = jnp.maximum(budget // (_WINDOWS_PER_BUDGET * size), 1)
+    examples = size
+    if not isinstance(budget, Count):  # 50 times the size is to fit, too
+        examples = jnp.minimum(size, jnp.iinfo(jnp.int32).max // _WINDOWS_PER_BUDGET)
+    limit = jnp.maximum(_quotient(budget, _WINDOWS_PER_BUDGET * examples), 1)
     steps = jnp.where(budget > 0, limit, jnp.iinfo(jnp.int32).max)
     early = num_steps < _NUM_INITIAL_STEPS
     return jnp.where(early & (size < initial), 1, steps).astype(jnp.int32)

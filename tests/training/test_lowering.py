@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.extend import core
 
 import arbiter_jax as aj
 from arbiter_jax import models
@@ -98,3 +99,24 @@ def test_subset_selection_lowers_for_tpu_and_cuda():
     gradient_fn = aj.subset_gradients(loss_fn)
     init = lambda: model.init(jax.random.key(0))[:1]
     check_program(lowered(CHAINS["constant"](), data, init, gradient_fn=gradient_fn))
+
+
+# Nearly all of the time to the first step is XLA's, and grows with the number of operations.
+MOST_EQUATIONS = {"constant": 430, "gradient_noise_scale": 860, "noise_floor": 1850}
+
+
+def num_equations(program):
+    inner = [x for eqn in program.eqns for x in core.jaxprs_in_params(eqn.params)]
+    return len(program.eqns) + sum(num_equations(getattr(x, "jaxpr", x)) for x in inner)
+
+
+@pytest.mark.parametrize("name", MOST_EQUATIONS)
+def test_a_window_has_few_equations(name):
+    """An upper bound: what makes a program larger makes every user wait longer."""
+    state = jax.eval_shape(
+        lambda: aj.init_state({"w": jnp.zeros(rules.NUM_FEATURES)}, CHAINS[name](), 0)
+    )
+    data = aj.Data(*2 * [arrays((50, rules.NUM_FEATURES), (50,))])
+    options = {"loss_fn": rules.loss_fn, "bucket_size": 8, "window": 3}
+    traced = aj.run_window.trace(state, data, 2, 0.1, 400, tx=CHAINS[name](), **options)
+    assert num_equations(traced.jaxpr.jaxpr) <= MOST_EQUATIONS[name]
