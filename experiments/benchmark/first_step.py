@@ -3,7 +3,7 @@
 Trace, lower and compile, in wall-clock and processor seconds, against a jitted step of optax that a
 user writes. Every time is that of a new program in a process that remembers no other one, with JAX's
 persistent cache off. What that cache leaves of it is measured in two processes of their own:
-`python -m experiments.benchmark.first_step NETWORK` prints the seconds of each rule.
+`main` prints the seconds of each rule there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 
 import arbiter_jax as aj
 from arbiter_jax import models
@@ -159,7 +160,11 @@ def two_processes(network: str, batch_size: int) -> tuple[dict[str, Seconds], di
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        command = [sys.executable, "-m", "experiments.benchmark.first_step"]
+        command = [
+            sys.executable,
+            "-c",
+            "from experiments.benchmark import first_step; first_step.main()",
+        ]
         runs = [
             subprocess.run(
                 [*command, network, str(batch_size)],
@@ -210,7 +215,7 @@ def rows(config: Any) -> list[Row]:
                     lambda pair=(measured, reference): pair,
                     pairs=1,
                     note=note,
-                    only_by_name=network != "MLP",
+                    only_by_name=True,
                 )
             )
     return found
@@ -221,11 +226,13 @@ def no_program_cache() -> Iterator[None]:
     """Seconds to the first step are those of a first run."""
     config: Any = jax.config
     before = config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX reads the setting once, at the first program
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def main() -> None:
@@ -236,7 +243,3 @@ def main() -> None:
         rule: window_seconds(task, make_rule(task, rule, batch_size), batch_size) for rule in BARS
     }
     print(json.dumps(times))
-
-
-if __name__ == "__main__":
-    main()
