@@ -21,7 +21,7 @@ import numpy as np
 
 from arbiter_jax import plotting
 from experiments import _runner
-from experiments.benchmark import device, floor, rows
+from experiments.benchmark import device, floor, rows, torch_steps
 from experiments.benchmark.row import Row
 
 
@@ -52,6 +52,8 @@ CONFIGS = {
 def run(config: Config) -> _runner.Results:
     if config.on_device:
         return device.run(config)
+    if config.compare == "torch":
+        torch_steps.load()  # fails now, and not after all other rows
     results = _runner.Results(extra={"config": config, "works": {}, "floors": {}})
     chosen = lambda row: config.only in row.name and (config.only or not row.only_by_name)
     cases = [row for row in rows.build(config) if chosen(row)]

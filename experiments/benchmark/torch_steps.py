@@ -246,7 +246,6 @@ def timed(step: Callable[[], None], window: int) -> Timed:
 
 def rows(lenet: Network, mlp: Network, config: Any) -> list[Row]:
     """The same steps in PyTorch."""
-    load()  # fails now, and not after all other rows
     size, window, found = config.batch_size, config.window, []
 
     def against_torch(network: Network, tx: Any, make: Callable, **options: Any):
