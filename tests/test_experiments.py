@@ -22,9 +22,11 @@ import numpy as np
 import platformdirs
 import pytest
 
+from arbiter_jax import models
 from experiments import _runner
 from experiments._program_cache import use_program_cache
 from experiments._run_cache import RunCache
+from experiments.benchmark import floor, networks
 from experiments.noise_rules import controls, tables
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -125,6 +127,28 @@ def test_device_benchmark_names_the_device(tmp_path, capsys):
     assert {f"B = {size}" for size in (64, 128, 256, 512)} <= set(notes)
     for window in ("plain", "noise scale", "noise floor", "Arbiter"):
         assert any(name.startswith(f"{window} / hand-written step") for name in notes)
+
+
+def test_floor_of_the_benchmark_counts_the_work():
+    network = networks.Network("MLP", models.mlp(networks.SHAPE, (256,), 10), None)
+    work = floor.network_work(network, 64)
+    flops, size = floor.cost(work)
+    # Weights: forward and their gradient; the second layer's inputs as well.
+    by_hand = 2 * 64 * (2 * 784 * 256 + 3 * 256 * 10)
+    assert by_hand <= flops <= 1.02 * by_hand
+    num_bytes = 4 * (64 * 784 + 2 * (784 * 256 + 256 * 10))  # inputs, parameters and gradient
+    assert num_bytes <= size <= 3 * num_bytes
+    assert floor.timed_work(work, 2)() > 0
+
+
+def test_benchmark_without_torch_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as stop:
+        run_main("benchmark", ["--compare", "torch", "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "needs PyTorch" in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -10,10 +10,9 @@ and four windows for each of three networks, and for two of them one a size and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,12 +23,10 @@ import optax
 import arbiter_jax as aj
 from arbiter_jax import models
 from experiments import _runner
-from experiments.benchmark import cost_model
-from experiments.benchmark.networks import Timed, timed_steps, timed_windows
+from experiments.benchmark import cost_model, first_step, programs
+from experiments.benchmark.networks import Task, Timed
 
 SECONDS = 270  # no row begins later
-HELD = {"min_batch_size": 1, "max_batch_size": 2**20}  # limits that no rule here reaches
-HOST_WINDOWS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,77 +68,6 @@ SMALLEST = Shapes(
 )
 
 
-class Task:
-    """A network, random data of its kind, and the chains that train it."""
-
-    def __init__(self, name: str, model: models.Model, data: Any, loss: Callable, window: int):
-        self.name, self.model, self.window = name, model, window
-        self.data = aj.Data(data, data)
-        self.losses = models.make_losses(model, loss)
-        self.params, self.model_state = jax.jit(model.init)(jax.random.key(0))
-        self.optimizer = optax.sgd(0.01, momentum=0.9)
-        # An agent that flattens and reads what is small: its cost should not be that of its inputs.
-        self.agent = aj.mlp_agent(data[0].shape[1:], hidden_sizes=(32,))
-        self.options = {
-            "loss_fn": self.losses.loss_fn,
-            "inputs_of": lambda batch: batch[0].astype(jnp.float32),
-        }
-        self.plain = optax.chain(self.optimizer, aj.schedulers.constant(1, **HELD))
-
-    def chains(self, batch_size: int) -> dict[str, Any]:
-        """The windows that are compared with the hand-written step, each at one size throughout."""
-        held = {"min_batch_size": batch_size, "max_batch_size": batch_size}
-        arbiter = aj.arbiter(
-            self.agent,
-            self.losses.response_loss,
-            num_features=self.model.num_features,
-            initial_batch_size=batch_size,
-            window=10**9,
-        )
-        rules = {
-            "noise scale": aj.schedulers.gradient_noise_scale(**held),
-            "noise floor": aj.schedulers.noise_floor(**held),
-            "Arbiter": arbiter,
-        }
-        chains = {name: optax.chain(self.optimizer, rule) for name, rule in rules.items()}
-        return {"plain": self.plain, **chains}
-
-    def timed(self, tx: Any, batch_size: int, **options: Any) -> Timed:
-        """Milliseconds of a step in windows of `run_window`, all of them at this size."""
-        state = aj.init_state(self.params, tx, 1, self.model_state)
-        # One chain, and so at most one program, for all sizes of a rule that holds its size.
-        size = jnp.asarray(batch_size, jnp.int32)
-        start = state._replace(opt_state=optax.tree.set(state.opt_state, batch_size=size))
-        options = {"start": start} | self.options | options
-        return timed_windows(self.params, self.data, tx, batch_size, self.window, **options)
-
-    def by_hand(self, batch_size: int) -> Timed:
-        """Milliseconds of a jitted step in a Python loop, with optax and `jax.grad` alone."""
-        inputs, labels = self.data.train
-        mask = jnp.ones(batch_size, bool)
-
-        def step(carry, _):
-            params, model_state, opt_state, key = carry
-            key, batch_key = jax.random.split(key)
-            rows = jax.random.randint(batch_key, (batch_size,), 0, len(inputs))
-            batch = (inputs[rows], labels[rows])
-
-            def mean_loss(params):
-                if model_state is None:
-                    losses, new_state = self.losses.loss_fn(params, batch), None
-                else:
-                    losses, new_state = self.losses.loss_fn(params, batch, model_state, mask, key)
-                return jnp.mean(getattr(losses, "losses", losses)), new_state
-
-            (value, new_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
-            updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), new_state, opt_state, key), value
-
-        start = (self.params, self.model_state, self.optimizer.init(self.params), jax.random.key(2))
-        carry = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        return timed_steps(step, carry, self.window, scan=False)
-
-
 def make_tasks(shapes: Shapes) -> list[Task]:
     """The three networks."""
     key, n = jax.random.key(0), shapes.num_examples
@@ -178,27 +104,11 @@ def compare(measured: Timed, reference: Timed, pairs: int) -> dict[str, Any]:
     }
 
 
-def first_step(task: Task, batch_size: int) -> dict[str, Any]:
-    """Seconds before the first step of the plain window can run."""
-    state = aj.init_state(task.params, task.plain, 0, task.model_state)
-    options = task.options | {"tx": task.plain, "bucket_size": aj.next_bucket(batch_size)}
-    start = time.perf_counter()
-    with aj.training.count_compilations() as compilations:
-        traced = aj.run_window.trace(state, task.data, task.window, window=task.window, **options)
-        times = [time.perf_counter()]
-        lowered = traced.lower()
-        times.append(time.perf_counter())
-        lowered.compile()
-        times.append(time.perf_counter())
-    trace, lower, compilation = np.diff([start, *times])
-    cached = ", of the persistent cache" if compilations.num_cache_hits else ""
-    text = f"trace {trace:.2f} s, lower {lower:.2f} s, compile {compilation:.2f} s{cached}"
-    return {"milliseconds": 1e3 * (times[-1] - start), "note": text}
-
-
 def step_rows(task: Task, batch_size: int, pairs: int) -> Iterator[dict[str, Any]]:
     """Seconds to the first step, then every window against the hand-written step."""
-    yield {"method": f"{task.name}, first step", **first_step(task, batch_size)}
+    seconds = first_step.window_seconds(task, task.plain, batch_size)
+    first = {"milliseconds": 1e3 * seconds.wall, "note": first_step.describe(seconds)}
+    yield {"method": f"{task.name}, first step", **first}
     by_hand = task.by_hand(batch_size)
     for name, tx in task.chains(batch_size).items():
         row = compare(task.timed(tx, batch_size), by_hand, pairs)
@@ -255,20 +165,13 @@ def cost_row(task: Task, seconds: dict[int, float]) -> dict[str, Any]:
 
 def host_row(task: Task, batch_size: int, pairs: int) -> dict[str, Any]:
     """What `fit` adds to the compiled program of a window."""
-    loss_fn, window = task.losses.loss_fn, task.window
+    window = task.window
     tx = optax.chain(task.optimizer, aj.schedulers.constant(batch_size))
     program = task.timed(tx, batch_size)
-    num_examples = batch_size * window * (HOST_WINDOWS + 1)
-
-    def windows_of_fit() -> float:
-        ends: list[float] = []
-        note = lambda record, state: ends.append(time.perf_counter())
-        options = {"num_examples": num_examples, "window": window, "callbacks": note}
-        aj.fit(loss_fn, task.params, tx, task.data, **options)
-        return 1e3 * float(np.median(np.diff(ends))) / window
-
-    programs = lambda: float(np.median([program() for _ in range(HOST_WINDOWS)]))
-    row = compare(windows_of_fit, programs, pairs)
+    pair = programs.host(
+        task.losses.loss_fn, task.params, tx, task.data, batch_size, window, program
+    )
+    row = compare(*pair, pairs)
     host = window * (row["milliseconds"] - row["reference_milliseconds"])
     note = f"host: {host:.2f} ms a window of {window} steps"
     return {"method": f"{task.name}, window of fit / its program", **row, "note": note}
@@ -294,7 +197,7 @@ def run(config: Any) -> _runner.Results:
         raise _runner.UsageError(
             f"--only must be part of the name of a network, got {config.only!r}."
         )
-    with _no_program_cache():
+    with first_step.no_program_cache():
         for row in build(tasks, shapes, config.pairs):
             results.rows.append(row)
             seconds = time.perf_counter() - begin
@@ -303,17 +206,6 @@ def run(config: Any) -> _runner.Results:
                 results.rows.append({"method": "stopped here", "note": f"{SECONDS} s were over"})
                 break
     return results
-
-
-@contextlib.contextmanager
-def _no_program_cache() -> Iterator[None]:
-    """Seconds to the first step are those of a first run."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def table(results: _runner.Results):

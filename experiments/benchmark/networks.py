@@ -19,6 +19,11 @@ from arbiter_jax import models
 SHAPE = (28, 28, 1)
 NUM_TRAIN, NUM_VALIDATION = 8192, 2048
 
+HELD: dict[str, Any] = {
+    "min_batch_size": 1,
+    "max_batch_size": 2**20,
+}  # limits that no rule here reaches
+
 Timed = Callable[[], float]  # runs one window and returns the milliseconds per step
 
 
@@ -122,6 +127,82 @@ class Network:
         start = (self.params, self.optimizer.init(self.params), jax.random.PRNGKey(2))
         carry = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
         return timed_steps(step, carry, window, scan)
+
+
+class Task:
+    """A network, random data of its kind, and the chains that train it."""
+
+    def __init__(self, name: str, model: models.Model, data: Any, loss: Callable, window: int):
+        self.name, self.model, self.window = name, model, window
+        self.data = aj.Data(data, data)
+        self.losses = models.make_losses(model, loss)
+        self.params, self.model_state = jax.jit(model.init)(jax.random.key(0))
+        self.optimizer = optax.sgd(0.01, momentum=0.9)
+        # An agent that flattens and reads what is small: its cost should not be that of its inputs.
+        self.agent = aj.mlp_agent(data[0].shape[1:], hidden_sizes=(32,))
+        self.options = {
+            "loss_fn": self.losses.loss_fn,
+            "inputs_of": lambda batch: batch[0].astype(jnp.float32),
+        }
+        self.plain = optax.chain(self.optimizer, aj.schedulers.constant(1, **HELD))
+
+    def chains(self, batch_size: int) -> dict[str, Any]:
+        """The windows that are compared with the hand-written step, each at one size throughout."""
+        held: dict[str, Any] = {"min_batch_size": batch_size, "max_batch_size": batch_size}
+        arbiter = aj.arbiter(
+            self.agent,
+            self.losses.response_loss,
+            num_features=self.model.num_features,
+            initial_batch_size=batch_size,
+            window=10**9,
+        )
+        rules = {
+            "noise scale": aj.schedulers.gradient_noise_scale(**held),
+            "noise floor": aj.schedulers.noise_floor(**held),
+            "Arbiter": arbiter,
+        }
+        chains = {name: optax.chain(self.optimizer, rule) for name, rule in rules.items()}
+        return {"plain": self.plain, **chains}
+
+    def timed(self, tx: Any, batch_size: int, **options: Any) -> Timed:
+        """Milliseconds of a step in windows of `run_window`, all of them at this size."""
+        state = aj.init_state(self.params, tx, 1, self.model_state)
+        # One chain, and so at most one program, for all sizes of a rule that holds its size.
+        size = jnp.asarray(batch_size, jnp.int32)
+        start = state._replace(opt_state=optax.tree.set(state.opt_state, batch_size=size))
+        options = {"start": start} | self.options | options
+        return timed_windows(self.params, self.data, tx, batch_size, self.window, **options)
+
+    def step_by_hand(self, batch_size: int) -> tuple[Callable, Any]:
+        """A step with optax and `jax.grad` alone, and the carry to start from."""
+        inputs, labels = self.data.train
+        mask = jnp.ones(batch_size, bool)
+
+        def step(carry, _):
+            params, model_state, opt_state, key = carry
+            key, batch_key = jax.random.split(key)
+            rows = jax.random.randint(batch_key, (batch_size,), 0, len(inputs))
+            batch = (inputs[rows], labels[rows])
+
+            def mean_loss(params):
+                if model_state is None:
+                    losses, new_state = self.losses.loss_fn(params, batch), None
+                else:
+                    losses, new_state = self.losses.loss_fn(params, batch, model_state, mask, key)
+                return jnp.mean(getattr(losses, "losses", losses)), new_state
+
+            (value, new_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), new_state, opt_state, key), value
+
+        start = (self.params, self.model_state, self.optimizer.init(self.params), jax.random.key(2))
+        carry = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
+        return step, carry
+
+    def by_hand(self, batch_size: int) -> Timed:
+        """Milliseconds of a jitted step in a Python loop, with optax and `jax.grad` alone."""
+        step, carry = self.step_by_hand(batch_size)
+        return timed_steps(step, carry, self.window, scan=False)
 
 
 class LeNet(nnx.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,14 @@ from arbiter_jax import datasets, gradients, models
 from experiments.benchmark.networks import (
     LeNet,
     Network,
+    Task,
     Timed,
     WideResNet,
     timed_steps,
     timed_windows,
 )
+
+HOST_WINDOWS = 20
 
 
 def bucket_change(network: Network, batch_size: int) -> tuple[Timed, Timed]:
@@ -194,6 +199,32 @@ def training(num_examples: int, batch_sizes: tuple[int, ...], window: int, *, ho
     return run
 
 
+def host(
+    loss_fn, params, tx, data: aj.Data, batch_size: int, window: int, program: Timed
+) -> tuple[Timed, Timed]:
+    """Milliseconds of a step in windows of `fit`, and in those of its compiled program alone.
+
+    A window of `fit` is what the host does as well: it reads the size, dispatches the program and
+    reads what came of it.
+
+    Args:
+      loss_fn: As in `fit`; so are `params`, `tx` and `data`.
+      batch_size: Examples of each batch.
+      window: Steps of a window.
+      program: Runs the compiled program of that window.
+    """
+    num_examples = batch_size * window * (HOST_WINDOWS + 1)
+
+    def windows_of_fit() -> float:
+        ends: list[float] = []
+        note = lambda record, state: ends.append(time.perf_counter())
+        options = {"num_examples": num_examples, "window": window, "callbacks": note}
+        aj.fit(loss_fn, params, tx, data, **options)
+        return 1e3 * float(np.median(np.diff(ends))) / window
+
+    return windows_of_fit, lambda: float(np.median([program() for _ in range(HOST_WINDOWS)]))
+
+
 def autowu_test(num_losses: int = 1000, steps_per_epoch: int = 20) -> Timed:
     """The step of AutoWU at the end of an epoch, after a warm-up of `num_losses` losses."""
     num_epochs = 2 * (num_losses // steps_per_epoch + 1)  # the warm-up is at most half of the steps
@@ -212,14 +243,20 @@ def autowu_test(num_losses: int = 1000, steps_per_epoch: int = 20) -> Timed:
     return run
 
 
-def normalization(batch_size: int, window: int) -> tuple[Timed, Timed]:
-    """Steps of a transformer: with the noise scale of its normalization layers, and plain ones."""
+def transformer() -> tuple[str, Callable, Any, Any]:
+    """A small transformer with random data: its name, loss, parameters and examples."""
     model = models.transformer(96, 32, num_layers=2, num_heads=4, width=64)
     loss_fn = models.make_losses(model, models.token_cross_entropy).loss_fn
     tokens = jax.random.randint(jax.random.key(0), (4096, 33), 0, 96)
-    data = aj.Data((tokens[:, :-1], tokens[:, 1:]))
     params, _ = model.init(jax.random.key(1))
-    held = {"min_batch_size": batch_size, "max_batch_size": batch_size}
+    return "Transformer", loss_fn, params, (tokens[:, :-1], tokens[:, 1:])
+
+
+def normalization(batch_size: int, window: int) -> tuple[Timed, Timed]:
+    """Steps of a transformer: with the noise scale of its normalization layers, and plain ones."""
+    _, loss_fn, params, texts = transformer()
+    data = aj.Data(texts)
+    held: dict[str, Any] = {"min_batch_size": batch_size, "max_batch_size": batch_size}
     measured = gradients.value_grad_and_stats(loss_fn, method="normalization")
 
     def timed(rule, gradient_fn) -> Timed:
@@ -229,3 +266,12 @@ def normalization(batch_size: int, window: int) -> tuple[Timed, Timed]:
     plain = gradients.masked_value_and_grad(loss_fn)
     noise_scale = aj.schedulers.gradient_noise_scale(**held)
     return timed(noise_scale, measured), timed(aj.schedulers.constant(batch_size), plain)
+
+
+@functools.cache
+def wide_resnet_task() -> Task:
+    """WRN-16-4 with random images of 32 x 32 pixels, in windows of 2 steps."""
+    key, shape = jax.random.key(0), WideResNet.shape
+    data = (jax.random.normal(key, (256, *shape)), jax.random.randint(key, (256,), 0, 10))
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    return Task("WRN-16-4", models.wide_resnet(shape), data, loss, 2)
