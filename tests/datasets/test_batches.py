@@ -64,7 +64,7 @@ def test_data_itself_is_no_source():
 
 
 def test_a_size_that_needs_an_argument():
-    with pytest.raises(ValueError, match="batch_size must be .* a function without arguments"):
+    with pytest.raises(ValueError, match=r"batch_size must be .* a function without arguments"):
         datasets.batches(chunks(3), lambda opt_state: 2)
 
 

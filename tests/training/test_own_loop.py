@@ -408,7 +408,7 @@ def test_a_tensor_is_no_array():
         shape, dtype = (4, NUM_FEATURES), np.dtype(np.float32)
 
     tx, grad_fn = floor_chain()
-    with pytest.raises(ValueError, match="batch must be a pytree of arrays .* got a Tensor"):
+    with pytest.raises(ValueError, match=r"batch must be a pytree of arrays .* got a Tensor"):
         grad_fn(start(), tx.init(start()), (Tensor(), np.ones(4)))
 
 
