@@ -121,6 +121,7 @@ def test_plain_functions_as_fit(name, digits):
 # A language model: fixed micro-batches, as many as the rule asks for.
 
 
+@pytest.mark.slow
 def test_language_model_at_a_constant_size(text):
     train, validation = text
     chunks = lambda: datasets.epochs(train, chunk_size=MICRO)
@@ -226,6 +227,7 @@ def replay(monkeypatch, key, sizes, num_updates):
     return losses
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_full_minibatch(key):
     tx = optax.chain(adamw(), aj.schedulers.constant(MINIBATCH))
     _, losses = jax.jit(reinforcement_learning_adaptive.make_train(tx, 2))(key)

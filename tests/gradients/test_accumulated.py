@@ -223,6 +223,7 @@ def test_auxiliary_output_is_averaged():
         wrong(PARAMS, in_groups([4, 4, 4]), 12)
 
 
+@pytest.mark.slow
 def test_another_gradient_is_averaged_by_examples():
     subset = aj.subset_gradients(loss_fn, min_size=8)  # the whole group
     out = accumulated_gradient(subset)(PARAMS, in_groups([4, 3, 3]), 10)

@@ -292,6 +292,7 @@ def test_trainable_leaves_the_others_out(method, trainable):
         assert np.all(got.gradient_noise["train"]["a"] != 0)
 
 
+@pytest.mark.slow
 def test_trainable_of_subset_gradients():
     batch, params = (draw_rows(), jnp.ones(16)), params_like()
     got = aj.subset_gradients(noisy_loss, trainable=TRAINED)(params, batch)
