@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import arbiter_jax as aj
+from arbiter_jax.batching._batch_norm import mask_batch_norms
 from tests.script_runs import (
     BUDGET,
     NUM_VALIDATION,
@@ -95,8 +96,10 @@ def fit_nnx(tx):
         order = jnp.argsort(jnp.where(mask, batch["number"], BUDGET))
         batch = jax.tree.map(lambda x: x[order], batch)
         model = nnx.merge(graph, params, rest, copy=True)
+        mask_batch_norms(model, mask[order])
         losses, _ = script.loss_fn(model, batch)
-        return losses[jnp.argsort(order)], nnx.state(model, nnx.Not(nnx.Param))
+        kept = nnx.state(model, nnx.Any(nnx.BatchStat, nnx.RngState))
+        return losses[jnp.argsort(order)], kept
 
     return run_fit(
         loss_fn,
