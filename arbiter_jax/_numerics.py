@@ -88,7 +88,7 @@ def tree_where(condition: jax.Array | bool, then: PyTree, otherwise: PyTree) -> 
 
     def where(a, b):
         chosen, dtype = jnp.where(condition, a, b), jnp.result_type(b)
-        # Typed PRNG keys have no `astype` outside of jit.
+        # Concrete typed PRNG keys have no `astype`.
         return chosen if jnp.issubdtype(dtype, jax.dtypes.extended) else chosen.astype(dtype)
 
     return jax.tree.map(where, then, otherwise)

@@ -181,7 +181,7 @@ def examples_ahead(state: SamplerState, data: PyTree, position: jax.Array) -> Py
 def parts_ahead(
     state: SamplerState, data: PyTree, position: jax.Array, sizes: tuple[int, ...]
 ) -> tuple[PyTree, ...]:
-    """As :func:`examples_ahead`, in parts of so many examples each."""
+    """As :func:`examples_ahead`, in parts of the given numbers of examples."""
     size = num_rows(data)
 
     # Each device numbers its own rows: a loop over all of them would ask all devices at every turn

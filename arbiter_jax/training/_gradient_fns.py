@@ -119,7 +119,7 @@ def gradient_fns_of_batch(
     moved: PyTree | None,
     has_aux: bool,
 ) -> dict[bool, GradientFn]:
-    """As :func:`gradient_fns`, for batches of a user, whole or in groups of so many rows at most."""
+    """As :func:`gradient_fns`, for a user's batches, whole or in groups of at most that many rows."""
     if micro_batch_size is None:
         return gradient_fns(loss_fn, None, signals, moved, has_aux, sampled=False)
     of_groups = functools.partial(_over_groups, micro_batch_size)

@@ -1,4 +1,4 @@
-"""Several PRNG keys in the place of one, and the states that their runs start from."""
+"""Several PRNG keys instead of one, and the states that their runs start from."""
 
 from __future__ import annotations
 
