@@ -1,20 +1,17 @@
 """The README's code runs, top to bottom, as a reader would paste it."""
 
-import pathlib
 import re
 import tomllib
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+from tests.pages import ROOT, run_blocks
+
+README = ROOT / "README.md"
 
 
 def test_the_code_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 4
-    namespace = {"__name__": "readme"}
     printed, results = [], []
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
+    for namespace in run_blocks(README):
         printed.append(capsys.readouterr().out)
         results.append(namespace.get("result"))
     quick_start, seesaw, fit, run_window, own_loop, seeds = printed
