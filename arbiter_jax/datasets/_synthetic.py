@@ -37,7 +37,7 @@ def synthetic(
       seed: Seed of all random numbers, an integer in [0, 2**32).
 
     Returns:
-      A :class:`Dataset`: inputs float32 [n, *input_shape], labels int32 [n].
+      A :class:`Dataset`: inputs float32 ``[n, *input_shape]``, labels int32 [n].
 
     Raises:
       ValueError: If an argument is out of range.

@@ -25,7 +25,7 @@ _UNLIMITED = 2**31 - 1
 class BatchSchedule(NamedTuple):
     """Batch sizes by the number of examples seen: a pure object on the host.
 
-    Made by :func:`parse_schedule`, :func:`seesaw_schedule` or :data:`RAMPS`, accepted by
+    Made by :func:`parse_schedule`, :func:`seesaw_schedule` or :func:`published_ramp`, accepted by
     :func:`from_schedule`. The unit of a count is whatever one row of a batch is.
     """
 
@@ -203,14 +203,15 @@ def _scaled(number: str, factor: int) -> int | None:
 def published_ramp(name: str, tokens_per_example: int = 1) -> BatchSchedule:
     """The batch sizes by which a large language model was trained, as far as they were published.
 
-    ================  ====================================================================
-    ``"gpt3"``        32K to 3.2M tokens, linearly over the first 12B tokens (the paper says 4 to
-                      12B by model size; arXiv:2005.14165)
-    ``"olmo_65b"``    2M tokens, doubled every 100B tokens up to 16M (arXiv:2402.00838)
-    ``"llama3.1"``    4M tokens, 8M from 252M tokens on, 16M from 2.87T tokens on (arXiv:2407.21783)
-    ``"deepseek_v3"`` 3,072 to 15,360 sequences of 4,096 tokens, linearly over the first 469B tokens
-                      (arXiv:2412.19437; its text says "gradually")
-    ================  ====================================================================
+    =================  ===========================================================================
+    ``"gpt3"``         32K to 3.2M tokens, linearly over the first 12B tokens (the paper says 4 to
+                       12B by model size; arXiv:2005.14165)
+    ``"olmo_65b"``     2M tokens, doubled every 100B tokens up to 16M (arXiv:2402.00838)
+    ``"llama3.1"``     4M tokens, 8M from 252M tokens on, 16M from 2.87T tokens on
+                       (arXiv:2407.21783)
+    ``"deepseek_v3"``  3,072 to 15,360 sequences of 4,096 tokens, linearly over the first 469B
+                       tokens (arXiv:2412.19437; its text says "gradually")
+    =================  ===========================================================================
 
     Args:
       name: One of these.

@@ -55,7 +55,7 @@ def gradient_noise_scale(
 
     with S the covariance of the per-example gradients, G their mean, and E an exponential average
     over steps. Numerator and denominator are averaged apart because a ratio of means is nearly
-    unbiased and a mean of ratios is not. Where the average of |G|^2 is not positive the noise
+    unbiased and a mean of ratios is not. Where the average of :math:`|G|^2` is not positive the noise
     hides the gradient, and the size is the largest.
 
     That is the scale of SGD. Of Adam and other optimizers that step by the sign of a gradient it is

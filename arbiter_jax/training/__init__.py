@@ -4,12 +4,12 @@ The loop knows no rule and no rule knows the loop; they meet in :mod:`arbiter_ja
 
 :func:`fit` also scales a run, with one argument each:
 
-======================  ============================================================================
-`micro_batch_size`      batches of any size in one program, in the memory of one group of rows
-`mesh`, `sampling`      the devices that share each batch, of one process or several
-`checkpoints`, `resume` a killed run continues bit for bit, see :func:`arbiter_jax.checkpoints`
-`key`, a vector         several seeds in one program
-======================  ============================================================================
+=======================  ===========================================================================
+`micro_batch_size`       batches of any size in one program, in the memory of one group of rows
+`mesh`, `sampling`       the devices that share each batch, of one process or several
+`checkpoints`, `resume`  a killed run continues bit for bit, see :func:`arbiter_jax.checkpoints`
+`key`, a vector          several seeds in one program
+=======================  ===========================================================================
 
 :func:`run_window` and :func:`next_window` take `micro_batch_size` too, and :func:`run_window` uses
 the mesh of ``jax.set_mesh``. On an accelerator, `fit` compiles the programs of the neighboring

@@ -50,7 +50,7 @@ def accumulate(
     """Accumulates the gradient of micro-batches, as many as you like, with one compiled program.
 
     The batch size changes, the micro-batch does not: a step takes as many micro-batches as make up
-    ``aj.get_batch_size(opt_state)``, and gradient noise is measured from them on the way:
+    ``aj.get_batch_size(opt_state)``, and gradient noise is measured from them on the way::
 
         batch = accumulator.init(params, opt_state)
         for _ in range(-(-int(aj.get_batch_size(opt_state)) // micro_batch_size)):

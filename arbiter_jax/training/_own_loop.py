@@ -58,7 +58,7 @@ def value_grad_and_signals(
 
     It takes the place of ``jax.value_and_grad``. Besides value and gradient it returns the *signals*:
     the extra arguments that the rules in `tx` read, and no others. It knows from the state of `tx`
-    which ones those are, and measures noise only at the steps at which a rule asks for it:
+    which ones those are, and measures noise only at the steps at which a rule asks for it::
 
         value, grads, signals = grad_fn(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, **signals)

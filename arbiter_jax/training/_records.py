@@ -31,7 +31,7 @@ class FitResult(NamedTuple):
     """What :func:`fit` returns.
 
     Of several seeds, the arrays in `state` have a leading axis, one entry per key, and `history` is
-    a list of histories, one per key; :meth:`of_seed` is the result of one of them.
+    a list of histories, one per key; :meth:`FitResult.of_seed` is the result of one of them.
     """
 
     state: TrainState

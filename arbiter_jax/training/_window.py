@@ -118,7 +118,7 @@ def run_window(
     be the bucket: a larger decision stays in the state, but the batch is clipped to the bucket. Or
     make the bucket a `micro_batch_size`, and batches of any size take as many groups as they need.
     Windows are `window` steps, whatever a rule asks for. What the caller passes with
-    ``donate_argnums`` is donated, nothing else. `data` may be new in every window, as rollouts are:
+    ``donate_argnums`` is donated, nothing else. `data` may be new in every window, as rollouts are::
 
         step = lambda state, data: aj.run_window(
             state, data, loss_fn=loss_fn, tx=tx, bucket_size=64, window=10)
