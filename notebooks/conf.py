@@ -1,6 +1,7 @@
-"""Builds the site: `python -m sphinx -W -n --keep-going -b html notebooks OUT`, without network.
+"""Builds the site: `python -m sphinx -W -n --keep-going -b html notebooks build/site`.
 
-With ``ARBITER_JAX_EXECUTE=1`` the notebooks are executed, and the site shows their figures.
+It needs no network. With ``ARBITER_JAX_EXECUTE=1`` the notebooks are executed, and the site shows
+their figures.
 """
 
 import inspect
@@ -31,6 +32,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 
+exclude_patterns = ["**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = project
 html_copy_source = False
@@ -42,6 +44,7 @@ copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force" if os.environ.get("ARBITER_JAX_EXECUTE") == "1" else "off"
+nb_execution_in_temp = True
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 
