@@ -131,6 +131,21 @@ def skip_member(app, what, name, value, skip, options):
     return skip or type(value).__name__ == "_tuplegetter"
 
 
+def links_of_experiments(app, path, docname, text):
+    """A link in an experiment's document leads to the page of that experiment, or to the repository."""
+    folder = (pathlib.Path(app.srcdir) / path).parent
+
+    def lead(link):
+        target = (folder / link[2]).resolve().relative_to(ROOT)
+        page = target.parent.name if target.name == "README.md" else target.stem
+        if (ROOT / f"notebooks/guides/results/{page}.md").exists():
+            return f"[{link[1]}]({page}.md)"
+        words = "" if link[1] == target.name else f"{link[1]}, "
+        return f"{words}{{repo}}`{target}`"
+
+    text[0] = re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)", lead, text[0])
+
+
 # To be deleted when all pages are there.
 def drop_missing_pages(app, name, source):
     if name == "index":
@@ -141,6 +156,7 @@ def drop_missing_pages(app, name, source):
 
 
 def setup(app):
+    app.connect("include-read", links_of_experiments)
     app.connect("source-read", drop_missing_pages)
     app.add_role("repo", RepoRole())
     app.connect("autodoc-process-docstring", process_docstring, priority=0)  # before napoleon

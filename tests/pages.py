@@ -23,10 +23,11 @@ def run_blocks(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def toctree_pages(path: pathlib.Path) -> list[pathlib.Path]:
-    """The pages that the toctrees of a page list, with the suffix of the file that is there."""
+    """The pages that the toctrees of a page and of its subpages list, with the suffix of the file."""
     pages = []
-    for block in _TOCTREE.findall(path.read_text()):
+    for block in _TOCTREE.findall(path.read_text() if path.suffix == ".md" else ""):
         for line in block.splitlines():
             if line and not line.startswith(":"):
-                pages += sorted(path.parent.glob(f"{line}.*"))
+                for page in sorted(path.parent.glob(f"{line}.*")):
+                    pages += [page, *toctree_pages(page)]
     return pages
