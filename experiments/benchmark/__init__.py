@@ -15,6 +15,7 @@ README.md in this folder.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ def _measure(case: Row, config: Config, results: _runner.Results) -> None:
     if case.note:
         row["note"] = case.note()
     results.rows.append(row)
+    print(f"{case.name}: {median:.3f}", file=sys.stderr, flush=True)
     names = ("milliseconds", "reference_milliseconds", "floor_milliseconds")
     results.windows += [
         {"method": case.name, "pair": i, **dict(zip(names, each, strict=False))}
