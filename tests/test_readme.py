@@ -10,35 +10,29 @@ README = ROOT / "README.md"
 
 def test_the_code_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    printed, results = [], []
+    printed, namespace = [], {}
     for namespace in run_blocks(README):
         printed.append(capsys.readouterr().out)
-        results.append(namespace.get("result"))
-    quick_start, seesaw, fit, run_window, own_loop, seeds = printed
+    seesaw, noise_scale, own_loop, run_window = printed
 
-    batch_sizes = [int(size) for size in re.findall(r"\d+", quick_start.splitlines()[0])]
+    steps, evaluation = seesaw.splitlines()
+    assert 150 < int(steps.split()[0]) < 200  # of 312
+    assert "Metrics(loss=" in evaluation
+
+    batch_sizes = [int(size) for size in re.findall(r"\d+", noise_scale)]
     assert batch_sizes[0] == 40
     assert batch_sizes[-1] == 64  # it has grown
-    assert "Metrics(loss=" in quick_start
 
-    predicted, trained = seesaw.splitlines()
-    assert predicted.split()[0] == trained.split()[0]  # the steps
-    assert 150 < int(trained.split()[0]) < 200  # of 312
-    assert trained.split()[1] == "256"
-
-    assert fit.startswith("[ 96")
-    assert fit.split()[-1] == str(results[2].num_compilations)
+    assert float(namespace["value"]) < 1.0  # the loss of a batch after 40 steps of one's own loop
+    assert own_loop.split()[0] == str(int(namespace["aj"].get_batch_size(namespace["opt_state"])))
 
     losses = [float(line.split()[1]) for line in run_window.splitlines()]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
 
-    assert float(namespace["value"]) < 1.0  # the loss of a batch after 40 steps of one's own loop
-    assert own_loop.split()[0] == str(int(namespace["aj"].get_batch_size(namespace["opt_state"])))
 
-    assert "64" in seeds
-    assert namespace["result"].state.num_steps.shape == (3,)
-    assert (tmp_path / "runs/digits").is_dir()
+def test_it_stays_short():
+    assert len(README.read_text().splitlines()) <= 160
 
 
 def test_the_commands_name_extras_that_exist():
