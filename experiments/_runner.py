@@ -198,7 +198,7 @@ def main(
                     write(name, config, results, folder)
                 with _moved_into(output) as folder:
                     plot(results, folder)
-            except OSError as error:
+            except (OSError, ImportError) as error:  # matplotlib may be missing
                 failure = error
             print_table(table(results))
             if failure is not None:

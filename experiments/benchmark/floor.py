@@ -35,6 +35,7 @@ class Work(NamedTuple):
     params: Any
     model_state: Any
     batches: Any  # two of them: leaves [2, B, ...]
+    window: int | None = None  # steps of a measurement; None: as many as of a row
 
 
 class Rates(NamedTuple):
@@ -69,13 +70,15 @@ def network_work(network: Network, batch_size: int) -> Work:
 
 
 def task_work(task: Task, batch_size: int) -> Work:
-    """The work of a step of a task."""
+    """The work of a step of a task, measured in windows as long as its own."""
     loss_fn, train = task.losses.loss_fn, task.data.train
-    return work_of(task.name, loss_fn, task.params, train, batch_size, task.model_state)
+    work = work_of(task.name, loss_fn, task.params, train, batch_size, task.model_state)
+    return work._replace(window=task.window)
 
 
 def timed_work(work: Work, window: int) -> Timed:
-    """Milliseconds of one forward and backward pass, of `window` in a scan."""
+    """Milliseconds of one forward and backward pass, of `window` in a scan if the work has no other."""
+    window = work.window or window
     gradient = jax.value_and_grad(work.mean_loss, has_aux=True)
 
     # Two batches in turn: of a single one, XLA would compute the gradient once, before the loop.

@@ -105,15 +105,22 @@ def _noise_rows(lenet: Network, mlp: Network, config: Any) -> list[Row]:
         return network.timed(tx, large, window), network.plain(large, window)
 
     held = {"min_batch_size": size, "max_batch_size": size}
-    loss_fn = mlp.losses.loss_fn
-    objective = aj.noise_response("noise_floor", loss_fn=loss_fn)
-    noise_rules = {
-        "noise floor": aj.schedulers.noise_floor(loss_fn, measure_every=10, **held),
-        "expected gain": aj.schedulers.expected_gain(loss_fn, measure_every=10, **held),
-        "Arbiter, noise response,": aj.arbiter(
-            mlp.agent, objective=objective, initial_batch_size=size, window=10**9, hyper_every=10
-        ),
-    }
+
+    def noise_rules(network: Network) -> dict[str, Any]:
+        loss_fn = network.losses.loss_fn
+        objective = aj.noise_response("noise_floor", loss_fn=loss_fn)
+        return {
+            "noise floor": aj.schedulers.noise_floor(loss_fn, measure_every=10, **held),
+            "expected gain": aj.schedulers.expected_gain(loss_fn, measure_every=10, **held),
+            "Arbiter, noise response,": aj.arbiter(
+                network.agent,
+                objective=objective,
+                initial_batch_size=size,
+                window=10**9,
+                hyper_every=10,
+            ),
+        }
+
     return [
         *(
             Row(
@@ -126,13 +133,14 @@ def _noise_rows(lenet: Network, mlp: Network, config: Any) -> list[Row]:
         ),
         *(
             _against_plain(
-                f"MLP, {name} every 10th step",
-                1.25,
-                mlp,
-                optax.chain(mlp.optimizer, rule),
+                f"{network.name}, {name} every 10th step",
+                bar,
+                network,
+                optax.chain(network.optimizer, rule),
                 config,
             )
-            for name, rule in noise_rules.items()
+            for network, bar in ((mlp, 1.25), (lenet, 1.15))
+            for name, rule in noise_rules(network).items()
         ),
     ]
 
