@@ -11,8 +11,9 @@ README = ROOT / "README.md"
 def test_the_code_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     printed, namespace = [], {}
-    for namespace in run_blocks(README):
+    for after_block in run_blocks(README):
         printed.append(capsys.readouterr().out)
+        namespace = after_block
     seesaw, noise_scale, own_loop, run_window = printed
 
     steps, evaluation = seesaw.splitlines()
