@@ -64,7 +64,7 @@ def render(sources: Sequence[Source], command: str) -> str:
     experiment = next((source.experiment for source in sources if source.experiment), "")
     title = f"Runs of {experiment}" if experiment else "Runs"
     made = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
-    drawn = _curves(sources)
+    results, drawn = _results(sources), _curves(sources)
     return "".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
@@ -74,11 +74,11 @@ def render(sources: Sequence[Source], command: str) -> str:
             f"<script>{get_plotlyjs()}</script>\n" if drawn else "",
             f"</head>\n<body>\n<h1>{html.escape(title)}</h1>\n",
             f'<p class="note command">{made}, <code>{html.escape(command)}</code></p>\n',
-            _results(sources),
+            results,
             "<h2>Curves</h2>\n",
             drawn or '<p class="note">These runs have no curves of loss or batch size.</p>\n',
             _settings(sources),
-            _all_runs(sources),
+            _all_runs(sources, opened=not results),
             "</body>\n</html>\n",
         ]
     )
@@ -234,7 +234,7 @@ def _settings(sources: Sequence[Source]) -> str:
     return "".join(parts)
 
 
-def _all_runs(sources: Sequence[Source]) -> str:
+def _all_runs(sources: Sequence[Source], opened: bool) -> str:
     """Every run with all its columns that are one number or text."""
     rows = [
         ({"folder": source.label} if len(sources) > 1 else {}) | row
@@ -249,7 +249,8 @@ def _all_runs(sources: Sequence[Source]) -> str:
     ]
     num_texts = sum(name in ("folder", "method") for name in columns[:2])
     return (
-        f"<h2>Every run</h2>\n<details><summary>{len(rows)} runs with all their columns</summary>\n"
+        f"<h2>Every run</h2>\n<details{' open' if opened else ''}><summary>All columns of "
+        f"{len(rows)} run{'s' if len(rows) > 1 else ''}</summary>\n"
         f"{table([c.replace('_', ' ') for c in columns], cells, num_texts)}</details>\n"
     )
 
