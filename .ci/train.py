@@ -1,5 +1,7 @@
 """Trains with the core dependencies alone: two rules, Arbiter on a Flax module, chosen subsets."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,6 +10,7 @@ from flax import nnx
 import arbiter_jax as aj
 from arbiter_jax import datasets, models
 
+assert aj.__file__.startswith(sys.prefix), f"{aj.__file__} is not the installed package"
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 dataset = datasets.synthetic(256, num_classes=3)
 # One bucket, and so one program per run.

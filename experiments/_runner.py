@@ -89,7 +89,9 @@ def flag(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises a UsageError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(message)
 
@@ -145,7 +147,7 @@ _TYPES = {str: _text, int: _integer, float: _number}
 
 def parse(name: str, configs: Mapping[str, Any], description: str, argv: Sequence[str]) -> Any:
     """Returns (config, output): the configuration and the output folder that the flags ask for."""
-    parser = _Parser(prog=f"python -m experiments.{name}", description=description)
+    parser = Parser(prog=f"python -m experiments.{name}", description=description)
     parser.add_argument(
         "--config",
         default="default",
@@ -203,19 +205,20 @@ def main(
             print_table(table(results))
             if failure is not None:
                 raise SystemExit(
-                    _complain(name, f"{_not_written(output, failure)}; see the table.", 1)
+                    complain(name, f"{_not_written(output, failure)}; see the table.", 1)
                 )
             names = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))
             print(f"Written to {output}/: {', '.join(names)}")
     except (UsageError, ValueError, ImportError) as error:
         # A bad value that only the library can detect (a range, a path) is bad usage too.
-        raise SystemExit(_complain(name, str(error), 2)) from None
+        raise SystemExit(complain(name, str(error), 2)) from None
     except KeyboardInterrupt as error:
         kept = str(error) or "no further files were written"
-        raise SystemExit(_complain(name, f"interrupted; {kept}.", 130)) from None
+        raise SystemExit(complain(name, f"interrupted; {kept}.", 130)) from None
 
 
-def _complain(name: str, message: str, status: int) -> int:
+def complain(name: str, message: str, status: int) -> int:
+    """Prints a message as one line on standard error, and returns the exit status."""
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return status
 

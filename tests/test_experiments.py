@@ -33,7 +33,9 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 NAMES = sorted(
     path.stem
     for path in FOLDER.iterdir()
-    if not path.stem.startswith("_") and (path.suffix == ".py" or (path / "__main__.py").exists())
+    if not path.stem.startswith("_")
+    and path.stem != "report"  # it compares experiments
+    and (path.suffix == ".py" or (path / "__main__.py").exists())
 )
 
 
