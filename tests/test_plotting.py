@@ -53,7 +53,7 @@ def test_every_method_is_named(num_methods):
     many = num_methods > len(plotting.COLORS)
     sizes, losses = plotting.batch_sizes(fits, LIMITS), plotting.losses(fits, num_points=4)
     for fig in (sizes, losses):
-        named = {ax.get_title() for ax in fig.axes} if many else set(legend_of(fig))
+        named = {ax.get_title() for ax in fig.axes} if many else set(labels_at_ends(fig))
         assert rules <= named <= rules | {"constant 8"}
         # The lowest panel of each column has numbers at its axis.
         assert all(ax.xaxis.get_tick_params()["labelbottom"] for ax in fig.axes[-4:])
@@ -63,14 +63,58 @@ def test_every_method_is_named(num_methods):
 
 
 def test_batch_sizes_are_steps_over_examples():
-    fits = {("rule", 0): Fit(8), ("rule", 1): Fit(16), ("constant_8", 0): Fit(8)}
+    """Seeds are thin, and their geometric mean is thick, over the examples that all have seen."""
+    fits = {("rule", 0): Fit(8), ("rule", 1): Fit(32), ("constant_8", 0): Fit(8)}
     (ax,) = plotting.batch_sizes(fits, LIMITS, title="digits").axes
     drawn = [patch.get_data() for patch in ax.patches]
-    assert [data.values.tolist() for data in drawn] == [[8, 16], [16, 32], [8, 16]]
-    assert [data.edges.tolist() for data in drawn] == [[0, 24, 72], [0, 48, 144], [0, 24, 72]]
+    assert [data.values.tolist() for data in drawn] == [[8, 16], [32, 64]]
+    assert [data.edges.tolist() for data in drawn] == [[0, 24, 72], [0, 96, 288]]
+    mean, constant = ax.lines
+    assert mean.get_linewidth() > 2 * max(patch.get_linewidth() for patch in ax.patches)
+    assert mean.get_xdata()[-1] == 72
+    np.testing.assert_allclose(np.unique(mean.get_ydata()), [16, 16 * 2**0.5])
+    np.testing.assert_allclose(np.unique(constant.get_ydata()), [8, 16])
     assert ax.get_title() == "digits"
     assert ax.get_ylabel() == "batch size [examples]"
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["8", "16", "32", "64"]
+
+
+def test_methods_differ_without_color():
+    """No two lines have one marker and one dash, and each is named at its end."""
+    fits = fits_of(7)
+    for fig in (plotting.batch_sizes(fits, LIMITS), plotting.losses(fits, num_points=30)):
+        (ax,) = fig.axes
+        styles = {(line.get_marker(), line.get_linestyle()) for line in ax.lines}
+        assert len(styles) == len(labels_at_ends(fig)) == 8
+        fig.savefig(io.BytesIO(), format="png")
+        extent = matplotlib.text.Text.get_window_extent  # without the line to it
+        boxes = sorted(map(extent, ax.texts), key=lambda box: box.y0)
+        assert all(a.y1 <= b.y0 + 1 for a, b in itertools.pairwise(boxes))
+
+
+def test_losses_begin_at_zero_unless_they_fall_far():
+    fit = Fit(8)
+    fit.recorded["loss"] = np.geomspace(5, 0.1, 6)
+    assert plotting.losses({"far": fit}, num_points=6).axes[0].get_yscale() == "log"
+    fit.recorded["loss"] = np.array([5, 4, 3, 2, 1.5, 1])
+    (ax,) = plotting.losses({"near": fit}).axes
+    assert (ax.get_yscale(), ax.get_ylim()[0]) == ("linear", 0)
+    fit.recorded["loss"] = np.array([5, 4, 3, 2, -2, -2])  # the density of a continuous variable
+    (ax,) = plotting.losses({"negative": fit}).axes
+    assert (ax.get_yscale(), ax.get_ylim()[0] < -1) == ("linear", True)
+
+
+def test_runs_are_loss_above_batch_size():
+    several = types.SimpleNamespace(history=[[], []], of_seed=lambda i: Fit(8 << i))
+    several.history[0] = Fit(8).history
+    fits = {"constant_8": Fit(8), "seeds": several}
+    top, bottom = plotting.runs(fits, title="digits").axes
+    assert [ax.get_ylabel() for ax in (top, bottom)] == ["training loss", "batch size [examples]"]
+    assert (top.get_title(), bottom.get_xlabel()) == ("digits", "training examples seen")
+    for ax in (top, bottom):
+        assert {text.get_text() for text in ax.texts} == {"constant 8", "seeds"}
+    assert len(bottom.patches) == 2  # the seeds
+    assert [tick.get_text() for tick in bottom.get_yticklabels()] == ["8", "16", "32"]
 
 
 def test_losses_are_means_over_steps_and_seeds():
@@ -161,11 +205,12 @@ EMPTY = types.SimpleNamespace(history=[])
     [
         (lambda: plotting.batch_sizes(None, LIMITS), "fits must be a dict .*, got NoneType"),
         (lambda: plotting.batch_sizes(Fit(8), LIMITS), "fits must be a dict .*, got Fit"),
-        (lambda: plotting.losses({"a": Fit(8)}), r"fits must be a dict .* keys \['a'\]"),
+        (lambda: plotting.losses({8: Fit(8)}), r"fits must be a dict .* keys \[8\]"),
+        (lambda: plotting.runs(fits_of(8)), "fits must hold at most 8 methods, got 9"),
         (lambda: plotting.losses({}), "fits must hold at least one run"),
         (lambda: plotting.losses({("a", 0): EMPTY}), "fits must hold at least one run"),
         (lambda: plotting.losses({("a", 0): Fit(8)}, num_points=0), "num_points must be"),
-        (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, None), r"limits must be \(smallest"),
+        (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, (8,)), r"limits must be \(smallest"),
         (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, (0, 8)), "min_batch_size must be"),
         (lambda: plotting.batch_sizes({("a", 0): Fit(8)}, (9, 8)), "max_batch_size must be >="),
         (lambda: plotting.proposals(Fit(8), LIMITS), r"run with arbiter_jax\.arbiter in its chain"),
@@ -184,8 +229,8 @@ def test_nothing_to_draw_is_an_error(call, message):
 
 def test_runs_without_a_window_are_left_out():
     fits = {("a", 0): Fit(8), ("b", 0): EMPTY}
-    assert legend_of(plotting.batch_sizes(fits, LIMITS)) == ["a"]
-    assert legend_of(plotting.losses(fits)) == ["a"]
+    assert labels_at_ends(plotting.batch_sizes(fits, LIMITS)) == ["a"]
+    assert labels_at_ends(plotting.losses(fits)) == ["a"]
 
 
 def test_a_diverged_run_is_drawn_up_to_there():

@@ -11,16 +11,16 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax.plotting._figures import (
     COLORS,
+    MOST_LABELS,
     _check_limits,
     _check_metrics,
+    _label_ends,
     _size_axis,
     _thousands,
     figure,
 )
 
 _PREFIX = "shadow/"
-_MOST_LABELS = 8  # at the ends of the lines; more of them go into a legend
-_LINE_HEIGHT = 0.16  # of such a label, in inches
 # Each line has a dash of its own, because gray prints lose the colors.
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5)))
 _APPLIED = "applied"
@@ -94,8 +94,8 @@ def shadow(
         ax.set_xlabel("steps")
     ax.set_xlim(left=0, right=seen[-1])
     ax.set_title(title, fontsize=10)
-    if len(ax.lines) <= _MOST_LABELS:
-        _label_ends(ax, limits)
+    if len(ax.lines) <= MOST_LABELS:
+        _label_ends(ax, ax.lines)
     else:
         fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     return fig
@@ -137,43 +137,3 @@ def _of_records(
             f"{list(applied.shape)}."
         )
     return sizes, np.broadcast_to(applied, (len(records),))
-
-
-def _label_ends(ax: Any, limits: tuple[int, int]) -> None:
-    """Writes the label of each line at its end, moved apart where they would overlap."""
-    lines = sorted(ax.lines, key=lambda line: line.get_ydata()[-1], reverse=True)
-    ends = [float(np.clip(line.get_ydata()[-1], *limits)) for line in lines]
-    octaves = np.log2(1.15**2 * limits[1] / limits[0])  # of the whole axis, see _size_axis
-    gap = _LINE_HEIGHT * octaves / (0.8 * ax.figure.get_size_inches()[1])
-    heights = _apart(np.log2(ends), gap, float(np.log2(limits[0])))
-    for line, end, height in zip(lines, ends, heights, strict=True):
-        ax.annotate(
-            line.get_label(),
-            xy=(1.0, end),
-            xytext=(1.035, 2.0**height),
-            xycoords=ax.get_yaxis_transform(),
-            textcoords=ax.get_yaxis_transform(),
-            va="center",
-            fontsize=8,
-            color=line.get_color(),
-            arrowprops={
-                "arrowstyle": "-",
-                "color": line.get_color(),
-                "lw": 0.6,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
-            annotation_clip=False,
-        )
-
-
-def _apart(heights: np.ndarray, gap: float, lowest: float) -> list[float]:
-    """Descending heights, moved as little as needed to be a gap apart: down, then up from the end."""
-    found = list(map(float, heights))
-    for i in range(1, len(found)):
-        found[i] = min(found[i], found[i - 1] - gap)
-    if found:
-        found[-1] = max(found[-1], lowest)
-    for i in reversed(range(len(found) - 1)):
-        found[i] = max(found[i], found[i + 1] + gap)
-    return found
