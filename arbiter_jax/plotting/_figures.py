@@ -13,6 +13,8 @@ from arbiter_jax import _validate
 
 # The palette of Okabe and Ito, which color-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# Lines next to each other differ in their dashes, because gray prints lose the colors.
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5)))
 MOST_LABELS = len(COLORS)  # at the ends of the lines; more of them go into a legend or panels
 _LINE_HEIGHT = 0.16  # of such a label, in inches
 

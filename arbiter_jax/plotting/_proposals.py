@@ -10,6 +10,7 @@ import numpy as np
 from arbiter_jax.hyper_learning import to_batch_size
 from arbiter_jax.plotting._figures import (
     COLORS,
+    DASHES,
     _check_limits,
     _check_metrics,
     _size_axis,
@@ -40,10 +41,12 @@ def proposals(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
     sizes = np.asarray(to_batch_size(logits, *limits))
     mixture = np.asarray(to_batch_size(fit.per_step("mixture"), *limits))
     weights = fit.per_step("mixture_weights") - 1 / logits.shape[1]
-    for n, color in zip(range(logits.shape[1]), itertools.cycle(COLORS), strict=False):
+    styles = zip(itertools.cycle(COLORS), itertools.cycle(DASHES), strict=False)
+    for n, (color, dash) in zip(range(logits.shape[1]), styles, strict=False):
         label = f"proposal {n + 1}"
-        top.plot(seen, sizes[:, n], color=color, linewidth=0.9, alpha=0.8, label=label)
-        bottom.plot(seen, 1e3 * weights[:, n], color=color, linewidth=1.0)
+        style = {"color": color, "linestyle": dash}
+        top.plot(seen, sizes[:, n], linewidth=1.0, alpha=0.8, label=label, **style)
+        bottom.plot(seen, 1e3 * weights[:, n], linewidth=1.0, **style)
     top.plot(seen, mixture, color="black", linewidth=1.1, label="mixture (meta batch)")
     edges = np.concatenate([[0], [record.num_examples for record in fit.history]])
     chosen = [record.batch_size for record in fit.history]

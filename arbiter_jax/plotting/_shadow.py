@@ -11,6 +11,7 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax.plotting._figures import (
     COLORS,
+    DASHES,
     MOST_LABELS,
     _check_limits,
     _check_metrics,
@@ -21,8 +22,6 @@ from arbiter_jax.plotting._figures import (
 )
 
 _PREFIX = "shadow/"
-# Each line has a dash of its own, because gray prints lose the colors.
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5)))
 _APPLIED = "applied"
 
 
@@ -79,7 +78,7 @@ def shadow(
     fig, ax = figure()
     # Not black, which is the applied size's.
     colors = itertools.cycle(color for color in COLORS if color != "#000000")
-    styles = zip(np.linspace(2.6, 1.2, len(names)), itertools.cycle(_DASHES), colors, strict=False)
+    styles = zip(np.linspace(2.6, 1.2, len(names)), itertools.cycle(DASHES), colors, strict=False)
     label = lambda name: f"{name} {lines[name][-1]:.0f}"
     if applied is not None:
         ax.plot(seen, lines[_APPLIED], label=label(_APPLIED), color="black", lw=3.8, zorder=2)

@@ -179,7 +179,7 @@ SHORT = {
 
 
 def front(rows: list[dict[str, Any]]):
-    """Steps and loss of every method, a panel a case, each point with its name."""
+    """Steps and loss of every method, a panel per case: the mean, the range of the seeds, the name."""
     found = [(case, outcomes) for case, outcomes in judge(rows).items()][:12]
     width = min(2, len(found))
     height = -(-len(found) // width)
@@ -193,20 +193,24 @@ def front(rows: list[dict[str, Any]]):
 
 
 def _panel(ax: Any, outcomes: dict[str, Outcome]) -> None:
-    points = []
+    points, ends = [], []
     for name, outcome in outcomes.items():
         if name.startswith(compare.CRITICAL):
             continue
         ours = name.startswith("seesaw")
-        color = plotting.COLORS[0] if ours else plotting.COLORS[1]
+        # The markers differ as well, because gray prints lose the colors.
+        color, marker = (plotting.COLORS[0], "o") if ours else (plotting.COLORS[1], "s")
         if name == compare.BASELINE:
-            color = "0.1"
+            color, marker = "0.1", "D"
         y = min(outcome.mean, CLIPPED)
-        ax.plot(outcome.share, y, "o" if y < CLIPPED else "^", ms=5, color=color, zorder=3)
+        ax.plot(outcome.share, y, marker if y < CLIPPED else "^", ms=5, color=color, zorder=3)
+        seeds = np.minimum(outcome.over, CLIPPED)
+        ax.vlines(outcome.share, np.min(seeds), np.max(seeds), color=color, lw=0.8, alpha=0.6)
+        ends += [np.min(seeds), np.max(seeds)]
         label = SHORT.get(name, name.removeprefix("seesaw, "))
         points.append((y, outcome.share, label, color))
-    low = min(point[0] for point in points)
-    high = max(point[0] for point in points)
+    low = min(*ends, *(point[0] for point in points))
+    high = max(*ends, *(point[0] for point in points))
     gap = max(high - low, 1.0)
     low, high = low - 0.15 * gap, high + 0.15 * gap
     ax.set_ylim(low, high)
