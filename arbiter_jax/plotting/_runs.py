@@ -27,8 +27,8 @@ _FALL = 10  # a loss that falls further than this is drawn on a logarithmic axis
 def runs(fits: Mapping[Any, Any], limits: tuple[int, int] | None = None, title: str = "") -> Any:
     """Plots training loss and batch size against training examples, one above the other.
 
-    Each method is a line with its name at the end: the mean over its seeds, see :func:`losses` and
-    :func:`batch_sizes`.
+    Each method is a line with its name at the end: the mean over its seeds, as in
+    :func:`arbiter_jax.plotting.losses` and :func:`arbiter_jax.plotting.batch_sizes`.
 
     Args:
       fits: {method: FitResult}, of one key or of several; or {(method, seed): FitResult}. At most 8
