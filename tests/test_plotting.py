@@ -123,9 +123,9 @@ def test_losses_are_means_over_steps_and_seeds():
     (ax,) = plotting.losses(fits, num_points=3).axes
     (line,) = ax.lines
     np.testing.assert_allclose(line.get_xdata(), [12, 36, 60])
-    # Three points of 24 examples each: steps end at 8, 16 | 24, 40 | 56, and 72, the right edge.
+    # Three points of 24 examples each: steps end at 8, 16, 24 | 40 | 56, 72.
     loss = np.geomspace(1, 0.1, 6)
-    first = [loss[:2].mean(), (loss[2] * 8 + loss[3] * 16) / 24, loss[4]]
+    first = [loss[:3].mean(), loss[3], loss[4:].mean()]
     np.testing.assert_allclose(line.get_ydata(), (np.array(first) + 3) / 2)
     assert not plotting.losses({("rule", 0): Fit(8)}, num_points=3).axes[0].collections
     (band,) = ax.collections

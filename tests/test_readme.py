@@ -14,14 +14,14 @@ def test_the_code_runs(capsys, monkeypatch, tmp_path):
     for after_block in run_blocks(README):
         printed.append(capsys.readouterr().out)
         namespace = after_block
-    seesaw, noise_scale, own_loop, run_window = printed
+    seesaw, own_loop, noise_scale, run_window = printed
 
     steps, evaluation = seesaw.splitlines()
     assert 150 < int(steps.split()[0]) < 200  # of 312
     assert "Metrics(loss=" in evaluation
 
     batch_sizes = [int(size) for size in re.findall(r"\d+", noise_scale)]
-    assert batch_sizes[0] == 40
+    assert batch_sizes[0] == 32
     assert batch_sizes[-1] == 64  # it has grown
 
     assert float(namespace["value"]) < 1.0  # the loss of a batch after 40 steps of one's own loop

@@ -245,8 +245,8 @@ def _binned(fit: Any, edges: np.ndarray) -> np.ndarray:
     """Mean loss between neighboring edges, interpolated linearly where no step ends."""
     sizes, loss = fit.per_step("batch_size"), fit.per_step("loss")
     seen = np.cumsum(sizes)
-    index = np.digitize(seen, edges) - 1
-    inside = (index >= 0) & (index < len(edges) - 1)
+    index = np.searchsorted(edges, seen) - 1  # (left, right]: the last step of a run is in a bin
+    inside = index < len(edges) - 1
     weight = np.bincount(index[inside], sizes[inside], minlength=len(edges) - 1)
     total = np.bincount(index[inside], (sizes * loss)[inside], minlength=len(edges) - 1)
     filled = weight > 0
