@@ -146,18 +146,8 @@ def links_of_experiments(app, path, docname, text):
     text[0] = re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)", lead, text[0])
 
 
-# To be deleted when all pages are there.
-def drop_missing_pages(app, name, source):
-    if name == "index":
-        is_there = lambda x: any((ROOT / "notebooks").glob(f"{x}.*"))
-        lines = source[0].splitlines()
-        is_page = lambda x: x.startswith(("guides/", "0"))
-        source[0] = "\n".join(x for x in lines if not is_page(x) or is_there(x))
-
-
 def setup(app):
     app.connect("include-read", links_of_experiments)
-    app.connect("source-read", drop_missing_pages)
     app.add_role("repo", RepoRole())
     app.connect("autodoc-process-docstring", process_docstring, priority=0)  # before napoleon
     app.connect("autodoc-skip-member", skip_member)
