@@ -92,7 +92,8 @@ def arbiter(
       hyper_every: Takes a hyper-step at every n-th update, an integer in [1, window]. The other
         updates add no cost; under `vmap`, only those at which no lane is due.
       seed: An int, or a PRNG key.
-      objective: From :func:`arbiter_jax.noise_response`, to descend instead of F.
+      objective: A :class:`arbiter_jax.objectives.NoiseObjective` to descend instead of F, such as
+        that of :func:`arbiter_jax.noise_response`.
 
     Returns:
       A ``GradientTransformationExtraArgs`` with an :class:`ArbiterState`.
@@ -139,7 +140,10 @@ def arbiter(
     elif isinstance(objective, NoiseObjective):
         meta_objective = from_noise(objective)
     else:
-        raise ValueError(f"objective must come from aj.noise_response, got {objective!r}.")
+        raise ValueError(
+            "objective must be an aj.objectives.NoiseObjective, such as aj.noise_response(...) "
+            f"returns, got {objective!r}."
+        )
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )

@@ -427,9 +427,9 @@ def check_state(state: Any, expected_type: type) -> None:
             raise ValueError(f"{where} must be an array, got {_called(leaf)}.")
     if _is_deleted(state):
         raise ValueError(
-            "state must hold arrays that can be read, got deleted ones: run_window and fit donate "
-            "the state that they are given to the next window; go on with the one that they return, "
-            "or keep a copy, jax.tree.map(jnp.copy, state)."
+            "state must hold arrays that can be read, got deleted ones: run_window donates the "
+            "state that it is given, and fit the one that it gives to callbacks; go on with the one "
+            "that is returned, or keep a copy, jax.tree.map(jnp.copy, state)."
         )
 
 

@@ -186,7 +186,7 @@ def fit(
         ``lambda batch_loss: {"value_fn": batch_loss}`` for `optax.lbfgs`; see :func:`run_window`.
       mesh: Devices to train on, of which the axis "data", a power of two, splits the batches. Arrays
         that lie on it stay as they are, the others are replicated. If None, the mesh of the context
-        or of the arrays, or one device. See :mod:`arbiter_jax.training._mesh`.
+        or of the arrays, or one device. The guide to devices describes it, :doc:`/guides/devices`.
       sampling: "exact": the examples that one device would draw. "local": each device draws from
         its own rows of `data.train`, which then never move; every device must have the same number
         of rows, and there can be no `micro_batch_size`.

@@ -166,8 +166,8 @@ def run_window(
         is traced, and only one group is in memory at a time. The result is that of one large bucket,
         but BatchNorm and dropout see each group by itself. Pass it to :func:`next_window` as well.
       sampling: "exact": the examples of one device, on any mesh. "local": each device of a mesh
-        draws its share from its own rows of `data.train`, which excludes a `micro_batch_size`; see
-        :mod:`arbiter_jax.training._mesh`.
+        draws its share from its own rows of `data.train`, which excludes a `micro_batch_size`; see the
+        guide to devices, :doc:`/guides/devices`.
 
     Returns:
       (state, info): info is a StepInfo whose leaves have a leading axis T, or that of a block of

@@ -134,7 +134,7 @@ def test_expected_gain_is_an_objective_in_training():
             {"response_loss": response_loss, "num_features": 6, "objective": object()},
             "exactly one of response_loss and objective",
         ),
-        ({"objective": response_loss}, "objective must come from aj.noise_response, got"),
+        ({"objective": response_loss}, "objective must be an aj.objectives.NoiseObjective"),
         ({"response_loss": 3, "num_features": 6}, "response_loss must be a function .* got 3"),
     ],
 )
