@@ -29,5 +29,6 @@ def toctree_pages(path: pathlib.Path) -> list[pathlib.Path]:
         for line in block.splitlines():
             if line and not line.startswith(":"):
                 for page in sorted(path.parent.glob(f"{line}.*")):
-                    pages += [page, *toctree_pages(page)]
+                    if page.suffix in (".md", ".ipynb"):  # and no figure of the same name
+                        pages += [page, *toctree_pages(page)]
     return pages
