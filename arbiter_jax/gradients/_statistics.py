@@ -264,9 +264,16 @@ def _per_example_stats(
                 "method must be 'pieces' for a model with state, got 'per_example': BatchNorm ties "
                 "the examples of a batch together, so that no example has a gradient of its own."
             )
+        rows = mask.shape[0]
+        m = min(micro_batch_size, rows)
+        if rows % m:
+            raise ValueError(
+                f"micro_batch_size must divide the {rows} rows of batch or be at least {rows} where "
+                f"method is 'per_example', got {m}: pad the batch to {-(-rows // m) * m} rows and "
+                "mark the real ones in mask."
+            )
         batch = replace_padding(batch, mask)
         out = plain(params, batch, mask, None, key)
-        m = min(micro_batch_size, mask.shape[0])
         groups = _in_groups((batch, mask, _first_half(mask)), m)
         counts = counted_leaves(params, trainable)
         # Scaling before the products is the same as giving each product the squared scale once.
@@ -292,8 +299,8 @@ def _per_example_stats(
             return (first, squares), (norms, inner, weights)
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
-        norms, inner, weights = (x.reshape(-1) for x in rows)
+        (first, squares), of_rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
+        norms, inner, weights = (x.reshape(-1) for x in of_rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
         first, squares = jax.tree.map(lambda x: times(x, share), (first, squares))
@@ -417,7 +424,7 @@ def gradient_stats(
         "per_device" (within `shard_map`, where each device holds a piece of the batch already), or
         "normalization" (of the gains of LayerNorm and RMSNorm alone).
       num_pieces: Number of pieces, a power of two >= 2. More of them make a better estimate.
-      micro_batch_size: Per-example gradients held in memory at once.
+      micro_batch_size: Per-example gradients held in memory at once, a power of two >= 1.
       preconditioner: Optional pytree like params that multiplies every gradient first.
       axis_name: The mesh axis that the batch is split over, for "per_device".
       trainable: The parameters that the statistics are about, as in :func:`value_grad_and_stats`:
@@ -433,7 +440,10 @@ def gradient_stats(
     Reference:
       McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, A.1.
 
-    *Guarantees*: both estimates are unbiased; padding contributes exactly zero.
+    *Guarantees*: both estimates are unbiased, for pieces of unequal sizes too; padding contributes
+    exactly zero. The weights of a :class:`WeightedLoss` count, as tokens do: where they say how much
+    an example matters, pieces of few examples, and "per_example", take some of the noise for signal;
+    two halves of a large batch do not.
 
     >>> stats = gradient_stats(lambda w, x: (w - x) ** 2 / 2, 0.0, jnp.array([1.0, 3.0]))
     >>> float(stats.variance_trace), float(stats.mean_sq_norm)  # of the gradients -1 and -3

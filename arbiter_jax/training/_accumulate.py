@@ -58,6 +58,10 @@ def accumulate(
         value, grads, signals = accumulator.finish(batch, params, opt_state)
         updates, opt_state = tx.update(grads, opt_state, params, **signals)
 
+    The number of micro-batches is rounded up: where the size is no multiple of the micro-batch, a step
+    takes more examples than the rule asks for, and a run of so many examples fewer steps than planned.
+    A `mask` for the last micro-batch keeps to the size.
+
     Value and gradient are means over all examples (weighted by their weights), summed in at least
     float32. At the steps at which a rule measures, the gradient of each micro-batch is computed in two
     halves, rows 0, 2, 4, ... and 1, 3, 5, ..., and statistics compare all halves.

@@ -405,6 +405,19 @@ def test_per_example_refuses_a_model_with_state():
         fn(1.0, np.ones(4), np.ones(4, bool), {"mean": 0.0})
 
 
+def test_per_example_refuses_rows_that_fill_no_group():
+    stats = functools.partial(aj.gradient_stats, gaussian_loss, jnp.zeros(3), method="per_example")
+    x = np.random.default_rng(0).normal(size=(43, 3)).astype(np.float32)
+    message = (
+        r"^micro_batch_size must divide the 43 rows of batch or be at least 43 where method is "
+        r"'per_example', got 32: pad the batch to 64 rows and mark the real ones in mask\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        stats(x)
+    padded = stats(np.pad(x, ((0, 21), (0, 0))), np.arange(64) < 43)  # as it says
+    chex.assert_trees_all_close(padded, stats(x, micro_batch_size=64), rtol=1e-5)
+
+
 # One piece a device
 
 
