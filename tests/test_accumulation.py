@@ -74,6 +74,7 @@ def test_an_accumulated_update_is_as_large(name):
         assert np.max(np.abs(K * np.array(sizes) - expected)) <= K, (sizes, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_a_change_comes_at_its_number_of_examples(accumulated):
     rule = S.from_schedule(lambda n: jnp.where(n < 400, 25, 50), count="num_examples")
@@ -125,6 +126,7 @@ def recorder():
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_knows_the_size_of_an_update():
     """At the first update as well, and for every power of two between the calls."""
     for k in (1, 2, 4):
@@ -135,6 +137,7 @@ def test_the_learning_rate_knows_the_size_of_an_update():
         assert float(state.opt_state.inner_opt_state[2].learning_rate) == k
 
 
+@pytest.mark.slow
 def test_an_own_loop_knows_the_size_from_the_ledger():
     tx = accumulating(optax.chain(optax.sgd(0.01), aj.scale_by_batch_size(8)), 4)
     state, rates = tx.init(jnp.zeros(())), []
@@ -147,6 +150,7 @@ def test_an_own_loop_knows_the_size_from_the_ledger():
     assert rates == [1, 1, 1, 4, 4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_new_chain_in_the_middle_of_a_run_knows_no_update():
     tx = accumulating(optax.chain(optax.sgd(0.01), S.constant(8), recorder()), 4)
     state, _ = run(tx, 6)  # ends within an update
@@ -156,6 +160,7 @@ def test_a_new_chain_in_the_middle_of_a_run_knows_no_update():
     assert int(state.num_examples) == 80
 
 
+@pytest.mark.slow
 def test_a_rule_beside_the_accumulation_sees_every_call():
     tx = optax.chain(accumulating(optax.sgd(0.01), 4), S.constant(8), recorder())
     for num_steps in (1, 4, 6):
@@ -220,6 +225,7 @@ def test_the_ledgers_progress_is_that_of_adascale(k):
     assert float(own.progress) > 22 // k
 
 
+@pytest.mark.slow
 def test_progress_without_a_gain_counts_updates():
     for make, expected in (
         (lambda tx: tx, 22),

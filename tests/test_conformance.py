@@ -149,6 +149,7 @@ def nodes_of(tree):
         yield from nodes_of(child)
 
 
+@pytest.mark.slow
 def test_every_member_is_a_function_or_a_state():
     nodes = [node for name in CASES for node in nodes_of(start_of(name))]
     types = {type(node).__name__ for node in nodes}
@@ -160,6 +161,7 @@ def test_exports_are_sorted():
     assert list(aj.schedulers.__all__) == sorted(aj.schedulers.__all__)
 
 
+@pytest.mark.slow
 def test_the_cases_move():
     """A suite over rules that stand still would prove little."""
     still = {name for name in CASES if len({START, *sizes_of(name)}) == 1}
@@ -311,6 +313,7 @@ def test_bad_limits_are_named(name, limits, named):
 MEASURED = [name for name in ALL_RULES if set(CASES[name].signals) & base.MEASURED_SIGNALS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

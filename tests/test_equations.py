@@ -159,6 +159,7 @@ def assert_close(actual, expected, precision, tolerance=None):
 A_TOLERANCE = {"float64": 1e-12, "float32": 1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", A_TOLERANCE)
 def test_fixture_a_forward(precision):
     tolerance = A_TOLERANCE[precision]

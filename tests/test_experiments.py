@@ -131,6 +131,7 @@ def test_device_benchmark_names_the_device(tmp_path, capsys):
         assert any(name.startswith(f"{window} / hand-written step") for name in notes)
 
 
+@pytest.mark.slow
 def test_floor_of_the_benchmark_counts_the_work():
     network = networks.Network("MLP", models.mlp(networks.SHAPE, (256,), 10), None)
     work = floor.network_work(network, 64)
@@ -163,6 +164,7 @@ def test_smoke_run_leaves_the_config_alone(name, tmp_path, capsys):
     check_files(name, tmp_path, capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_main_job_writes_what_the_contract_names(tmp_path, capsys):
     """The smallest run of the main job; its smoke run is slow, and a step of `.ci/run`."""
     name, configs = "standalone_scheduler", load("standalone_scheduler").CONFIGS

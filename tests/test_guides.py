@@ -7,6 +7,7 @@ from tests.pages import SITE, run_blocks, toctree_pages
 PAGES = [SITE / "index.md", *sorted((SITE / "guides").glob("*.md"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_the_code_runs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -250,6 +250,7 @@ def with_number(state, argument, value):
 FAST = ("adamp", "arbiter", "autowu", "constant", "goodput", "gradient_noise_scale", "smith")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in sorted(CASES)],
@@ -419,6 +420,7 @@ def test_aggregator():
     chex.assert_trees_all_close(*updates, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_matrices_of_adamp_under_a_traced_axis():
     rng = np.random.default_rng(0)
     weights = {"w": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)}

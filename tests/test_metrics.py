@@ -102,6 +102,7 @@ class TestEvaluate:
         result = metrics.evaluate(lambda params, x: x, loss, PARAMS, data, chunk_size=40_000)
         assert result == (2.0, 1.0)
 
+    @pytest.mark.slow
     def test_more_examples_than_float32_counts(self):
         """2^24 + 3 of them, of which the last one is wrong."""
         n = 2**24 + 3

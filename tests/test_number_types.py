@@ -44,6 +44,7 @@ COMPLEX = {"z": jax.lax.complex(draw(3, seed=3), draw(3, seed=4))}
 PAIRS = as_pairs(COMPLEX)
 
 
+@pytest.mark.slow
 def test_the_gradient_points_uphill():
     """As for real pairs; jax.grad returns the conjugate."""
     mask = jnp.arange(16) < 11
@@ -126,6 +127,7 @@ def test_a_loss_without_a_forward_derivative():
     chex.assert_trees_all_close(measure(loss), measure(complex_loss), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adamp_projects_complex_weights():
     """A step along i w rotates scale-invariant weights, which is orthogonal to them."""
     weights = {"w": jax.lax.complex(draw(4, 2, seed=5), draw(4, 2, seed=6))}

@@ -117,6 +117,7 @@ def test_runs_are_loss_above_batch_size():
     assert [tick.get_text() for tick in bottom.get_yticklabels()] == ["8", "16", "32"]
 
 
+@pytest.mark.slow
 def test_losses_are_means_over_steps_and_seeds():
     fits = {("rule", 0): Fit(8), ("rule", 1): Fit(8)}
     fits["rule", 1].recorded["loss"] = np.full(6, 3.0)
@@ -132,6 +133,7 @@ def test_losses_are_means_over_steps_and_seeds():
     np.testing.assert_allclose(band.get_paths()[0].get_extents().ymax, 3.0)
 
 
+@pytest.mark.slow
 def test_proposals_are_shown_as_batch_sizes():
     sizes = np.tile([16.0, 32.0], (6, 1))
     fit = Fit(

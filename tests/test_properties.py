@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -36,6 +37,7 @@ def rows(elements):
 # Buckets and logits
 
 
+@pytest.mark.slow
 @given(st.integers(1, 2**60))
 def test_a_bucket_is_less_than_twice_its_size(n):
     bucket = aj.next_bucket(n)
@@ -93,6 +95,7 @@ def epochs_of(num_examples):
     return jax.jit(shuffle)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 2, 3, 5, 12, 97, 1000]), st.integers(0, 2**32 - 1), st.integers(0, 2**30)
 )
@@ -105,6 +108,7 @@ def test_every_epoch_of_every_key_is_a_permutation(num_examples, seed, epoch):
 sample_batch = jax.jit(aj.sample_batch, static_argnums=3)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([1, 3, 10, 37]),
     st.lists(st.integers(1, 16), min_size=1, max_size=10),
@@ -177,6 +181,7 @@ def arbiter():
     return jax.jit(tx.update), tx.init(PARAMS)
 
 
+@pytest.mark.slow
 @given(rows(MODERATE), rows(FLOATS), rows(FLOATS), st.integers(1, NUM_ROWS - 1))
 def test_the_meta_batch_counts_up_to_its_size(inputs, garbage, other, size):
     update, start = arbiter()

@@ -257,6 +257,7 @@ def run_bare(script):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_package_works_without_any_extra():
     """Every public name is there, and a network trains on arrays with Arbiter."""
     out = run_bare(
@@ -294,6 +295,7 @@ def test_the_package_works_without_any_extra():
     assert out.split() == ["True", "True", "True"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_extra():
     # What flax itself imports is no business of ours.
     out = run_bare(

@@ -163,6 +163,7 @@ RUNS = {"nnx_mnist": run_nnx, "linen_batch_norm": run_linen, "torch_loader": run
 FAST = {("torch_loader", "gradient_noise_scale")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rule"),
     [

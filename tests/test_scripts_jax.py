@@ -25,10 +25,6 @@ from tests.scripts import (
 NUM_STEPS = 8
 MICRO = language_model.MICRO_BATCH_SIZE
 MINIBATCH = reinforcement_learning.MINIBATCH_SIZE
-RULES_SLOWLY = [  # one of them in the default run
-    name if name == "gradient_noise_scale" else pytest.param(name, marks=pytest.mark.slow)
-    for name in RULES
-]
 
 
 class Sizes(NamedTuple):
@@ -101,7 +97,8 @@ def test_plain_functions_at_a_constant_size(digits):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", RULES_SLOWLY)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
 def test_plain_functions_as_fit(name, digits, monkeypatch):
     # Away from where the last bit decides: the agent's Adam makes of rounding a size of 4 or of 5.
     monkeypatch.setitem(RANGE, "min_batch_size", 6)

@@ -104,6 +104,7 @@ def is_one_sentence(error):
     return "\n" not in text and text.endswith(".") and len(text) < 400
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     name=st.sampled_from(sorted(CASES)),

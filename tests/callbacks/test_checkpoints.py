@@ -63,6 +63,7 @@ def test_every_and_keep_count_windows(tmp_path):
     assert numbers(tmp_path / "b") == [4, 6]  # and the end
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_read(tmp_path):
     first, again = fit(tmp_path), fit(tmp_path)
     assert_same_run(arrays(again), arrays(first))
@@ -86,6 +87,7 @@ def test_what_a_callback_ended_stays_ended(tmp_path):
     assert len(fit(tmp_path).history) == 6  # without it the run goes on
 
 
+@pytest.mark.slow
 def test_legs_go_on_from_the_checkpoints(tmp_path):
     """A script of two legs, which is started again: each has a directory of its own."""
     for _ in range(2):
@@ -279,6 +281,7 @@ def test_a_packed_history_grows():
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_what_orbax_cannot_write_comes_back(tmp_path):
     """Empty arrays, bfloat16, a state without arrays."""
     params = {"w": jnp.ones((), jnp.bfloat16), "none": jnp.zeros((0, 3))}
@@ -438,6 +441,7 @@ class Reader:
         self.index = json.loads(state.decode())["index"]
 
 
+@pytest.mark.slow
 def test_any_reader_with_a_place_goes_on(tmp_path):
     def run(directory, **options):
         with datasets.host_blocks(Reader(), window=4) as blocks:

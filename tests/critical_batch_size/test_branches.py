@@ -18,6 +18,7 @@ def start(rule=None, rate=0.02):
     return tx, aj.init_state(jnp.zeros(4), tx, jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_beyond_it_progress_is_lost():
     """Without noise to speak of a batch twice as large at the same rate is half the progress."""
     tx, state = start()
@@ -30,6 +31,7 @@ def test_beyond_it_progress_is_lost():
     assert list(found.losses) == sorted(found.losses)
 
 
+@pytest.mark.slow
 def test_below_it_nothing_is_lost():
     tx, state = start(rate=1e-3)
     found = measure_critical_batch_size(
@@ -78,6 +80,7 @@ def test_a_measured_rule_is_hidden_in_a_branch():
     assert found.batch_sizes == (8, 16, 32)
 
 
+@pytest.mark.slow
 def test_a_warm_up_doubles_where_it_may():
     tx, _ = start(rate=1e-3)
     options = {"exponent": 1.0, "num_steps": 4, "tolerance": 1.0}

@@ -104,6 +104,7 @@ class TestIdx:
         with pytest.raises(ValueError, match="cannot be read"):
             _idx.read_idx(str(path))
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not os.path.isdir(FASHION_MNIST), reason="dataset-fashion-mnist is absent")
     def test_the_debian_package(self):
         data = datasets.load("fashion_mnist")

@@ -71,6 +71,7 @@ def test_an_array_that_is_not_what_it_says(tmp_path, peak, content, message):
     assert peak() < SMALL
 
 
+@pytest.mark.slow
 def test_an_archive_that_unpacks_to_too_much(tmp_path, peak):
     """1.1 GB of zeros in 1.1 MB, as float32; a real archive of this size passes."""
     path = tmp_path / "bomb.npz"

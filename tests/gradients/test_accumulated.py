@@ -172,6 +172,7 @@ def test_only_moved_leaves_are_measured():
     assert np.all(np.asarray(out.gradient_noise["w"]) != 0)
 
 
+@pytest.mark.slow
 def test_complex_parameters():
     z = jnp.asarray(X[:, 0] + 1j * X[:, 1])
     loss = lambda w, x: jnp.abs(w - x) ** 2
@@ -195,6 +196,7 @@ def stateful(params, x, model_state, mask, key):
     return loss_fn(params, x) * (1 + 0 * mean), new
 
 
+@pytest.mark.slow
 def test_the_state_of_a_model_goes_through_all_groups(key):
     state = {"calls": jnp.int32(0), "mean": jnp.zeros(()), "draws": jnp.zeros(())}
     fn = accumulated_value_and_grad(stateful, statistics=True)

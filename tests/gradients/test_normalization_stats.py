@@ -29,6 +29,7 @@ def gains_of(grads):
     return [x for path, x in found if "scale" in jax.tree_util.keystr(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_real", [5])
 def test_value_and_gradient_are_those_of_the_batch(num_real):
     loss_fn, params = transformer()
@@ -43,6 +44,7 @@ def test_value_and_gradient_are_those_of_the_batch(num_real):
     )
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_gains():
     loss_fn, params = transformer()
     labels = jnp.where(BATCH[1] < 0, 0, BATCH[1])  # all tokens count: every example weighs the same
@@ -60,6 +62,7 @@ def test_statistics_are_those_of_the_gains():
     np.testing.assert_allclose(found.batch_size, 8)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     loss_fn, params = transformer()
     fn = jax.jit(value_grad_and_stats(loss_fn, method="normalization"))

@@ -319,6 +319,7 @@ def test_weighted_loss_averages_over_real_tokens(name, batch_size):
     assert float(gradient_fn(params, (garbage, weights), mask).value) == float(out.value)
 
 
+@pytest.mark.slow
 def test_weighted_examples_are_pieces_of_their_weight():
     # One definition of the statistics, whichever way they are computed.
     params, batch = np.array([0.5, 0.1], np.float32), tokens()
@@ -458,6 +459,7 @@ def test_the_name_of_an_axis_goes_with_the_devices():
             value_grad_and_stats(lambda w, x: x, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pieces", [2, 8])
 def test_noise_and_signal_in_the_l1_norm(num_pieces):
     """Of gradients of mean m and standard deviation s, in every coordinate."""

@@ -46,6 +46,7 @@ def test_the_first_update_is_at_the_initial_batch_size(size):
     assert int(state.batch_size) == size
 
 
+@pytest.mark.slow
 def test_anchor_none_leaves_the_agent_as_it_is():
     start, state = step(window=2, anchor="none")
     assert float(state.offset) == 0.0
@@ -93,6 +94,7 @@ def test_re_anchor_keeps_injected_hyperparameters():
     assert float(jnp.abs(after.mixture_logits - anchored.mixture_logits).max()) > 0.05
 
 
+@pytest.mark.slow
 def test_re_anchor_keeps_the_shapes_of_vmapped_seeds():
     keys = jax.random.split(jax.random.PRNGKey(0), 3)
     states = jax.jit(jax.vmap(lambda key: make(seed=key).init(None)))(keys)

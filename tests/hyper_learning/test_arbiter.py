@@ -75,6 +75,7 @@ def test_a_seed_may_be_an_int_or_a_key():
     assert np.any(other.key != expected.key)
 
 
+@pytest.mark.slow
 def test_seeds_vmap_to_what_each_of_them_does_alone():
     """Also where the conditions of their hyper-steps meet."""
     keys = jax.random.split(jax.random.PRNGKey(5), 3)
@@ -230,6 +231,7 @@ def test_learn_response_false_keeps_the_weights():
     assert moments(states[0]) == moments(learned[0]) - 2
 
 
+@pytest.mark.slow
 def test_hyper_every_learns_at_every_nth_update():
     states = run(7, window=5, hyper_every=3)
     same = lambda a, b: all(

@@ -51,6 +51,7 @@ def follow(targets, start):
     return sizes, mixtures, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "target", "spread"),
     # On the long way from an end of the range the proposals spread, and stay so.
@@ -109,6 +110,7 @@ def test_an_agent_reports_the_budget_of_its_objective():
     assert [int(budget) for budget in aj.base.requests(planned).budgets] == [1000]
 
 
+@pytest.mark.slow
 def test_expected_gain_is_an_objective_in_training():
     """On a quadratic the agent ends near the closed form of its own statistics."""
     loss_fn = lambda w, x: jnp.sum((w[None] - x) ** 2, axis=1) / 2

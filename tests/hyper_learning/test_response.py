@@ -40,6 +40,7 @@ def test_padding_contributes_exactly_zero(garbage):
     assert float(state.meta_loss) != float(expected.meta_loss) or int(state.num_skipped) == 1
 
 
+@pytest.mark.slow
 def test_a_small_meta_batch_is_clipped_and_counted():
     update, start = compiled()
     params, grads, signals = problem()
@@ -54,6 +55,7 @@ def test_a_small_meta_batch_is_clipped_and_counted():
     assert int(state.num_clipped) == 1
 
 
+@pytest.mark.slow
 def test_only_the_forward_pass_of_the_body_is_computed():
     width, depth, rows = 256, 4, 128
 
@@ -115,6 +117,7 @@ def test_the_model_state_reaches_the_response_loss():
     np.testing.assert_allclose(state.mixture_logits, expected.mixture_logits, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_weighted_response_loss_is_a_weighted_mean():
     weights = np.zeros(NUM_META, np.float32)
     weights[3] = 5.0

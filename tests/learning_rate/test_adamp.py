@@ -176,6 +176,7 @@ def test_a_probe_is_an_ordinary_update():
     assert state.adam.count == 1
 
 
+@pytest.mark.slow
 def test_stable_types_one_program_vmap():
     tx = adamp(1e-2, weight_decay=0.1)
     params = {"w": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(2), "s": jnp.ones(())}

@@ -114,6 +114,7 @@ def test_statistics_that_are_not_finite_are_skipped(bad):
     assert np.isfinite(states[-1].progress)
 
 
+@pytest.mark.slow
 def test_stable_types_one_program_scan_equals_loop():
     tx = adascale(64)
     sizes, stats = jnp.array([64, 128, 32, 512], jnp.int32), make_stats(2.0, 192.0)

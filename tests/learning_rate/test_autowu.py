@@ -35,6 +35,7 @@ def run(tx, losses, state=None):
 # --- The published implementation
 
 
+@pytest.mark.slow
 def test_switches_where_the_published_one_does():
     """On random subsets of its own, two seeds."""
     tx = autowu(STEPS_PER_EPOCH, NUM_EPOCHS)
@@ -215,6 +216,7 @@ def test_an_epoch_of_bad_losses_ends_the_warm_up():
 # --- What optax and JAX expect
 
 
+@pytest.mark.slow
 def test_stable_types_one_program_scan_equals_loop():
     tx = autowu(*EPOCHS, immediate_cooldown=False)
     losses, rates, phases, states = bad_runs(EPOCHS, False)
@@ -255,6 +257,7 @@ def test_idle_between_tests(monkeypatch, backend):
     assert "eigh" not in set(primitives_outside_loops(jaxpr.jaxpr))
 
 
+@pytest.mark.slow
 def test_training_may_be_differentiated():
     def final_loss(start, tx):
         def step(carry, _):

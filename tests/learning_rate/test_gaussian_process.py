@@ -91,6 +91,7 @@ def test_the_gradient_is_that_of_the_dense_likelihood():
         np.testing.assert_allclose(gradient(parameters, sample), expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_fit_takes_a_hundred_steps_of_adam():
     """And the next fit starts where it ended."""
     with jax.enable_x64(True):

@@ -184,6 +184,7 @@ def test_a_probe_is_an_ordinary_update(make):
     np.testing.assert_allclose(updates, -0.1 * direction, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     tx = adam_hd(0.1, 0.01)
     batch = jnp.stack([GRADS, -2 * GRADS, GRADS[::-1]]).astype(jnp.float32)

@@ -21,6 +21,7 @@ def recorded_indices(key, size):
     return np.stack([np.pad(row, (0, size - len(row)), constant_values=10**6) for row in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True])
 def test_equals_the_published_tests(x64):
     """On the recorded subsets of the losses."""

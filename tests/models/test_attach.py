@@ -193,6 +193,7 @@ def results(name):
     return run(*variables, response)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_features_and_head_equal_the_model(name):
     got, (_, model_state) = results(name), attached(name)[1]
@@ -268,6 +269,7 @@ def test_mask_and_key_reach_their_layers(name):
     assert not any(np.allclose(a, b, atol=1e-6) for a, b in zip(leaves[1], leaves[2], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_flows_through_a_scan(name):
     model, (params, model_state) = attached(name)

@@ -194,6 +194,7 @@ def test_a_loss_per_token_trains_with_arbiter(key):
     assert np.mean(info.loss[-5:]) < 0.6 * np.mean(info.loss[:5])
 
 
+@pytest.mark.slow
 def test_augmentation_in_the_scan():
     """Each step shifts its images by a key of its own; a second run repeats the shifts."""
     images = np.zeros((4, 5, 5, 1), np.float32)

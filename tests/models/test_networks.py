@@ -33,6 +33,7 @@ def images(num, *shape):
     return np.random.default_rng(0).standard_normal((num, *shape)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "num_params", "num_features"),
     [
@@ -116,6 +117,7 @@ class OneNorm(nnx.Module):
         return self.head(self.norm(x).mean(axis=(1, 2)))
 
 
+@pytest.mark.slow
 def test_masked_statistics_equal_the_unpadded_ones(key):
     """For every batch size from 1 to 64 in a bucket of 64."""
     model = models.attach(OneNorm, "head", jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32))
@@ -171,6 +173,7 @@ def test_wide_resnet_trains_in_a_bucket(key):
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(padded[2]["blocks"]))
 
 
+@pytest.mark.slow
 def test_wide_resnet_is_a_residual_network():
     """With its last convolution at zero a block is the identity, or its shortcut."""
     model, (params, model_state) = small_wide_resnet()
@@ -221,6 +224,7 @@ def small_transformer():
     return model, params
 
 
+@pytest.mark.slow
 def test_transformer_is_causal_with_positions():
     """Guarantee: the logits at a position do not depend on later tokens."""
     model, params = small_transformer()

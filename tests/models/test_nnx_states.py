@@ -78,6 +78,7 @@ def test_losses_take_the_states_of_nnx(kind):
     chex.assert_trees_all_equal(found, losses.predict(params, batch()[0], model_state))
 
 
+@pytest.mark.slow
 def test_gradients_come_as_the_state_of_the_parameters():
     losses, (params, model_state), (other, other_state) = forms("arrays")
     mask, key = jnp.ones(6, bool), jax.random.key(3)

@@ -50,6 +50,7 @@ def test_rollout_equals_that_of_single_steps(learning_rate, momentum, x64, rtol)
         np.testing.assert_allclose(schedule.excess_loss, expected, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_rollout_is_smooth_at_a_double_eigenvalue():
     with jax.enable_x64(True):
         # lr h = (1 - sqrt(mu))^2 is a double eigenvalue of the matrix of one step.
@@ -170,6 +171,7 @@ def test_a_traced_problem_is_allowed():
     np.testing.assert_allclose(rollout(problem_of()).excess_loss, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("horizon", "max_iterations"), [(None, 400), (3, 50)])
 def test_the_default_number_of_iterations(horizon, max_iterations):
     run = {"num_examples": 8 * 128, "learning_rate": 1.0, "num_segments": 8, "horizon": horizon}

@@ -149,6 +149,7 @@ def test_optimal_schedule_equals_the_recorded_one(x64, rtol):
         )
 
 
+@pytest.mark.slow
 def test_momentum_lowers_the_optimum():
     """And stays within its bounds."""
     problem = problem_of("dyn")
@@ -163,6 +164,7 @@ def test_momentum_lowers_the_optimum():
     np.testing.assert_allclose(with_full_horizon.excess_loss[-1], both.excess_loss[-1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_optimum_has_slope_only_at_its_bounds():
     with jax.enable_x64(True):
         problem = problem_of("dyn")
@@ -178,6 +180,7 @@ def test_the_optimum_has_slope_only_at_its_bounds():
         assert (slope[~inside] < 0).all()  # only a larger rate would help
 
 
+@pytest.mark.slow
 def test_receding_horizon_leads_from_greedy_to_optimal():
     problem = problem_of("dyn")
     greedy = noisy_quadratic.greedy_schedule(problem, 20)
@@ -295,6 +298,7 @@ def test_without_noise_all_variances_stay_zero():
         assert moments._fields == Moments._fields
 
 
+@pytest.mark.slow
 def test_schedules_are_jittable_and_vmap():
     problem = problem_of("dyn")
     scales = jnp.array([1.0, 4.0])

@@ -82,6 +82,7 @@ def test_known_while_tracing_needs_no_cond(measures):
 # For an agent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["noise_floor", "expected_gain"])
 def test_the_objective_is_least_at_its_closed_form(kind):
     objective = objectives.noise_response(

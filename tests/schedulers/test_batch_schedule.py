@@ -30,6 +30,7 @@ def test_a_size_holds_from_its_count_on():
     assert [schedule.batch_size_at(n) for n in (0, 99, 100, 10**15)] == [64, 64, 128, 128]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [7, pytest.param(1, marks=slow), pytest.param(100, marks=slow)])
 @pytest.mark.parametrize(
     "text", ["0:4", "0:4 100:8 300:32", "0:32 200:4", "0:4 10:8 11:16 500:6", "0:4 100:900"]

@@ -102,6 +102,7 @@ def test_a_shadow_with_another_interval_is_no_matter():
     assert int(watched.statistics.num_examples) == 8 * (20 + 4)  # 20, 25, 30, 35
 
 
+@pytest.mark.slow
 def test_the_budget_of_fit_changes_nothing():
     """A greedy rule does not plan: windows and first sizes are those of a rule without a budget."""
     result = fit(make(max_batch_size=16), num_examples=64_000, callbacks=[lambda *_: True])

@@ -72,12 +72,14 @@ def test_one_run_ranks_many_rules():
     }
 
 
+@pytest.mark.slow
 def test_a_rule_that_acts_settles_where_theory_says():
     sizes, _ = run(schedulers.gradient_noise_scale(**LIMITS), 4)
     assert sizes[0] == 16
     assert sizes[-1] == pytest.approx(TRACE / SIGNAL, rel=0.2)
 
 
+@pytest.mark.slow
 def test_hysteresis_in_windows_moves_by_its_factor():
     rule = schedulers.gradient_noise_scale(**(LIMITS | {"initial_batch_size": 4}))
     sizes, _ = run(schedulers.hysteresis(rule, dwell=10, max_factor=2.0), 3, window=20)

@@ -170,6 +170,7 @@ def test_equation_12_grows_later_at_the_lower_end():
     assert run.sizes[-1] < 0.5 * 32 * low
 
 
+@pytest.mark.slow
 def test_final_growth_matters_at_the_very_end_only():
     budget = 300_000
     # With windows of 20 steps the last one may begin anywhere.
@@ -239,6 +240,7 @@ def test_larger_batches_if_more_steps_gain_nothing():
     assert float(state.statistics.held_batch_size) > 4096
 
 
+@pytest.mark.slow
 def test_the_persistence_of_an_optimizer_is_measured():
     sgd = optax.sgd(0.1, momentum=0.9)
     run, same = (follow(60, start=32, persistence=k) for k in (sgd, 10.0))
@@ -291,6 +293,7 @@ def quadratic_loss(w, batch):
     return 0.5 * jnp.sum((w[None] - batch) ** 2, axis=1)
 
 
+@pytest.mark.slow
 def test_measures_on_validation_examples_in_training():
     rule = schedulers.noise_floor(quadratic_loss, persistence=1.0, max_batch_size=16)
     tx, data = optax.chain(optax.sgd(0.1), rule), aj.Data(INPUTS, INPUTS + 1)
@@ -306,6 +309,7 @@ def test_measures_on_validation_examples_in_training():
         aj.fit(quadratic_loss, jnp.ones(2), tx, aj.Data(INPUTS), num_examples=64)
 
 
+@pytest.mark.slow
 def test_adam_and_gradients_that_are_always_zero():
     """A square root has no derivative at zero: the response to zero noise counts as zero."""
     rule = schedulers.noise_floor(num_examples=2000, max_batch_size=16)

@@ -76,6 +76,7 @@ def good_rows() -> np.ndarray:
     return np.asarray([[row[column] for column in COLUMNS]] * NUM_STEPS, np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
 @hypothesis.given(rows=table)
 def test_stays_in_range(name, rows):

@@ -44,6 +44,7 @@ def test_steps_left_are_the_mean_of_the_decay(schedule, share):
     assert plan.num_steps(D) / (D / 16) == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.slow
 def test_counts_as_predicted():
     plan = PLAN | {"max_batch_size": 128}
     for schedule, window in ((COSINE, 100), (WSD, 7)):
@@ -52,6 +53,7 @@ def test_counts_as_predicted():
         assert int(result.state.num_steps) == predicted
 
 
+@pytest.mark.slow
 def test_sizes_and_rates_are_those_of_the_equations():
     result = fit(aj.seesaw(optax.sgd(1.0), COSINE, exponent=0.5, trade=0.8, **PLAN))
     sizes = result.per_step("batch_size")
@@ -64,6 +66,7 @@ def test_sizes_and_rates_are_those_of_the_equations():
     np.testing.assert_allclose(result.per_step("learning_rate"), rates, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_no_trade_no_change():
     optimizer = optax.sgd(1.0, momentum=0.9)
     ours = fit(aj.seesaw(optimizer, COSINE, trade=0.0, **PLAN))
@@ -80,6 +83,7 @@ def test_warm_up_keeps_the_size():
     assert plan.batch_size_at(6_400) == 32
 
 
+@pytest.mark.slow
 def test_a_cap_hands_the_rest_back_to_the_rate():
     plan = PLAN | {"max_batch_size": 64}
     result = fit(aj.seesaw(optax.sgd(1.0), COSINE, exponent=1.0, trade=1.0, **plan))
@@ -90,6 +94,7 @@ def test_a_cap_hands_the_rest_back_to_the_rate():
     np.testing.assert_allclose(rates, 0.1 * alpha * sizes / 32, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_never_above_its_limit():
     limit = S.constant(48)
     result = fit(aj.seesaw(optax.sgd(1.0), COSINE, limit=limit, **PLAN))
@@ -108,6 +113,7 @@ def noisy(signal, tx, num_examples=D):
     return aj.fit(linear, jnp.zeros(8), tx, data, num_examples=num_examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_noise_scale_is_a_limit(exponent):
     tx = aj.seesaw(optax.sgd(1e-3), COSINE, exponent=exponent, limit="noise_scale", **SMALL)

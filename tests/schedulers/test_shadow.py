@@ -142,6 +142,7 @@ def watched():
     return one_window(optax.chain(optax.sgd(0.03), schedulers.shadow()))
 
 
+@pytest.mark.slow
 def test_ready_set_watches_a_chain_without_a_rule(watched):
     sizes, state = watched
     assert sorted(sizes) == READY
@@ -170,6 +171,7 @@ def test_together_the_rules_choose_as_alone(watched):
     np.testing.assert_array_equal(alone["gradient_noise_scale"], watched[0]["gradient_noise_scale"])
 
 
+@pytest.mark.slow
 def test_shadows_inside_other_transformations(watched):
     """A learning rate that can be set, and seeds side by side, change no decision."""
     make = lambda learning_rate: optax.chain(optax.sgd(learning_rate), schedulers.shadow())
@@ -186,6 +188,7 @@ def test_shadows_inside_other_transformations(watched):
     assert (scale[0] != scale[1]).all()
 
 
+@pytest.mark.slow
 def test_shadows_inside_multi_steps():
     """What they report is the size of a call, of which the update averages two."""
     given = aj.GradStats(*jnp.array([0.5, 400.0, 32.0, 1.75, 0.2, 3.0]))
@@ -217,6 +220,7 @@ def own_loop(tx, num_steps=12):
     return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(num_steps))[1]
 
 
+@pytest.mark.slow
 def test_in_a_loop_of_ones_own():
     """One line more in the chain shows what the same rule decides where it acts."""
     shared = {"measure_every": 10, "min_batch_size": 2, "max_batch_size": 2**15}

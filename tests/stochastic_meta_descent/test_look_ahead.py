@@ -50,6 +50,7 @@ def test_log_values_of_the_effective_rate():
         np.testing.assert_allclose(back, (0.05, 0.8, 2.0))
 
 
+@pytest.mark.slow
 def test_gradient_in_log_space_follows_the_chain_rule(key):
     with jax.enable_x64(True):
         state, data = start(optax.sgd, key)

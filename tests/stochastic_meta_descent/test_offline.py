@@ -81,6 +81,7 @@ def test_a_longer_horizon_learns_a_larger_final_rate(key):
     assert finals[1] > 3 * finals[0]
 
 
+@pytest.mark.slow
 def test_a_model_with_state_is_trained_and_evaluated(key):
     params, data = regression()
 

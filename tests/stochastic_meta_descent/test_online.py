@@ -39,6 +39,7 @@ def run(key, params, data):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_adjusts_when_due_in_the_first_part_only(key):
     result = run(key, *regression())
     momenta = result.history.momentum
@@ -53,6 +54,7 @@ def test_adjusts_when_due_in_the_first_part_only(key):
     assert int(used) == 40 * 4 + 3 * (5 + 2) * 4
 
 
+@pytest.mark.slow
 def test_is_a_pure_function_that_vmaps(key):
     params, data = regression()
     keys = jax.random.split(key, 2)

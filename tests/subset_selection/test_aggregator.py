@@ -105,6 +105,7 @@ def test_no_row_left_gives_a_zero_update():
         assert not state.selected_fraction.any()
 
 
+@pytest.mark.slow
 def test_goes_through_process():
     """Behind a transformation of the rows, in front of an optimizer; the mask reaches it."""
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))

@@ -34,6 +34,7 @@ def test_layers_examples_and_blocks_agree_in_float64():
             chex.assert_trees_all_close(layers, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_layers_form_no_per_example_gradient():
     loss_fn, params, batch = mlp_problem()
     mask = jnp.ones(64, bool)
@@ -53,6 +54,7 @@ def test_layers_form_no_per_example_gradient():
     assert 5 * flops(layers) < flops(examples)
 
 
+@pytest.mark.slow
 def test_blocks_bound_the_memory():
     loss_fn, params, batch = mlp_problem()
     rows = 4 * 64 * sum(leaf.size for leaf in jax.tree.leaves(params))

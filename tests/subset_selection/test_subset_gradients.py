@@ -30,6 +30,7 @@ def totals_and_weights(losses):
     return losses, jnp.ones_like(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_equals_the_aggregator(name):
     """Guarantee: equals dynamic_batch_adaptation on per-example gradients, up to rounding."""
@@ -60,6 +61,7 @@ def test_equals_the_aggregator(name):
     np.testing.assert_allclose(got.value, value, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "weighted"])
 def test_min_size_n_is_the_gradient_of_the_mean_loss(name):
     """Guarantee: with min_size at least n, the gradient is that of the mean loss."""
@@ -72,6 +74,7 @@ def test_min_size_n_is_the_gradient_of_the_mean_loss(name):
     assert got.selected_fraction.tolist() == [1.0] * len(got.selected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("nnx", {}), ("linen", {"factorize": False})])
 def test_masked_and_non_finite_examples_change_nothing(name, settings):
     """Guarantee: masked examples, and examples that are not finite, change nothing."""
@@ -91,6 +94,7 @@ def test_masked_and_non_finite_examples_change_nothing(name, settings):
     chex.assert_trees_all_equal(lost.grads, jax.tree.map(jnp.zeros_like, params))
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_batch():
     loss_fn, params, batch = problem("linen")
     mask = jnp.arange(16) < 13
@@ -107,6 +111,7 @@ def test_statistics_are_those_of_the_batch():
     np.testing.assert_allclose(got.half_cosine, cosine, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_runs_vmap_over_seeds():
     _, params, batch = problem("linen")
     gradient_fn = subset_gradient_fn("linen")

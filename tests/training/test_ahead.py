@@ -65,6 +65,7 @@ def compiled_in_windows(result):
     return [record.num_compilations for record in result.history]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_cached_programs")
 def test_a_change_of_bucket_finds_its_program(as_on_an_accelerator, monkeypatch):
     result = run(sizes=(4, 8), low=3, high=8)

@@ -71,6 +71,7 @@ def run_arbiter():
     return aj.fit(loss_fn, jnp.zeros(3), tx, data(), num_examples=64 * 3, window=3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_cached_programs")
 def test_guarantee_2_one_program_per_bucket():
     result = run_through_all_buckets()
@@ -158,6 +159,7 @@ def test_a_sweep_of_rates_and_seeds_is_one_program():
     np.testing.assert_array_equal(run(0.02, 1).params, usual.state.params)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_several_rates_and_seeds_at_once_is_one_program():
     tx, arrays = plain(), data()
 
@@ -192,6 +194,7 @@ def test_a_loop_of_ones_own_compiles_once():
     assert counted(step, params, opt_state, batch) == 0
 
 
+@pytest.mark.slow
 def test_programs_of_a_transformation_that_is_gone_can_be_freed():
     aj.fit(loss_fn, jnp.zeros(3), plain(), data(), num_examples=48, window=2)
     assert aj.run_window._cache_size() > 0  # pyright: ignore

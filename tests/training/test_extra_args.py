@@ -75,6 +75,7 @@ def by_hand_from(name, key):
 SLOW = pytest.param("lbfgs", marks=pytest.mark.slow)  # two programs of a line search by zooming
 
 
+@pytest.mark.slow
 def test_in_a_loop_of_ones_own():
     argument, make = OPTIMIZERS["backtracking"]
     tx = optax.chain(make(), schedulers.shadow(schedulers.gradient_noise_scale()))
@@ -97,6 +98,7 @@ def test_in_a_loop_of_ones_own():
     chex.assert_trees_all_close(params, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backtracking", "sophia", SLOW])
 def test_equals_a_loop_by_hand(name):
     params, values = by_hand(name)
@@ -106,6 +108,7 @@ def test_equals_a_loop_by_hand(name):
     assert len(set(values)) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backtracking", SLOW])
 def test_beside_rules_that_measure(name):
     """The line search refuses no signal that is there for others, and the steps stay the same."""

@@ -79,6 +79,7 @@ def test_a_budget_below_one_batch_takes_no_step():
     np.testing.assert_array_equal(result.state.params, np.zeros(NUM_INPUTS))
 
 
+@pytest.mark.slow
 def test_equal_budgets_differ_by_less_than_a_batch():
     seen = [int(fit(tx).state.num_examples) for tx in (constant(7), with_arbiter(), constant(10))]
     assert all(200 - 32 < n <= 200 for n in seen)
@@ -334,6 +335,7 @@ def test_data_is_anything_with_train_and_validation():
     same_bits(fit(constant(10), data=no_validation).state, fit(constant(10)).state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_train", "num_validation"), [(1, 1), (2, 1), (3, 5), (1, 30)])
 def test_tiny_data_is_repeated(num_train, num_validation):
     result = fit(with_arbiter(), num_examples=100, data=data(num_train, num_validation))
@@ -412,6 +414,7 @@ def test_transform_batch_changes_what_is_trained_on():
     np.testing.assert_array_equal(result.state.params, np.zeros(NUM_INPUTS))
 
 
+@pytest.mark.slow
 def test_num_agent_inputs_may_exceed_validation():
     result = fit(with_arbiter(), num_examples=40, num_agent_inputs=64, data=data(50, 3))
     chex.assert_tree_all_finite(result.state)

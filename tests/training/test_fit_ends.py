@@ -52,6 +52,7 @@ def sizes(result):
 # What is left of the budget
 
 
+@pytest.mark.slow
 def test_a_leap_leaves_less_than_a_tenth():
     result = fit(chain(leaping(250, 4096)), 5000)
     # 4 steps of 250; of the 4,000 that are left 2,048, 1,024 and 512: 416 are less than a tenth.
@@ -61,6 +62,7 @@ def test_a_leap_leaves_less_than_a_tenth():
     assert result.per_step("batch_size").tolist() == [250] * 4 + [2048, 1024, 512]
 
 
+@pytest.mark.slow
 def test_the_smaller_batch_is_trained_on_as_any_other():
     """Its step is the one of a rule whose size it is."""
     leap = fit(chain(leaping(8, 64)), 64)
@@ -86,6 +88,7 @@ def test_how_much_of_a_budget_is_used(tx, num_examples, expected):
     assert sizes(fit(tx, num_examples)) == expected
 
 
+@pytest.mark.slow
 def test_a_leg_leaves_the_rest_to_the_next():
     tx = chain(leaping(8, 64))
     first = fit(tx, 200, stop_at=60)

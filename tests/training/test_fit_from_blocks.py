@@ -80,6 +80,7 @@ def columns(result):
     return [(r.batch_size, r.bucket_size, r.num_steps, r.num_examples) for r in result.history]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_cached_programs")
 @pytest.mark.parametrize("growing", [False, True], ids=["arbiter", "growing"])
 def test_equals_training_from_the_device(growing):
@@ -137,6 +138,7 @@ def test_legs_on_short_blocks_are_one_run(micro_batch_size, first_leg, num_steps
     chex.assert_trees_all_equal(legs[1].state, whole.state)
 
 
+@pytest.mark.slow
 def test_an_own_loop_takes_a_block_a_window():
     tx = chain()
     expected = fit(tx, draw(0), num_examples=80)
@@ -159,6 +161,7 @@ def test_an_own_loop_takes_a_block_a_window():
     assert_same_training(state, expected.state)
 
 
+@pytest.mark.slow
 def test_the_run_ends_with_the_last_whole_batch():
     tx = chain(growing=True)
     with datasets.host_blocks(same_order(tx, 73), window=WINDOW) as blocks:
@@ -175,6 +178,7 @@ def test_the_run_ends_with_the_last_whole_batch():
     assert_same_training(result.state, expected._replace(unfinished=result.state.unfinished))
 
 
+@pytest.mark.slow
 def test_goes_on_after_an_interrupt():
     tx = chain()
     expected = fit(tx, draw(0))

@@ -132,6 +132,7 @@ def collectives(program):
 LARGEST_GRADIENT = NUM_INPUTS * NUM_HIDDEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_eight_devices_run_as_one(rule):
     ours, sizes = trained(rule)
@@ -150,6 +151,7 @@ def test_only_gradients_and_numbers_move(rule):
     assert max(size for _, size in found) <= LARGEST_GRADIENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["constant", pytest.param("arbiter", marks=pytest.mark.slow)])
 def test_every_device_computes_its_share(rule):
     options = {"bucket_size": 1024}  # so that what all devices do, the update, is a small part
@@ -197,6 +199,7 @@ def test_local_sampling_moves_no_example():
     chex.assert_trees_all_close(found, ours, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_local_samples_are_each_devices_own():
     n, size, bucket_size = 4, 48, 16
     rows, sampler = np.arange(size), aj.init_sampler(3)
@@ -242,6 +245,7 @@ def run_fit(data, params, mesh=None, batch_size=5, **options):
     return fit(loss_fn, params, tx, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_fit_keeps_what_is_placed(kind):
     mesh = make_mesh(2, 2, kind=kind)
@@ -285,6 +289,7 @@ def test_fit_from_blocks_on_a_mesh(sharding):
     chex.assert_trees_all_close(found.state.params, ours.state.params, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_small_bucket_has_a_row_for_each_device():
     result = run_fit(data(), params(), mesh=make_mesh(8), batch_size=3, stop_at=12)
     assert [(record.batch_size, record.bucket_size) for record in result.history] == [(3, 8)]
@@ -325,6 +330,7 @@ def test_buckets_and_data_that_devices_cannot_share():
         run(data(), bucket_size=8, sampling="own")
 
 
+@pytest.mark.slow
 def test_own_loop_on_explicit_axes():
     mesh, tx = make_mesh(8, kind=AxisType.Explicit), make("gradient_noise_scale")
     batch, mask = jax.tree.map(lambda x: x[:32], data().train), np.arange(32) % 8 > 0

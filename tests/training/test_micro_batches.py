@@ -120,6 +120,7 @@ def test_a_step_may_take_fewer_examples():
     assert info.batch_size.tolist() == [40] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -133,6 +134,7 @@ def test_inside_wrappers(wrap):
     close((state, info), (expected, wanted))
 
 
+@pytest.mark.slow
 def test_vmapped_seeds_have_sizes_of_their_own():
     sizes = (5, 100)
     states = [start(plain(), size, seed) for seed, size in enumerate(sizes)]
@@ -147,6 +149,7 @@ def test_vmapped_seeds_have_sizes_of_their_own():
 # Statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 40, 100])
 def test_groups_are_the_pieces_of_the_statistics(size):
     tx = optax.chain(optax.sgd(0.1), S.gradient_noise_scale(**LIMITS))
@@ -208,6 +211,7 @@ def stateful(w, batch, model_state, mask, key):
     return loss_fn(w, batch) * (1 + jax.random.bernoulli(key, 0.5)), new
 
 
+@pytest.mark.slow
 def test_a_model_sees_each_group_by_itself():
     tx = plain()
     state = start(tx, 40, model_state={"calls": jnp.int32(0), "mean": jnp.zeros(())})
@@ -239,6 +243,7 @@ def test_augmentation_has_a_key_for_each_group():
     np.testing.assert_allclose(info.loss[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_subset_selection_is_bounded_as_well():
     gradient_fn = aj.subset_gradients(loss_fn, min_size=LARGE)  # all examples
     options = {"loss_fn": None, "gradient_fn": gradient_fn}
@@ -266,6 +271,7 @@ def windows(result):
     return [(r.batch_size, r.num_steps, r.num_examples) for r in result.history]
 
 
+@pytest.mark.slow
 def test_compile_budget(no_cached_programs):
     """max(1, log2(micro / next_bucket(min)) + 1), whatever the largest batch is."""
     tx = optax.chain(optax.sgd(0.01), leaping(8, 32, 4096, 16, 64, 1000, 2048, 9))
@@ -289,6 +295,7 @@ def test_the_rest_of_a_budget(num_examples):
     close(results[0].state.params, results[1].state.params, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_from_blocks():
     tx = optax.chain(optax.sgd(0.01), leaping(8, 40, 100, 24))
     found = []
@@ -322,6 +329,7 @@ def test_memory_does_not_depend_on_the_batch():
 # "auto"
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_that_fits(monkeypatch, caplog):
     tx = optax.chain(optax.sgd(0.01), leaping(8, 200, 1024, 2048, 17))
     monkeypatch.setattr(_auto_micro_batch, "_memory", lambda: 60_000)

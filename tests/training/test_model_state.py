@@ -68,6 +68,7 @@ def train(kind, tx, pieces, batches):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("kind", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
 def test_a_bad_row_leaves_batch_norm_as_it_was(kind, pieces):

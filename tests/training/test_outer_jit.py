@@ -54,6 +54,7 @@ def first_state(tx, key=0):
 NAMES = ["gradient_noise_scale", pytest.param("arbiter", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_scan_equals_calls(name):
     tx = chain(name)
@@ -78,6 +79,7 @@ def test_scan_equals_calls(name):
     assert (stacked.batch_size == sizes[:, None]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_equals_each_alone(name):
     tx = chain(name)
@@ -110,6 +112,7 @@ def test_micro_batches_take_any_size():
     assert info.batch_size[:, 0].tolist() == [4, 4, 24]
 
 
+@pytest.mark.slow
 def test_the_outer_jit_donates():
     """Inside it nothing is: whoever calls it says what may be overwritten."""
     tx = chain("gradient_noise_scale")

@@ -99,6 +99,7 @@ LIMITS = {"min_batch_size": 4, "max_batch_size": BUCKET, "initial_batch_size": 6
 CASES = {**RULES, **ARBITERS}
 
 
+@pytest.mark.slow
 def test_as_in_fit():
     # Several rules at once: what each would have chosen, from signals that they share.
     names = ["gradient_noise_scale", "noise_floor", "goodput", "from_schedule"]
@@ -161,6 +162,7 @@ def test_padding_changes_no_bit():
     assert int(found[0][2]["batch_size"]) == int(signals["batch_size"]) == 6
 
 
+@pytest.mark.slow
 def test_halves_are_alternate_rows():
     tx, grad_fn = floor_chain()
     for num_rows in (7, 8):
@@ -219,6 +221,7 @@ def test_counts_by_itself():
     assert len(set(without[2])) > 1
 
 
+@pytest.mark.slow
 def test_multi_steps_without_a_count():
     watched = aj.schedulers.shadow(CASES["gradient_noise_scale"].make(**LIMITS))
     inner = noise_chain(watched, aj.schedulers.constant(6))
@@ -242,6 +245,7 @@ def with_state(params, batch, model_state, mask, key):
     return losses, {"mean": 0.5 * model_state["mean"] + 0.5 * mean, "n": model_state["n"] + 1}
 
 
+@pytest.mark.slow
 def test_model_state_and_key():
     tx = noise_chain(floor())
     grad_fn = aj.value_grad_and_signals(with_state, tx)
@@ -276,6 +280,7 @@ def test_aux_rows_in_the_order_of_the_batch(num_rows):
     assert int(aux["rows"]) == 3
 
 
+@pytest.mark.slow
 def test_micro_batches_of_a_batch():
     tx, grad_fn = floor_chain()
     state = tx.init(start())
@@ -305,6 +310,7 @@ def accumulated(accumulator, micro_batches, opt_state, **options):
     return accumulator.finish(state, start(), opt_state)
 
 
+@pytest.mark.slow
 def test_accumulate():
     tx, grad_fn = floor_chain()
     accumulator = aj.accumulate(loss_fn, tx)
@@ -348,6 +354,7 @@ def test_accumulate_not_due_and_masked():
     assert not np.any(signals["gradient_noise"]["w"])
 
 
+@pytest.mark.slow
 def test_accumulate_aux_and_model_state():
     tx = noise_chain(floor())
     accumulator = aj.accumulate(with_aux, tx, has_aux=True)
@@ -364,6 +371,7 @@ def test_accumulate_aux_and_model_state():
     chex.assert_trees_all_equal(signals["model_state"], model_state)  # the batch was not finite
 
 
+@pytest.mark.slow
 def test_under_scan_and_vmap():
     tx, grad_fn = floor_chain()
 

@@ -95,6 +95,7 @@ def loop(tx, grad_fn, model, examples, **arguments):
         yield optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -180,6 +181,7 @@ def variables(model):
 COUNT = "['dropout']['rngs']['count']"
 
 
+@pytest.mark.slow
 def test_in_place_once_and_not_by_a_nan():
     rule = aj.schedulers.gradient_noise_scale(measure_every=1)
     tx = optax.chain(optax.apply_if_finite(optax.sgd(0.1), 9), rule)
@@ -203,6 +205,7 @@ def test_in_place_once_and_not_by_a_nan():
     chex.assert_trees_all_equal(variables(model), kept)
 
 
+@pytest.mark.slow
 def test_accumulated_over_micro_batches():
     rule = aj.schedulers.gradient_noise_scale(measure_every=1)
     tx = optax.chain(optax.sgd(0.1), rule)
@@ -227,6 +230,7 @@ def test_accumulated_over_micro_batches():
     np.testing.assert_allclose(*stats, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_inside_jax_jit_with_a_masked_batch_norm():
     """Split and merged by hand, with x64; the mask reaches BatchNorm through the loss."""
 

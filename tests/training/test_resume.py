@@ -37,6 +37,7 @@ def crash_after(num_windows):
     return callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), MATRIX)
 def test_a_crashed_run_ends_as_one_that_did_not(name, kind, tmp_path):
     whole = fit(name, kind)
@@ -90,6 +91,7 @@ def sizes(*results):
     return [(r.batch_size, r.bucket_size, r.num_steps) for each in results for r in each.history]
 
 
+@pytest.mark.slow
 def test_a_window_cut_by_a_leg_is_finished():
     """With its size and its bucket, before the rule decides anew; also if it is cut again."""
     tx = sizes_of_steps(8, 3, 20, 1, 5)
@@ -117,6 +119,7 @@ def test_a_leg_ends_where_its_window_is_cut():
     assert sizes(first, run(tx, state=first.state))[1] == (16, 16, 1)
 
 
+@pytest.mark.slow
 def test_a_window_cut_by_the_budget_is_left():
     """The rule decides on what is left of it; with a larger budget the window is finished."""
     tx = sizes_of_steps(16, 5, 1)
@@ -148,6 +151,7 @@ def test_a_new_range_drops_an_unfinished_window():
     assert [int(x) for x in resume_state(state, tx(8)).unfinished] == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["goodput", pytest.param("expected_gain", marks=pytest.mark.slow)])
 def test_the_measured_time_survives_a_leg(kind, monkeypatch):
     """The clock goes on by what a step of the bucket costs: the same, however a window is cut."""

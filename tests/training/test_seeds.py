@@ -79,6 +79,7 @@ def check_seeds(tx, loss=loss_fn, **options):
     return together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=slow) for name in sorted(CASES)]
 )
@@ -97,6 +98,7 @@ def stacked(states):
     return jax.tree.map(lambda *x: jnp.stack(x), *states)
 
 
+@pytest.mark.slow
 def test_seeds_that_stand_elsewhere_go_on_by_themselves():
     """Each has its own budget left, windows, last batches (some of which wait) and end."""
     sizes = lambda step: jnp.where(step < 3, 8, 64)
@@ -171,6 +173,7 @@ def test_one_program_for_all_seeds(no_cached_programs):
         result.of_seed(0).of_seed(0)
 
 
+@pytest.mark.slow
 def test_callbacks_get_a_record_of_each_seed():
     first = fit(constant(), params=of(STARTS, 0), key=KEYS[0], num_examples=200).state
     states = [first, *(aj.init_state(of(STARTS, i), constant(), KEYS[i]) for i in (1, 2))]

@@ -139,6 +139,7 @@ def run(tx, loss_fn, params, **options):
     )
 
 
+@pytest.mark.slow
 def test_frozen_leaves_decide_nothing():
     """Every measured rule finds what it finds where they have no gradient at all."""
     rules = all_measured_rules()
@@ -255,6 +256,7 @@ class Batch(NamedTuple):
     y: jax.Array
 
 
+@pytest.mark.slow
 def test_the_agent_sees_the_inputs_of_any_batch():
     x, y = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32), jnp.ones(8)
     expected = seeing((x, y))()

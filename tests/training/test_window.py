@@ -147,6 +147,7 @@ def by_hand(state, tx, data, batch_size, num_steps):
     return p, opt_state, losses
 
 
+@pytest.mark.slow
 def test_a_window_is_what_a_loop_of_plain_optax_is():
     optimizer = optax.sgd(0.3, momentum=0.9)
     tx = optax.chain(optimizer, aj.schedulers.constant(50))
@@ -162,6 +163,7 @@ def test_a_window_is_what_a_loop_of_plain_optax_is():
     assert float(state.progress) == 6.0
 
 
+@pytest.mark.slow
 def test_steps_not_taken_change_nothing():
     tx = adam_and_arbiter()
     run = functools.partial(aj.run_window, loss_fn=loss_fn, tx=tx, bucket_size=32, window=8)
@@ -186,6 +188,7 @@ def test_windows_in_pieces_are_the_whole_bit_for_bit():
     chex.assert_trees_all_equal(jax.tree.map(lambda *x: np.concatenate(x), *infos), info)
 
 
+@pytest.mark.slow
 def test_num_steps_none_takes_all_of_them():
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
     run = functools.partial(aj.run_window, loss_fn=loss_fn, tx=tx, bucket_size=8, window=5)
@@ -203,6 +206,7 @@ def test_do_if_is_a_condition_on_every_backend(backend, monkeypatch):
         chex.assert_trees_all_equal(out, double(carry) if condition else carry)
 
 
+@pytest.mark.slow
 def test_a_shorter_window_copies_no_parameters():
     """A third of the time of a small step, when a condition around it passed the state on."""
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), aj.schedulers.constant(8))
@@ -347,6 +351,7 @@ def test_update_noise_is_the_optimizers_response():
     np.testing.assert_allclose(state.opt_state[1].ratio, [-0.25, -0.25], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hyper_every", [1, 3])
 def test_the_validation_sampler_moves_by_what_was_used(hyper_every):
     tx = optax.chain(optax.sgd(0.1), arbiter(window=100, hyper_every=hyper_every))
@@ -359,6 +364,7 @@ def test_the_validation_sampler_moves_by_what_was_used(hyper_every):
     assert int(sampler.epoch) * NUM_EXAMPLES + int(sampler.cursor) == used
 
 
+@pytest.mark.slow
 def test_the_logged_fields_of_every_step_are_reported():
     tx = optax.chain(optax.sgd(0.1), arbiter(window=2))
     state, info = aj.run_window(start(tx), data(), loss_fn=loss_fn, tx=tx, bucket_size=16, window=5)
@@ -377,6 +383,7 @@ def statistics_loss(params, batch, model_state, mask, key):
     return loss_fn(params, batch), 0.9 * model_state + 0.1 * mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needed", [(), ("grad_stats",)], ids=["plain", "pieces"])
 def test_guarantee_1_padding_contributes_exactly_zero(needed):
     """Rows that the window does not select may hold anything: no bit of the result changes."""
@@ -437,6 +444,7 @@ def asking(needed):
     return optax.GradientTransformationExtraArgs(lambda params: State(jnp.zeros(())), update_fn)
 
 
+@pytest.mark.slow
 def test_guarantee_2_one_program_a_bucket():
     class State(RecordedState):
         pass
@@ -462,6 +470,7 @@ def test_guarantee_2_one_program_a_bucket():
     assert [programs_of(size) for size in (32, 16, 18)] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_guarantee_3_updates_are_the_optimizers():
     results = []
     for rule in (arbiter(window=3), aj.schedulers.constant(13)):
@@ -473,6 +482,7 @@ def test_guarantee_3_updates_are_the_optimizers():
     chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_plain_window_has_the_flops_of_a_scan():
     sizes, window, batch_size = (784, 256, 10), 5, 64
     rng = np.random.default_rng(0)
@@ -510,6 +520,7 @@ def test_a_plain_window_has_the_flops_of_a_scan():
 # Company
 
 
+@pytest.mark.slow
 def test_seeds_vmap_to_what_each_of_them_does_alone():
     tx = optax.chain(optax.sgd(0.1), arbiter(window=2))
     keys = jax.random.split(jax.random.PRNGKey(7), 3)
@@ -527,6 +538,7 @@ def test_seeds_vmap_to_what_each_of_them_does_alone():
     assert len({tuple(row) for row in infos.loss.tolist()}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_transformation", [False, True])
 def test_multi_steps_decides_once_per_whole_batch(as_transformation):
     chain = optax.chain(optax.sgd(0.1), arbiter(window=100))
