@@ -136,8 +136,11 @@ def _over_groups(micro_batch_size: int, function: GradientFn, num_parts: int) ->
 
     def fn(params, batch, mask, model_state=None, key=None):
         length = mask.shape[0]
-        rows = -(-min(micro_batch_size, length) // num_parts)
-        n = -(-length // rows)
+        group_size = min(micro_batch_size, length)
+        rows = -(-group_size // num_parts)
+        # Up to the last real row: groups of padding alone would cost as much as others.
+        end = jnp.max(jnp.where(mask, jnp.arange(1, length + 1, dtype=jnp.int32), 1))
+        n = num_parts * num_groups(end, group_size)
         first = jnp.argmax(mask)
 
         def take(j, key):

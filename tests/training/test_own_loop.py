@@ -310,6 +310,27 @@ def accumulated(accumulator, micro_batches, opt_state, **options):
     return accumulator.finish(state, start(), opt_state)
 
 
+@pytest.mark.parametrize("rule", ["constant", "gradient_noise_scale"])
+def test_groups_of_padding_alone_are_skipped(rule):
+    """Five rows in a bucket of sixteen are two groups of four, not four."""
+    computed = []
+
+    def counted(params, batch):
+        jax.debug.callback(lambda x: computed.append(len(x)), batch[1])
+        return loss_fn(params, batch)
+
+    tx = optax.chain(
+        optax.sgd(0.1), RULES[rule].make(min_batch_size=4, max_batch_size=16, initial_batch_size=8)
+    )
+    params = start()
+    grad_fn = aj.value_grad_and_signals(counted, tx, micro_batch_size=4)
+    batch = datasets.MaskedBatch(draw(16), np.arange(16) < 5)
+    _, grads, _ = jax.jit(grad_fn)(params, tx.init(params), batch)
+    jax.block_until_ready(grads)
+    jax.effects_barrier()
+    assert sum(computed) == 8
+
+
 @pytest.mark.slow
 def test_accumulate():
     tx, grad_fn = floor_chain()
