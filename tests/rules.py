@@ -3,12 +3,13 @@
 `test_conformance` checks that no member of `aj.schedulers` is missing.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import arbiter_jax as aj
 
@@ -16,6 +17,24 @@ S = aj.schedulers
 NUM_FEATURES = 3
 NOISE = ("gradient_noise", "update_noise", "grad_stats")
 GAIN = ("update_noise", "meta_batch")
+
+
+# Rules of every kind. A slow test of all rules runs with these in CI, with the others before a release.
+USUAL = (
+    "arbiter",
+    "constant",
+    "expected_gain",
+    "goodput",
+    "gradient_noise_scale",
+    "noise_floor",
+    "seesaw",
+)
+
+
+def usual_in_ci(names: Iterable[str]) -> list[Any]:
+    """The names as cases of a slow test."""
+    unusual = lambda name: pytest.param(name, marks=pytest.mark.exhaustive)
+    return [name if name in USUAL else unusual(name) for name in names]
 
 
 class Case(NamedTuple):

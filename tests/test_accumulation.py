@@ -16,7 +16,7 @@ import pytest
 import arbiter_jax as aj
 from arbiter_jax.base import as_count
 from tests.problems import grad_stats
-from tests.rules import RULES
+from tests.rules import RULES, usual_in_ci
 from tests.test_conformance import LIMITS, grads_at, params_like, signals_at
 
 S = aj.schedulers
@@ -60,7 +60,7 @@ def sizes_after_updates(name, k, start=0, accumulates=True, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(RULES)))
 def test_one_call_per_update_is_no_accumulation(name):
     assert sizes_after_updates(name, 1)[0] == sizes_after_updates(name, 1, accumulates=False)[0]
 
@@ -279,7 +279,9 @@ def test_the_ledger_goes_on_beyond_32_bits(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [2**31 - 100, 2**33])
-@pytest.mark.parametrize("name", sorted(set(RULES) - {*SCHEDULES, "noise_floor", "seesaw"}))
+@pytest.mark.parametrize(
+    "name", usual_in_ci(sorted(set(RULES) - {*SCHEDULES, "noise_floor", "seesaw"}))
+)
 def test_measured_rules_do_not_see_where_a_run_stands(name, start):
     """`num_accumulated` says that the first update is no larger than others."""
     there = sizes_after_updates(name, 1, start=start, num_accumulated=0)[0]

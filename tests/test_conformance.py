@@ -20,14 +20,13 @@ import pytest
 import arbiter_jax as aj
 from arbiter_jax import base
 from arbiter_jax.objectives import Persistence
-from tests.rules import ARBITERS, NUM_FEATURES, RULES, loss_fn
+from tests.rules import ARBITERS, NUM_FEATURES, RULES, USUAL, loss_fn
 
 LOW, HIGH, START = 16, 128, 32
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
 NUM_STEPS = 6
 
 CASES = RULES | ARBITERS
-slow = pytest.mark.slow  # for what the fast suite shows of two rules
 
 # Public functions of the module that are not rules, each with what it is.
 NOT_RULES = {
@@ -317,7 +316,7 @@ MEASURED = [name for name in ALL_RULES if set(CASES[name].signals) & base.MEASUR
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("gradient_noise_scale", "norm_test") else slow)
+        pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive)
         for name in sorted(set(MEASURED) - {"shadow"})
     ],
 )

@@ -246,14 +246,14 @@ def with_number(state, argument, value):
     return state
 
 
-# One of each kind; the others are slow.
+# One of each kind; CI leaves the others out.
 FAST = ("adamp", "arbiter", "autowu", "constant", "goodput", "gradient_noise_scale", "smith")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in sorted(CASES)],
+    [pytest.param(x, marks=() if x in FAST else pytest.mark.exhaustive) for x in sorted(CASES)],
 )
 def test_traced_numbers_give_what_python_numbers_give(name):
     case = CASES[name]

@@ -8,7 +8,6 @@ import arbiter_jax as aj
 from arbiter_jax import schedulers
 
 S = schedulers
-slow = pytest.mark.slow
 
 
 def trained(rule, num_examples, window):
@@ -31,7 +30,14 @@ def test_a_size_holds_from_its_count_on():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [7, pytest.param(1, marks=slow), pytest.param(100, marks=slow)])
+@pytest.mark.parametrize(
+    "window",
+    [
+        7,
+        pytest.param(1, marks=pytest.mark.exhaustive),
+        pytest.param(100, marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize(
     "text", ["0:4", "0:4 100:8 300:32", "0:32 200:4", "0:4 10:8 11:16 500:6", "0:4 100:900"]
 )

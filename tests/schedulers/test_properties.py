@@ -16,7 +16,7 @@ import pytest
 import arbiter_jax as aj
 from arbiter_jax import schedulers
 from arbiter_jax.objectives import Persistence
-from tests.rules import RULES
+from tests.rules import RULES, usual_in_ci
 
 LOW, HIGH, START, NUM_STEPS = 5, 300, 20, 6
 LIMITS = {"min_batch_size": LOW, "max_batch_size": HIGH, "initial_batch_size": START}
@@ -77,7 +77,7 @@ def good_rows() -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(RULES)))
 @hypothesis.given(rows=table)
 def test_stays_in_range(name, rows):
     updates, before, after = trajectory(name)(rows)

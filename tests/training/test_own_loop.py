@@ -12,7 +12,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from tests.rules import ARBITERS, NUM_FEATURES, RULES
+from tests.rules import ARBITERS, NUM_FEATURES, RULES, usual_in_ci
 
 BUCKET = 8
 NUM_EXAMPLES = 96
@@ -116,7 +116,7 @@ def test_as_in_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "shadow"])
+@pytest.mark.parametrize("name", usual_in_ci(name for name in CASES if name != "shadow"))
 def test_every_rule_decides_as_in_fit(name):
     tx = optax.chain(optax.adam(0.02), CASES[name].make(**LIMITS))
     result = through_fit(tx)

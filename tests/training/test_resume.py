@@ -10,16 +10,22 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax.training import _fit, no_unfinished_window, resume_state
+from tests.rules import usual_in_ci
 from tests.training.resume_runs import KINDS, NAMES, arrays, assert_same_run, fit
 
-# A few of the matrix by default: each reads other things that have to survive.
-DEFAULT = {
+# Each of these reads other things that have to survive; CI leaves the rest of the matrix out.
+IN_CI = {
+    ("arbiter", "resident"),
+    ("constant", "streamed"),
+    ("expected_gain", "resident"),
     ("goodput", "streamed"),
     ("gradient_noise_scale", "batch_norm"),
-    ("arbiter", "resident"),
+    ("multi_steps", "resident"),
+    ("noise_floor", "streamed"),
+    ("seesaw", "resident"),
 }
 MATRIX = [
-    pytest.param(name, kind, marks=() if (name, kind) in DEFAULT else pytest.mark.slow)
+    pytest.param(name, kind, marks=() if (name, kind) in IN_CI else pytest.mark.exhaustive)
     for kind in KINDS
     for name in NAMES
 ]
@@ -54,7 +60,7 @@ def test_a_crashed_run_ends_as_one_that_did_not(name, kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", usual_in_ci(NAMES))
 def test_legs_cut_in_a_window_are_one_run(name):
     whole = fit(name, "resident", clock=lambda: 0.0)
     legs, state = [], None

@@ -81,7 +81,11 @@ def check_seeds(tx, loss=loss_fn, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=slow) for name in sorted(CASES)]
+    "name",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in sorted(CASES)
+    ],
 )
 def test_each_seed_equals_its_own_run(name):
     tx = optax.chain(optax.sgd(0.02, momentum=0.5), CASES[name](**LIMITS))
