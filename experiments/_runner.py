@@ -186,8 +186,8 @@ def main(
 ) -> None:
     """Runs an experiment from the command line: flags, run, files, figures, table.
 
-    Exit status: 2 for wrong usage; 1 if the results could not be written, and then the table has been
-    printed all the same; 130 after an interrupt. Each is one line on standard error.
+    Exit status: 2 for wrong usage; 1 if the results could not be written or drawn, and then the table
+    has been printed all the same; 130 after an interrupt. Each is one line on standard error.
     """
     try:
         config, output = parse(name, configs, description, sys.argv[1:] if argv is None else argv)
@@ -196,17 +196,17 @@ def main(
             results = _run_or_keep(name, config, run, output)
             failure = None
             try:
-                with _moved_into(output) as folder:
+                with moved_into(output) as folder:
                     write(name, config, results, folder)
-                with _moved_into(output) as folder:
+                with moved_into(output) as folder:
                     plot(results, folder)
-            except (OSError, ImportError) as error:  # matplotlib may be missing
-                failure = error
+            except OSError as error:
+                failure = f"{_not_written(output, error)}; see the table."
+            except ImportError as error:  # no matplotlib; the files without figures are written
+                failure = str(error)
             print_table(table(results))
             if failure is not None:
-                raise SystemExit(
-                    complain(name, f"{_not_written(output, failure)}; see the table.", 1)
-                )
+                raise SystemExit(complain(name, failure, 1))
             names = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))
             print(f"Written to {output}/: {', '.join(names)}")
     except (UsageError, ValueError, ImportError) as error:
@@ -240,7 +240,7 @@ def _run_or_keep(name: str, config: Any, run: Callable[[Any], Results], output: 
         if rows:
             kept = f"{len(rows)} finished rows are in {output / 'unfinished.json'}"
             try:
-                with _moved_into(output) as folder:
+                with moved_into(output) as folder:
                     _write_summary(name, config, rows, folder / "unfinished.json")
             except OSError as failure:
                 kept = _not_written(output, failure)
@@ -296,7 +296,7 @@ def _check_owner(name: str, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _moved_into(output: Path) -> Iterator[Path]:
+def moved_into(output: Path) -> Iterator[Path]:
     """A temporary folder whose files are moved to `output` at the end: none is ever half there."""
     with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
         yield Path(folder)

@@ -384,6 +384,19 @@ def test_a_full_disk_does_not_lose_the_results(place, tmp_path, capsys, monkeypa
     ) == before
 
 
+def test_without_matplotlib_only_the_figures_are_lost(tmp_path, capsys):
+    def plot(results, folder):
+        raise ImportError("Figures need matplotlib.")
+
+    with pytest.raises(SystemExit) as stop:
+        run_small(tmp_path, plot=plot)
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith(": Figures need matplotlib.\n")
+    assert "method" in printed.out
+    assert names(tmp_path) == ["metrics.csv", "summary.json"]
+
+
 def test_a_folder_that_cannot_be_used_is_found_at_once(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     never = lambda config: pytest.fail("it trained")

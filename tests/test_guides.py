@@ -4,7 +4,11 @@ import pytest
 
 from tests.pages import SITE, run_blocks, toctree_pages
 
-PAGES = [SITE / "index.md", *sorted((SITE / "guides").glob("*.md"))]
+PAGES = [
+    page
+    for page in (SITE / "index.md", *sorted((SITE / "guides").glob("*.md")))
+    if "```python" in page.read_text()
+]
 
 
 @pytest.mark.slow

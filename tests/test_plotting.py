@@ -82,8 +82,9 @@ def test_batch_sizes_are_steps_over_examples():
 def test_methods_differ_without_color():
     """No two lines have one marker and one dash, and each is named at its end."""
     fits = fits_of(7)
-    for fig in (plotting.batch_sizes(fits, LIMITS), plotting.losses(fits, num_points=30)):
+    for fig in (plotting.batch_sizes(fits, LIMITS), plotting.losses(fits, num_points=60)):
         (ax,) = fig.axes
+        assert len({line.get_markevery() for line in ax.lines}) == 8
         styles = {(line.get_marker(), line.get_linestyle()) for line in ax.lines}
         assert len(styles) == len(labels_at_ends(fig)) == 8
         fig.savefig(io.BytesIO(), format="png")

@@ -264,13 +264,13 @@ def _per_example_stats(
                 "method must be 'pieces' for a model with state, got 'per_example': BatchNorm ties "
                 "the examples of a batch together, so that no example has a gradient of its own."
             )
-        rows = mask.shape[0]
-        m = min(micro_batch_size, rows)
-        if rows % m:
+        size = mask.shape[0]
+        m = min(micro_batch_size, size)
+        if size % m:
             raise ValueError(
-                f"micro_batch_size must divide the {rows} rows of batch or be at least {rows} where "
-                f"method is 'per_example', got {m}: pad the batch to {-(-rows // m) * m} rows and "
-                "mark the real ones in mask."
+                f"micro_batch_size must divide the {size} rows of batch or be at least "
+                f"{size} where method is 'per_example', got {m}: pad the batch to "
+                f"{-(-size // m) * m} rows and mark the real ones in mask."
             )
         batch = replace_padding(batch, mask)
         out = plain(params, batch, mask, None, key)
@@ -299,8 +299,8 @@ def _per_example_stats(
             return (first, squares), (norms, inner, weights)
 
         zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        (first, squares), of_rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
-        norms, inner, weights = (x.reshape(-1) for x in of_rows)
+        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
+        norms, inner, weights = (x.reshape(-1) for x in rows)
         # In examples, also where a loss weighs its examples.
         share = jnp.sum(mask) / jnp.sum(weights)
         first, squares = jax.tree.map(lambda x: times(x, share), (first, squares))
@@ -441,9 +441,9 @@ def gradient_stats(
       McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, A.1.
 
     *Guarantees*: both estimates are unbiased, for pieces of unequal sizes too; padding contributes
-    exactly zero. The weights of a :class:`WeightedLoss` count, as tokens do: where they say how much
-    an example matters, pieces of few examples, and "per_example", take some of the noise for signal;
-    two halves of a large batch do not.
+    exactly zero. The weights of a :class:`WeightedLoss` are read as counts, such as those of tokens. If
+    they are importances instead, pieces of few examples and "per_example" take some of the noise for
+    signal; two halves of a large batch do not.
 
     >>> stats = gradient_stats(lambda w, x: (w - x) ** 2 / 2, 0.0, jnp.array([1.0, 3.0]))
     >>> float(stats.variance_trace), float(stats.mean_sq_norm)  # of the gradients -1 and -3

@@ -21,7 +21,7 @@ from arbiter_jax.plotting._figures import (
 # Each method has a marker of its own, because gray prints lose the colors.
 _MARKERS = "os^Dv<>P"
 _NUM_MARKERS = 7  # per line
-_FALL = 10  # a loss that falls further than this is drawn on a logarithmic axis
+_FALL = 10  # losses that span a larger factor are drawn on a logarithmic axis
 
 
 def runs(fits: Mapping[Any, Any], limits: tuple[int, int] | None = None, title: str = "") -> Any:
@@ -55,9 +55,9 @@ def runs(fits: Mapping[Any, Any], limits: tuple[int, int] | None = None, title: 
         raise ValueError(f"fits must hold at most {MOST_LABELS} methods, got {len(groups)}.")
     limits = _limits(groups, limits)
     fig, (top, bottom) = figure(2, 1, size=(7.0, 5.6), sharex=True)
-    top_places = {m: (top, i) for i, m in enumerate(groups)}
-    _draw_losses(groups, top_places, num_points=60)
-    _draw_sizes(groups, {m: (bottom, i) for m, (_, i) in top_places.items()}, limits)
+    places = lambda ax: {method: (ax, i) for i, method in enumerate(groups)}
+    _draw_losses(groups, places(top), num_points=60)
+    _draw_sizes(groups, places(bottom), limits)
     _thousands(bottom)
     bottom.set_xlim(left=0)
     top.set_ylabel("training loss")
@@ -101,7 +101,7 @@ def losses(fits: Mapping[Any, Any], title: str = "", num_points: int = 120) -> A
     """Plots training loss against training examples: the mean over seeds and their range.
 
     Each method has a line with its name at the end, or a panel of its own if there are more than 8.
-    The axis begins at zero, or is logarithmic if a mean falls by more than a factor of 10.
+    The axis begins at zero, or is logarithmic if the means span more than a factor of 10.
 
     Args:
       fits: {method: FitResult}, of one key or of several; or {(method, seed): FitResult}. Runs
@@ -165,8 +165,8 @@ def _style(method: str, index: int, num_points: int) -> dict[str, Any]:
     """How the mean of a method is drawn: constant sizes are thin and dashed."""
     constant = method.startswith("constant")
     every = max(1, num_points // _NUM_MARKERS)
-    # The markers of two methods do not stand at the same examples.
-    offset = (index * every // 3 + every // 4) % every
+    # The markers of two methods do not stand at the same examples; those of neighbors are far apart.
+    offset = (3 * index % MOST_LABELS * every // MOST_LABELS + every // 4) % every
     return {
         "color": COLORS[index],
         "linestyle": (0, (4, 2)) if constant else "-",
@@ -234,7 +234,7 @@ def _draw_losses(
         if len(mine) > 1:
             color = COLORS[index]
             ax.fill_between(center, mine.min(0), mine.max(0), color=color, alpha=0.13, lw=0)
-    for ax in {id(ax): ax for ax, _ in places.values()}.values():
+    for ax in {ax for ax, _ in places.values()}:
         if logarithmic:
             ax.set_yscale("log")
         elif means.size and means.min() >= 0:

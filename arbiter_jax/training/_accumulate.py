@@ -59,8 +59,8 @@ def accumulate(
         updates, opt_state = tx.update(grads, opt_state, params, **signals)
 
     The number of micro-batches is rounded up: where the size is no multiple of the micro-batch, a step
-    takes more examples than the rule asks for, and a run of so many examples fewer steps than planned.
-    A `mask` for the last micro-batch keeps to the size.
+    takes more examples than the rule asks for, and a given number of examples is used up in fewer steps
+    than planned. To take exactly that size, mask the surplus rows of the last micro-batch.
 
     Value and gradient are means over all examples (weighted by their weights), summed in at least
     float32. At the steps at which a rule measures, the gradient of each micro-batch is computed in two

@@ -70,7 +70,7 @@ def _measure(case: Row, config: Config, results: _runner.Results) -> None:
     programs = list(case.make())
     work = case.work() if case.work else None
     if work:
-        programs.append(floor.timed_work(work, config.window))
+        programs.append(floor.timed_work(work, work.window or config.window))
     if case.pairs is None:
         for program in programs:  # compile
             program()

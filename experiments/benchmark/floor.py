@@ -35,7 +35,7 @@ class Work(NamedTuple):
     params: Any
     model_state: Any
     batches: Any  # two of them: leaves [2, B, ...]
-    window: int | None = None  # steps of a measurement; None: as many as of a row
+    window: int | None = None  # steps of a measurement, where a step takes long
 
 
 class Rates(NamedTuple):
@@ -77,8 +77,7 @@ def task_work(task: Task, batch_size: int) -> Work:
 
 
 def timed_work(work: Work, window: int) -> Timed:
-    """Milliseconds of one forward and backward pass, of `window` in a scan if the work has no other."""
-    window = work.window or window
+    """Milliseconds of one forward and backward pass, of `window` in a scan."""
     gradient = jax.value_and_grad(work.mean_loss, has_aux=True)
 
     # Two batches in turn: of a single one, XLA would compute the gradient once, before the loop.

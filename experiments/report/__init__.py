@@ -8,11 +8,8 @@ that it needs, Plotly's JavaScript included (5 MB), and opens without a network.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,18 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(output: Path, text: str) -> None:
     """Writes the whole file or nothing."""
-    new = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        handle, new = tempfile.mkstemp(dir=output.parent, prefix=".", suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(new, 0o644)
-        os.replace(new, output)
+        with _runner.moved_into(output.parent) as folder:
+            (folder / output.name).write_text(text, encoding="utf-8")
     except OSError as error:
-        if new is not None:
-            with contextlib.suppress(OSError):
-                os.remove(new)
         raise _runner.UsageError(
             f"--output must be a file that can be written, got {str(output)!r}: "
             f"{error.strerror or error}."

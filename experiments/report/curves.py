@@ -160,10 +160,9 @@ def _set_layout(fig: Any, panels: Sequence[str], axis: str, num_methods: int) ->
     fig.update_xaxes(**grid, ticks="outside", separatethousands=True, rangemode="tozero")
     fig.update_xaxes(title={"text": axis, "standoff": 6}, row=len(panels), col=1)
     for row, panel in enumerate(panels, 1):
-        drawn = [
-            y for trace in fig.data if trace.yaxis == f"y{row if row > 1 else ''}" for y in trace.y
-        ]
-        scale = "log" if np.nanmin(drawn) > 0 else "linear"
+        axis_name = f"y{row if row > 1 else ''}"
+        drawn = np.concatenate([trace.y for trace in fig.data if trace.yaxis == axis_name])
+        scale = "linear" if np.any(drawn <= 0) else "log"  # nan is neither
         fig.update_yaxes(
             **grid,
             type=scale,

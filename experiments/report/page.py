@@ -88,10 +88,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int 
     """A table of texts, whose first columns are aligned at the left; escapes everything."""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        classes = ['class="text"' if i < num_texts else "" for i in range(len(cells))]
         return "".join(
-            f"<{tag} {kind}>{html.escape(cell)}</{tag}>".replace(" >", ">", 1)
-            for cell, kind in zip(cells, classes, strict=True)
+            f"<{tag}{' class=text' if i < num_texts else ''}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>\n" for row in rows)

@@ -53,9 +53,10 @@ class Source:
 
 def read(paths: Sequence[Path]) -> list[Source]:
     """Reads all sources, or raises a UsageError in one sentence."""
-    labels = _labels(paths)
-    make = lambda path: _file if path.is_file() else _folder
-    sources = [make(path)(path, label) for path, label in zip(paths, labels, strict=True)]
+    sources = [
+        (_file if path.is_file() else _folder)(path, label)
+        for path, label in zip(paths, _labels(paths), strict=True)
+    ]
     names = list(dict.fromkeys(s.experiment for s in sources if s.experiment))
     if len(names) > 1:
         raise UsageError(
@@ -120,8 +121,8 @@ def _file(path: Path, label: str) -> Source:
         "method": label,
         "loss": _number(last["loss"]),
         **{k: v for k, v in evaluated.items() if k != "num_compilations"},
-        "num_steps": int(sum(_number(r["num_steps"]) for r in records)),
-        "num_examples": int(_number(last["num_examples"])),
+        "num_steps": sum(_number(r["num_steps"]) for r in records),
+        "num_examples": _number(last["num_examples"]),
         "seconds": sum(_number(r.get("seconds", "")) for r in records),
         "num_compilations": sum(_number(r.get("num_compilations", "")) for r in records),
         "batch_sizes": curves[0].batch_size.tolist(),
