@@ -34,6 +34,13 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50
 settings.load_profile("ci")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: tests wait for processes and for compilers."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" not in os.environ:
+        return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def no_cached_programs(tmp_path):
     """For tests that count compilations: nothing has been compiled before."""

@@ -117,6 +117,7 @@ def test_defaults_are_among_the_choices(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_device_benchmark_names_the_device(tmp_path, capsys):
     flags = ["--config", "device", "--only", "MLP", "--pairs", "1", "--output", str(tmp_path)]
     run_main("benchmark", flags)

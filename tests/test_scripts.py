@@ -160,14 +160,18 @@ def run_loader(rule, make=lambda: Loader(examples("flat"), 24)):
 
 
 RUNS = {"nnx_mnist": run_nnx, "linen_batch_norm": run_linen, "torch_loader": run_loader}
-FAST = {("torch_loader", "gradient_noise_scale")}
+IN_CI = {  # a rule a loop
+    ("nnx_mnist", "gradient_noise_scale"),
+    ("linen_batch_norm", "noise_floor"),
+    ("torch_loader", "arbiter"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        pytest.param(name, rule, marks=() if (name, rule) in FAST else pytest.mark.slow)
+        pytest.param(name, rule, marks=() if (name, rule) in IN_CI else pytest.mark.exhaustive)
         for name in RUNS
         for rule in RULES
     ],
