@@ -443,7 +443,7 @@ MODELS = [
 REST = [
     E("pictures of no runs", lambda: PLOT.losses({}), "fits must hold at least one run"),
     E("pictures of a list", lambda: PLOT.batch_sizes([1], (8, 64)), r"fits must be a dict"),
-    E("limits that are not there", lambda: PLOT.batch_sizes({("a", 0): fit()}, None), "limits must be"),
+    E("one limit alone", lambda: PLOT.batch_sizes({("a", 0): fit()}, (16,)), "limits must be"),
     E("proposals of no run", lambda: PLOT.proposals(3, (8, 64)), "fit must be a FitResult, got int"),
     E("proposals of a run without them", lambda: PLOT.proposals(fit(), (8, 64)), "fit must be a run with"),
     E("no problem", lambda: NQ.rollout(None, jnp.ones(2)), "problem must be"),
