@@ -158,7 +158,6 @@ def draw(results: _runner.Results) -> Any:
     groups = _runner.by(results.windows, "method", "seed")
     end = results.rows[0]["num_examples"] / 1000
     grid = np.linspace(0, end, 200)
-    ends: list[tuple[float, float, str]] = []
     for ax, field in zip(axes, ("test_loss", "batch_size"), strict=True):
         for name, style in STYLES.items():
             runs = np.array(
@@ -170,29 +169,15 @@ def draw(results: _runner.Results) -> Any:
             )
             mean = runs.mean(0) if field == "test_loss" else np.exp(np.log(runs).mean(0))
             ax.plot(grid, runs.T, color=style["color"], linewidth=0.6, alpha=0.3)
-            ax.plot(grid, mean, linewidth=2.0, **style)
-            if field == "batch_size":
-                ends.append((mean[-1], mean.mean(), name))
+            steps = np.mean([row["num_steps"] for row in results.rows if row["method"] == name])
+            ax.plot(grid, mean, linewidth=2.0, label=f"{name}\n{steps:,.0f} steps", **style)
         ax.set(xlim=(0, end), xlabel="training examples seen [thousands]")
     losses = [point["test_loss"] for point in results.windows]
     axes[0].set(ylabel="test loss", ylim=(0, np.quantile(losses, 0.97)))
     axes[1].set_yscale("log", base=2)
     axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].set(ylabel="batch size [examples]")
-    low, high = np.log(axes[1].get_ylim())
-    free = 1.0
-    for last, _, name in sorted(ends, reverse=True):  # each label beside the end of its line
-        y = min((np.log(last) - low) / (high - low), free - 0.08)
-        free = y - 0.1
-        steps = np.mean([row["num_steps"] for row in results.rows if row["method"] == name])
-        axes[1].text(
-            1.02,
-            y,
-            f"{name}\n{steps:,.0f} steps",
-            transform=axes[1].transAxes,
-            va="center",
-            color=STYLES[name]["color"],
-        )
+    plotting.label_ends(axes[1], fontsize=10)
     return fig
 
 

@@ -16,7 +16,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 # Lines next to each other differ in their dashes, because gray prints lose the colors.
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1.5, 1.5)))
 MOST_LABELS = len(COLORS)  # at the ends of the lines; more of them go into a legend or panels
-_LINE_HEIGHT = 0.16  # of such a label, in inches
+_LINE_HEIGHT = 0.16  # of such a label of 8 points, in inches
 
 
 @functools.cache
@@ -102,11 +102,28 @@ def _thousands(ax: Any) -> None:
     ax.set_xlabel("training examples seen")
 
 
-def _label_ends(ax: Any, lines: Sequence[Any]) -> None:
-    """Writes the label of each line at its end, moved apart where they would overlap.
+def label_ends(ax: Any, fontsize: float = 8) -> None:
+    """Writes the label of each line at its end in place of a legend, moved apart if they would overlap.
 
-    Call it when the limits of the axes are final. Labels stand to the right of the axes.
+    Labels stand to the right of the axes. Call it when the limits of the axes are final.
+
+    Args:
+      ax: Axes of matplotlib. Lines without a label are left out.
+      fontsize: Size of the labels, in points, > 0. A label may have several lines of text.
+
+    Raises:
+      ValueError: If `fontsize` is out of range.
+
+    >>> from arbiter_jax import plotting
+    >>> fig, ax = plotting.figure()
+    >>> for name, end in {"constant": 32, "seesaw": 256}.items():
+    ...     _ = ax.plot([0, 1], [32, end], label=name)
+    >>> plotting.label_ends(ax)
+    >>> [text.get_text() for text in ax.texts]
+    ['seesaw', 'constant']
     """
+    _validate.greater(0, fontsize=fontsize)
+    lines = [line for line in ax.lines if not line.get_label().startswith("_")]
     places = []
     for line in lines:
         (where,) = np.nonzero(np.isfinite(line.get_xydata()).all(axis=1))
@@ -117,7 +134,9 @@ def _label_ends(ax: Any, lines: Sequence[Any]) -> None:
             places.append((height, inside, line))
     places.sort(key=lambda place: place[0], reverse=True)
     num_rows = ax.get_subplotspec().get_gridspec().nrows if ax.get_subplotspec() else 1
-    gap = _LINE_HEIGHT / (0.8 * ax.figure.get_size_inches()[1] / num_rows)
+    most = max((line.get_label().count("\n") + 1 for line in lines), default=1)
+    label_height = most * _LINE_HEIGHT * fontsize / 8
+    gap = label_height / (0.8 * ax.figure.get_size_inches()[1] / num_rows)
     heights = _apart([height for height, _, _ in places], gap)
     for (_, end, line), height in zip(places, heights, strict=True):
         ax.annotate(
@@ -127,7 +146,7 @@ def _label_ends(ax: Any, lines: Sequence[Any]) -> None:
             xycoords="data",
             textcoords="axes fraction",
             va="center",
-            fontsize=8,
+            fontsize=fontsize,
             color=line.get_color(),
             arrowprops={
                 "arrowstyle": "-",

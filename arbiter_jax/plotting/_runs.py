@@ -12,10 +12,10 @@ from arbiter_jax.plotting._figures import (
     COLORS,
     MOST_LABELS,
     _check_limits,
-    _label_ends,
     _size_axis,
     _thousands,
     figure,
+    label_ends,
 )
 
 # Each method has a marker of its own, because gray prints lose the colors.
@@ -63,7 +63,7 @@ def runs(fits: Mapping[Any, Any], limits: tuple[int, int] | None = None, title: 
     top.set_ylabel("training loss")
     top.set_title(title, fontsize=10)
     for ax in (top, bottom):
-        _label_ends(ax, _named(ax))
+        label_ends(ax)
     return fig
 
 
@@ -180,10 +180,6 @@ def _style(method: str, index: int, num_points: int) -> dict[str, Any]:
     }
 
 
-def _named(ax: Any) -> list[Any]:
-    return [line for line in ax.lines if not line.get_label().startswith("_")]
-
-
 def _draw_sizes(
     groups: Mapping[str, list[Any]],
     places: Mapping[str, tuple[Any, int]],
@@ -286,4 +282,4 @@ def _finish(fig: Any, places: Mapping[str, tuple[Any, int]], ylabel: str, title:
         (ax,) = fig.axes
         ax.set_title(title, fontsize=10)
         ax.set_ylabel(ylabel)
-        _label_ends(ax, _named(ax))
+        label_ends(ax)

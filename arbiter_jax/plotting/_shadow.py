@@ -15,10 +15,10 @@ from arbiter_jax.plotting._figures import (
     MOST_LABELS,
     _check_limits,
     _check_metrics,
-    _label_ends,
     _size_axis,
     _thousands,
     figure,
+    label_ends,
 )
 
 _PREFIX = "shadow/"
@@ -94,7 +94,7 @@ def shadow(
     ax.set_xlim(left=0, right=seen[-1])
     ax.set_title(title, fontsize=10)
     if len(ax.lines) <= MOST_LABELS:
-        _label_ends(ax, ax.lines)
+        label_ends(ax)
     else:
         fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     return fig

@@ -193,7 +193,7 @@ def front(rows: list[dict[str, Any]]):
 
 
 def _panel(ax: Any, outcomes: dict[str, Outcome]) -> None:
-    points, ends = [], []
+    means, ends = [], []
     for name, outcome in outcomes.items():
         if name.startswith(compare.CRITICAL):
             continue
@@ -203,45 +203,27 @@ def _panel(ax: Any, outcomes: dict[str, Outcome]) -> None:
         if name == compare.BASELINE:
             color, marker = "0.1", "D"
         y = min(outcome.mean, CLIPPED)
-        ax.plot(outcome.share, y, marker if y < CLIPPED else "^", ms=5, color=color, zorder=3)
+        ax.plot(
+            outcome.share,
+            y,
+            marker if y < CLIPPED else "^",
+            ms=5,
+            color=color,
+            zorder=3,
+            label=SHORT.get(name, name.removeprefix("seesaw, ")),
+        )
+        means.append(y)
         seeds = np.minimum(outcome.over, CLIPPED)
         ax.vlines(outcome.share, np.min(seeds), np.max(seeds), color=color, lw=0.8, alpha=0.6)
         ends += [np.min(seeds), np.max(seeds)]
-        label = SHORT.get(name, name.removeprefix("seesaw, "))
-        points.append((y, outcome.share, label, color))
-    low = min(*ends, *(point[0] for point in points))
-    high = max(*ends, *(point[0] for point in points))
+    low, high = min(*ends, *means), max(*ends, *means)
     gap = max(high - low, 1.0)
     low, high = low - 0.15 * gap, high + 0.15 * gap
     ax.set_ylim(low, high)
     ax.axhline(0, color="0.4", lw=0.8)
     ax.set_xlabel("serial steps, share of the baseline's")
     ax.set_ylabel("test loss over the baseline's [%]")
-    # The names stand in one column beside the panel, as far apart as they need.
-    points.sort()
-    step = 1 / max(len(points), 14)
-    wanted = [(point[0] - low) / (high - low) for point in points]
-    for at, (y, x, label, color) in zip(_apart(wanted, step), points, strict=True):
-        ax.annotate(
-            label,
-            (x, y),
-            (1.03, at),
-            textcoords="axes fraction",
-            fontsize=6.5,
-            color=color,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "0.75", "lw": 0.5, "relpos": (0, 0.5)},
-        )
-
-
-def _apart(places: list[float], step: float) -> list[float]:
-    """Ascending places in [0, 1], moved as little as it takes to be `step` apart."""
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + step)
-    places[-1] = min(places[-1], 1)
-    for i in range(len(places) - 2, -1, -1):
-        places[i] = min(places[i], places[i + 1] - step)
-    return places
+    plotting.label_ends(ax, fontsize=6.5)
 
 
 def exact(found: dict[str, Any]):
