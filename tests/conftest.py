@@ -25,9 +25,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs compiled by an earlier run, or by another worker of this one, are read from here.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-# Also small ones, unless the environment says otherwise, as CI does.
-LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
-jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ.get(LEAST, "0")))
+# Not those that compile fast: in a fresh clone writing them all costs a minute, and rarely the
+# writing crashes jaxlib.
+LEAST = 0.1  # seconds
+jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
@@ -46,10 +47,9 @@ def no_cached_programs(tmp_path):
     """For tests that count compilations: nothing has been compiled before."""
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
-    least = float(os.environ.get(LEAST, "0"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST)
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
 
