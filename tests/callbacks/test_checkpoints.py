@@ -203,6 +203,7 @@ def test_a_run_that_ends_without_a_word_goes_on_from_what_is_complete(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_kills_change_nothing(tmp_path):
     """``ARBITER_JAX_NUM_KILLS=50`` kills more often."""
     names = itertools.cycle(["goodput", "arbiter", "noise_floor", "constant", "cabs"])
