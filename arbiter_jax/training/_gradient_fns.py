@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arbiter_jax.base import MEASURED_SIGNALS, LossFn, PyTree
 from arbiter_jax.batching import num_groups, num_rows, take_group
@@ -138,9 +139,14 @@ def _over_groups(micro_batch_size: int, function: GradientFn, num_parts: int) ->
         length = mask.shape[0]
         group_size = min(micro_batch_size, length)
         rows = -(-group_size // num_parts)
-        # Up to the last real row: groups of padding alone would cost as much as others.
-        end = jnp.max(jnp.where(mask, jnp.arange(1, length + 1, dtype=jnp.int32), 1))
-        n = num_parts * num_groups(end, group_size)
+        if isinstance(
+            mask, np.ndarray
+        ):  # no padding: a known number, so that the loop has a gradient
+            n = num_parts * -(-length // group_size)
+            mask = jnp.asarray(mask)
+        else:  # up to the last real row: groups of padding alone would cost as much as others
+            end = jnp.max(jnp.where(mask, jnp.arange(1, length + 1, dtype=jnp.int32), 1))
+            n = num_parts * num_groups(end, group_size)
         first = jnp.argmax(mask)
 
         def take(j, key):

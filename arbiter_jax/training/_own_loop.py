@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from arbiter_jax import _validate
@@ -73,7 +74,8 @@ def value_grad_and_signals(
       tx: The whole chain, whose ``update`` is called with the signals.
       micro_batch_size: The most rows whose gradient is computed at once, an integer >= 1; larger
         batches take them in groups, in the memory of one group. None for the batch as a whole. The
-        model state goes through the groups in turn.
+        model state goes through the groups in turn. Groups of padding alone are skipped, so that the
+        gradient of a batch with a mask cannot be differentiated in reverse mode again.
       has_aux: Whether `loss_fn` also returns auxiliary output, as the last entry of a tuple. Leaves
         with one row per example come back in the order of the batch. Where the gradient of a batch
         is computed in pieces, of other floating-point leaves it is the mean.
@@ -152,7 +154,8 @@ def value_grad_and_signals(
         functions = gradient_fns_of_batch(
             loss_fn, micro_batch_size, requested.signals, moved, has_aux
         )
-        mask = jnp.ones(num_rows(batch), bool) if mask is None else mask
+        ones = jnp.ones if micro_batch_size is None else np.ones  # of NumPy: known while tracing
+        mask = ones(num_rows(batch), bool) if mask is None else mask
         arguments = params, batch, mask, model_state, key
         size = jnp.sum(mask, dtype=jnp.int32)
         return apart(

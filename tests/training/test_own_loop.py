@@ -331,6 +331,19 @@ def test_groups_of_padding_alone_are_skipped(rule):
     assert sum(computed) == 8
 
 
+def test_groups_of_a_whole_batch_are_differentiated():
+    """As in meta-learning: a batch without a mask has a known number of groups."""
+    tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
+    batch, params = draw(8), start()
+
+    def sq_norm(params, **options):
+        grad_fn = aj.value_grad_and_signals(loss_fn, tx, **options)
+        return optax.tree.norm(grad_fn(params, tx.init(params), batch)[1], squared=True)
+
+    found = jax.grad(functools.partial(sq_norm, micro_batch_size=4))(params)
+    chex.assert_trees_all_close(found, jax.grad(sq_norm)(params), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_accumulate():
     tx, grad_fn = floor_chain()
