@@ -7,8 +7,10 @@ be known while tracing: :func:`integer` and :func:`static` refuse a traced value
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -71,6 +73,14 @@ def _not_static(names: str, found: str) -> ValueError:
         f"{names} must be known while tracing, got {found}: give Python numbers, and inside "
         f"optax.inject_hyperparams pass static_args=({listed}{comma})."
     )
+
+
+def warn(message: str) -> None:
+    """Warns of a likely mistake, at the line outside the package that made it."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("arbiter_jax."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def static(**arguments: Any) -> None:

@@ -6,7 +6,6 @@ A data loader fixes its batch size when it is made; here the size is asked for b
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -53,11 +52,9 @@ class Batches:
         held = self._buffer.fill(size)
         if held < size:
             if not self.num_examples:
-                warnings.warn(
+                _validate.warn(
                     f"datasets.batches: the source holds {held} examples, fewer than the first batch "
-                    f"of {size}; repeat=True starts it again where it ends.",
-                    UserWarning,
-                    stacklevel=2,
+                    f"of {size}; repeat=True starts it again where it ends."
                 )
             raise StopIteration
         rows = np.arange(next_bucket(size))

@@ -68,23 +68,8 @@ def seesaw_schedule(
     )
     budget = _validate.integer(num_examples=num_examples, minimum=1)
     low, high, trade = _checked(batch_size, max_batch_size, trade)
-    counts = np.unique(np.linspace(0, budget - 1, min(budget, _GRID)).round().astype(np.int64))
-    try:
-        with jax.ensure_compile_time_eval():  # also where a caller traces
-            rates = np.asarray(jax.vmap(schedule)(jnp.asarray(counts, float)), np.float64)
-        if rates.shape != counts.shape:
-            raise TypeError
-    except (TypeError, ValueError, jax.errors.JAXTypeError):
-        raise ValueError(
-            "schedule must be a function of one count, in examples, that jax can trace and that "
-            f"returns a scalar, as optax schedules are, got {schedule!r}."
-        ) from None
-    bad = ~np.isfinite(rates) | (rates < 0)
-    if bad.any() or not rates.any():
-        found = (
-            f"{rates[bad][0]} after {counts[bad][0]:,} examples" if bad.any() else "0 throughout"
-        )
-        raise ValueError(f"schedule must be finite, >= 0 and not always 0, got {found}.")
+    counts, rates = rates_of(schedule, budget)
+    _warn_of_steps(counts, rates, low)
     peak = np.maximum.accumulate(rates)
     share = np.where(peak > 0, rates / np.where(peak > 0, peak, 1), 1)
     with np.errstate(divide="ignore"):
@@ -160,6 +145,43 @@ def seesaw(
         _validate.one_of(("noise_scale", "noise_scale_l1"), limit=limit)
         limit = _measured_noise_scale(limit, batch_size, max_batch_size)
     return planned(plan, int(batch_size), int(max_batch_size), limit)
+
+
+def rates_of(schedule: optax.Schedule, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of examples of a run, increasing from 0, and the rates of the schedule there."""
+    counts = np.unique(
+        np.linspace(0, num_examples - 1, min(num_examples, _GRID)).round().astype(np.int64)
+    )
+    try:
+        with jax.ensure_compile_time_eval():  # also where a caller traces
+            rates = np.asarray(jax.vmap(schedule)(jnp.asarray(counts, float)), np.float64)
+        if rates.shape != counts.shape:
+            raise TypeError
+    except (TypeError, ValueError, jax.errors.JAXTypeError):
+        raise ValueError(
+            "schedule must be a function of one count, in examples, that jax can trace and that "
+            f"returns a scalar, as optax schedules are, got {schedule!r}."
+        ) from None
+    bad = ~np.isfinite(rates) | (rates < 0)
+    if bad.any() or not rates.any():
+        found = (
+            f"{rates[bad][0]} after {counts[bad][0]:,} examples" if bad.any() else "0 throughout"
+        )
+        raise ValueError(f"schedule must be finite, >= 0 and not always 0, got {found}.")
+    return counts, rates
+
+
+def _warn_of_steps(counts: np.ndarray, rates: np.ndarray, batch_size: int) -> None:
+    """Warns if the decay is over after as many examples as the run has steps of this size."""
+    num_examples = int(counts[-1]) + 1
+    num_steps = num_examples // batch_size
+    rest = rates[counts >= num_steps]
+    if batch_size >= 4 and rest.size and (rest == rest[0]).all() and rest[0] < rates.max():
+        _validate.warn(
+            f"schedule has ended its decay after {num_steps:,} of {num_examples:,} examples, as one "
+            "that counts steps does: if it does, pass lambda num_examples: "
+            f"schedule(num_examples / {batch_size})."
+        )
 
 
 def _measured_noise_scale(

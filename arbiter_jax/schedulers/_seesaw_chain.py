@@ -6,6 +6,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax.schedulers import _seesaw
+from arbiter_jax.schedulers._first_update import first_update
 from arbiter_jax.schedulers._gradient_noise_scale import gradient_noise_scale
 from arbiter_jax.schedulers._rate import scale_by_rate
 
@@ -58,6 +59,8 @@ def seesaw(
     Raises:
       ValueError: If an argument is out of its range.
       TypeError: If `update` is called without a signal.
+      UserWarning: If the first update of the optimizer shows a learning rate other than 1 or a wrong
+        sign, if the schedule seems to count steps, or if the limit is not that of the optimizer.
 
     Reference:
       Meterez et al., "Seesaw", arXiv:2510.14717 (Adam); Smith et al., arXiv:1711.00489 (SGD).
@@ -95,5 +98,37 @@ def seesaw(
         trade=trade,
         limit=limit,
     )
+    _warn_of_the_optimizer(optimizer, schedule, num_examples, batch_size, limit)
     power = None if isinstance(exponent, str) else exponent
     return optax.chain(optimizer, scale_by_rate(schedule, int(batch_size), power, noise), rule)
+
+
+def _warn_of_the_optimizer(
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    num_examples: int,
+    batch_size: int,
+    limit: object,
+) -> None:
+    """Warns of an optimizer that the schedule, or the limit, does not fit."""
+    found = first_update(optimizer, batch_size)
+    if found is None:
+        return
+    _, rates = _seesaw.rates_of(schedule, num_examples)
+    rate, peak = found.learning_rate, rates.max()
+    if rate < 0:
+        _validate.warn(
+            "optimizer adds the gradient to the parameters instead of subtracting it: end it with "
+            "optax.scale(-1.0), or pass a whole optimizer such as optax.adamw(1.0)."
+        )
+    elif rate < 0.5 and peak < 0.5:
+        _validate.warn(
+            f"optimizer begins with a learning rate of its own, about {rate:.2g}, and seesaw "
+            f"multiplies it by that of schedule, at most {peak:.2g}: pass an optimizer with a "
+            "learning rate of 1, for example optax.sgd(1.0)."
+        )
+    if limit == "noise_scale" and found.is_normalized:
+        _validate.warn(
+            'optimizer normalizes its updates, as Adam does, and limit="noise_scale" measures noise '
+            'in the l2 norm, which is that of SGD: pass limit="noise_scale_l1".'
+        )

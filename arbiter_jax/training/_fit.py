@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -326,5 +325,5 @@ def fit(
         keeper.finish(interrupts)
     interrupts.end()  # a signal that came while the last checkpoint was written
     for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
-        warnings.warn(message, UserWarning, stacklevel=3)
+        _validate.warn(message)
     return run.result(run.now() - start, ahead.compilations())

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from arbiter_jax import _validate
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import BlockSource, batch_of_the_rest, next_bucket
@@ -124,7 +124,7 @@ def fit_seeds(
             called.end(records, run.whole_state())
     for index, (history, seen) in enumerate(zip(run.histories, run.seen, strict=True)):
         for message in what_went_wrong(history, False, seen, end, num_examples):
-            warnings.warn(f"Seed {index}: {message}", UserWarning, stacklevel=4)
+            _validate.warn(f"Seed {index}: {message}")
     return FitResult(
         state=run.whole_state(),
         history=cast(Any, run.histories),

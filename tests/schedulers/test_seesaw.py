@@ -104,6 +104,7 @@ def test_never_above_its_limit():
     assert int(aj.get_batch_size(result.state.opt_state)) == 48
 
 
+TINY = lambda n: 1e-3 * COSINE(n)
 linear = lambda w, x: (x * w[None]).sum(-1)  # its gradient is the batch
 
 
@@ -116,7 +117,7 @@ def noisy(signal, tx, num_examples=D):
 @pytest.mark.slow
 @pytest.mark.parametrize("exponent", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_noise_scale_is_a_limit(exponent):
-    tx = aj.seesaw(optax.sgd(1e-3), COSINE, exponent=exponent, limit="noise_scale", **SMALL)
+    tx = aj.seesaw(optax.sgd(1.0), TINY, exponent=exponent, limit="noise_scale", **SMALL)
     clear, hidden = noisy(10.0, tx), noisy(0.01, tx)
     assert clear.per_step("batch_size").max() == 32  # no noise to average away
     assert hidden.per_step("batch_size").max() > 60
@@ -124,13 +125,13 @@ def test_the_noise_scale_is_a_limit(exponent):
 
 @pytest.mark.slow
 def test_the_measured_exponent_is_between_both_ends():
-    tx = aj.seesaw(optax.sgd(1e-3), COSINE, trade=1.0, exponent="measured", **SMALL)
+    tx = aj.seesaw(optax.sgd(1.0), TINY, trade=1.0, exponent="measured", **SMALL)
     for signal, power in ((10.0, 1.0), (1e-3, 0.5)):
         result = noisy(signal, tx)
         sizes, rates = result.per_step("batch_size"), result.per_step("learning_rate")
         seen = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         middle = slice(len(sizes) // 2, -len(sizes) // 4)
-        shares = rates[middle] / np.asarray(COSINE(seen[middle]))
+        shares = rates[middle] / np.asarray(TINY(seen[middle]))
         powers = np.log(shares) / np.log(sizes[middle] / 32)
         np.testing.assert_allclose(np.median(powers), power, atol=0.1)
 
@@ -177,3 +178,59 @@ def test_a_bad_argument_is_refused(arguments, message):
     good = {"optimizer": optax.sgd(1.0), "schedule": COSINE, **PLAN}
     with pytest.raises(ValueError, match=message):
         aj.seesaw(**good | arguments)
+
+
+# Mistakes that raise nothing: what the first update of the optimizer and the schedule show
+
+ADAM = optax.adamw(1.0)
+WARM_UP = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 100, D // 32)
+ACCUMULATED = optax.MultiSteps(optax.sgd(0.1), 8).gradient_transformation()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": optax.sgd(0.1, momentum=0.9)}, "a learning rate of its own, about 0.1, and"),
+        ({"optimizer": optax.adamw(3e-4, weight_decay=0.1)}, "of its own, about 0.0003, and"),
+        ({"optimizer": optax.adamw(WARM_UP)}, "of its own, about 3e-06, and"),
+        ({"optimizer": ACCUMULATED}, "of its own, about 0.1, and"),
+        ({"optimizer": optax.scale_by_adam()}, "optimizer adds the gradient to the parameters"),
+        ({"optimizer": ADAM, "limit": "noise_scale"}, 'pass limit="noise_scale_l1"'),
+        ({"schedule": optax.cosine_decay_schedule(0.1, D // 32)}, "after 2,000 of 64,000 examples"),
+        ({"schedule": WARM_UP}, r"schedule\(num_examples / 32\)"),
+    ],
+)
+def test_a_likely_mistake_is_a_warning(arguments, message):
+    given = {"optimizer": optax.sgd(1.0), "schedule": COSINE, **PLAN} | arguments
+    with pytest.warns(UserWarning, match=message) as found:
+        aj.seesaw(**given)
+    assert [warning.filename for warning in found] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(1.0, momentum=0.9, nesterov=True),
+        optax.chain(
+            optax.clip_by_global_norm(0.1), optax.add_decayed_weights(5e-4), optax.sgd(1.0)
+        ),
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(1.0)),
+        optax.lars(1.0),
+        optax.adafactor(1.0),
+        optax.MultiSteps(ADAM, 4).gradient_transformation(),
+        aj.adamw_in_examples(1.0, 32, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        optax.masked(optax.sgd(0.1), {"kernel": True}),  # of a tree that is not known here
+    ],
+)
+def test_a_rate_of_1_is_no_mistake(optimizer):
+    aj.seesaw(optimizer, COSINE, **PLAN)  # a warning is an error
+
+
+def test_a_schedule_of_factors_has_the_rate_in_the_optimizer():
+    aj.seesaw(optax.sgd(0.1), lambda n: 10 * COSINE(n), **PLAN)
+
+
+def test_a_decay_that_ends_early_may_count_examples():
+    aj.seesaw(optax.sgd(1.0), optax.linear_schedule(0.1, 0.01, D // 10), **PLAN)
+    S.seesaw_schedule(optax.constant_schedule(0.1), **PLAN)
+    S.seesaw_schedule(optax.linear_schedule(0.0, 0.1, 500), **PLAN)  # a warm-up
