@@ -32,8 +32,12 @@ def planned(
     low: int,
     high: int,
     limit: optax.GradientTransformation | None = None,
+    sizes: np.ndarray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A rule that takes its sizes from a plan, within [low, high] and below the size of a limit."""
+    """A rule that takes its sizes from a plan, within [low, high] and below the size of a limit.
+
+    If `sizes` are given, increasing from `low`, the limit is rounded down to one of them.
+    """
     limiter = None if limit is None else _rule.checked_rule(limit)
 
     def window_steps(size):
@@ -43,7 +47,11 @@ def planned(
         size = jnp.clip(_look_up(schedule, count), low, high)
         if limit_state is None:
             return size
-        return jnp.clip(size, low, jnp.maximum(base.get_batch_size(limit_state), low))
+        size = jnp.clip(size, low, jnp.maximum(base.get_batch_size(limit_state), low))
+        if sizes is None:
+            return size
+        allowed = jnp.asarray(sizes, jnp.int32)
+        return allowed[jnp.searchsorted(allowed, size, side="right") - 1]
 
     def init_fn(params):
         limit_state = None if limiter is None else limiter.init(params)

@@ -31,6 +31,7 @@ def seesaw_schedule(
     batch_size: int,
     max_batch_size: int,
     trade: float = 0.8,
+    doubling: bool = False,
 ) -> BatchSchedule:
     r"""What :func:`seesaw` will do, before the run: its batch sizes and its number of steps.
 
@@ -43,6 +44,7 @@ def seesaw_schedule(
       batch_size: B_0, the size that the schedule was tuned at, an integer >= 1.
       max_batch_size: B_max, an integer >= batch_size.
       trade: g, in [0, 1].
+      doubling: Whether B(n) is rounded down to B_0, 2 B_0, 4 B_0, ...
 
     Returns:
       A :class:`BatchSchedule`; ``.num_steps(num_examples, window)`` is what `aj.fit` will count. With
@@ -58,6 +60,10 @@ def seesaw_schedule(
     ...     cosine, num_examples=64_000, batch_size=64, max_batch_size=1024, trade=1.0)
     >>> plan.batch_size_at(0), plan.batch_size_at(32_000), plan.num_steps(64_000)  # of 1,000
     (64, 128, 508)
+    >>> seesaw_schedule(
+    ...     cosine, num_examples=64_000, batch_size=64, max_batch_size=1024, doubling=True
+    ... ).unique_batch_sizes()
+    (64, 128, 256, 512, 1024)
     """
     _validate.function("of the number of examples seen", schedule=schedule)
     _validate.static(
@@ -65,9 +71,11 @@ def seesaw_schedule(
         batch_size=batch_size,
         max_batch_size=max_batch_size,
         trade=trade,
+        doubling=doubling,
     )
     budget = _validate.integer(num_examples=num_examples, minimum=1)
     low, high, trade = _checked(batch_size, max_batch_size, trade)
+    _validate.boolean(doubling=doubling)
     counts, rates = rates_of(schedule, budget)
     _warn_of_steps(counts, rates, low)
     peak = np.maximum.accumulate(rates)
@@ -75,6 +83,9 @@ def seesaw_schedule(
     with np.errstate(divide="ignore"):
         wanted = low * share**-trade
     sizes = np.rint(np.clip(wanted, low, high)).astype(np.int64)
+    if doubling:
+        doubled = doublings(low, high)
+        sizes = doubled[np.searchsorted(doubled, sizes, side="right") - 1]
     begins = np.flatnonzero(np.diff(sizes, prepend=-1))
     return BatchSchedule(
         starts=tuple(counts[begins].tolist()),
@@ -91,6 +102,7 @@ def seesaw(
     batch_size: int,
     max_batch_size: int,
     trade: float = 0.8,
+    doubling: bool = False,
     limit: str | optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The batch size of Seesaw alone, to be composed by hand; :func:`arbiter_jax.seesaw` is whole.
@@ -105,6 +117,7 @@ def seesaw(
       batch_size: B_0, the size that the schedule was tuned at, an integer >= 1.
       max_batch_size: B_max, an integer >= batch_size.
       trade: g, how much of the decay becomes batch size, in [0, 1].
+      doubling: Whether the size is rounded down to B_0, 2 B_0, 4 B_0, ...
       limit: None; "noise_scale", the gradient noise scale of the run, beyond which a larger batch
         brings little; "noise_scale_l1", the same in the l1 norm, for Adam; or a rule whose size is
         the limit.
@@ -140,11 +153,18 @@ def seesaw(
         batch_size=batch_size,
         max_batch_size=max_batch_size,
         trade=trade,
+        doubling=doubling,
     )
     if isinstance(limit, str):
         _validate.one_of(("noise_scale", "noise_scale_l1"), limit=limit)
         limit = _measured_noise_scale(limit, batch_size, max_batch_size)
-    return planned(plan, int(batch_size), int(max_batch_size), limit)
+    low, high = int(batch_size), int(max_batch_size)
+    return planned(plan, low, high, limit, doublings(low, high) if doubling else None)
+
+
+def doublings(low: int, high: int) -> np.ndarray:
+    """low, 2 low, 4 low, ..., at most high."""
+    return low * 2 ** np.arange((high // low).bit_length())
 
 
 def rates_of(schedule: optax.Schedule, num_examples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -167,6 +167,7 @@ def test_a_rate_that_rises_again_takes_its_batch_back():
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
         ({"max_batch_size": 16}, "max_batch_size must be an integer >= 32"),
         ({"trade": 1.1}, "trade must be in"),
+        ({"doubling": "no"}, "doubling must be True or False, got 'no'"),
         ({"exponent": 0.0}, "exponent must be in"),
         ({"exponent": "adam"}, "exponent must be one of 'measured'"),
         ({"limit": "critical"}, "limit must be one of 'noise_scale', 'noise_scale_l1'"),
@@ -178,6 +179,44 @@ def test_a_bad_argument_is_refused(arguments, message):
     good = {"optimizer": optax.sgd(1.0), "schedule": COSINE, **PLAN}
     with pytest.raises(ValueError, match=message):
         aj.seesaw(**good | arguments)
+
+
+def test_doublings_need_no_padding():
+    plan = S.seesaw_schedule(COSINE, **PLAN, doubling=True)
+    free = S.seesaw_schedule(COSINE, **PLAN)
+    assert plan.unique_batch_sizes() == (32, 64, 128, 256, 512)
+    assert all(size == aj.next_bucket(size) for size in plan.batch_sizes)
+    for seen in range(0, D, 1_000):  # the largest doubling that the plan allows
+        assert (
+            plan.batch_size_at(seen) <= free.batch_size_at(seen) < 2 * plan.batch_size_at(seen) + 1
+        )
+    odd = PLAN | {"batch_size": 48, "max_batch_size": 500}
+    assert S.seesaw_schedule(COSINE, **odd, doubling=True).unique_batch_sizes() == (
+        48,
+        96,
+        192,
+        384,
+    )
+
+
+@pytest.mark.slow
+def test_doubling_leaves_the_rest_to_the_rate():
+    result = fit(aj.seesaw(optax.sgd(1.0), COSINE, **PLAN, doubling=True))
+    sizes, rates = result.per_step("batch_size"), result.per_step("learning_rate")
+    assert set(sizes[:-1]) == {32, 64, 128, 256, 512}
+    seen = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    np.testing.assert_allclose(rates, COSINE(seen) * sizes / 32, rtol=1e-4)
+    assert rates.max() <= 0.1
+    planned = S.seesaw_schedule(COSINE, **PLAN, doubling=True)
+    assert planned.num_steps(D) == int(result.state.num_steps)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(300, 256), (64, 64), (40, 32), (8, 32)])
+def test_a_limit_is_rounded_down_to_a_doubling(limit, expected):
+    rule = S.seesaw(COSINE, **PLAN, doubling=True, limit=S.constant(limit))
+    state = rule.init({"w": 0.0})
+    _, state = rule.update({"w": 1.0}, state, num_examples=D - 100, batch_size=32)
+    assert int(aj.get_batch_size(state)) == expected
 
 
 # Mistakes that raise nothing: what the first update of the optimizer and the schedule show
