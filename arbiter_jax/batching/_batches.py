@@ -148,7 +148,7 @@ def batches(
     [5, 6] [True, True]
     [7, 8] [True, True]
 
-    In a training loop:
+    In a training loop::
 
         for batch, mask in datasets.batches(loader, lambda: aj.get_batch_size(opt_state)):
             params, opt_state, loss = train_step(params, opt_state, batch, mask)

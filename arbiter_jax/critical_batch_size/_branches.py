@@ -60,7 +60,9 @@ def measure_critical_batch_size(
     num_steps: int = 20,
     tolerance: float = 0.01,
 ) -> CriticalBatchSize:
-    r"""Measures, at one moment of a run, up to which batch size nothing is lost.
+    r"""Measures the critical batch size at one point in a run.
+
+    That is the largest batch size that loses no progress per example.
 
     From the state, for k = 1, 2, 4, ..., a branch trains with batches of k B and a rate multiplied by
     :math:`k^p`, all on the same examples. The critical size is the largest k B whose training loss

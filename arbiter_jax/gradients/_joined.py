@@ -38,7 +38,7 @@ def mean_of_devices(tree: PyTree, share: jax.Array, axis_name: str) -> PyTree:
 def joined_aux(
     pieces: Sequence[PyTree], weights: jax.Array, with_rows: PyTree, contiguous: bool
 ) -> PyTree:
-    """Rows in the order of the batch; means over the pieces of other floating-point leaves.
+    """Joins the auxiliary outputs of pieces: rows in batch order, means of other float leaves.
 
     What else there is comes from the last piece.
     """

@@ -33,11 +33,9 @@ from arbiter_jax.objectives._objective import (
 )
 from arbiter_jax.objectives._persistence import PersistenceSignal, check_persistence
 
-_MIN_STEPS = 8  # losses, up to which a slope of 0 is no reason to stop
+_MIN_STEPS = 8  # a slope <= 0, or of validation, is trusted after more losses than this
 _MAX_CORRECTION = 8.0  # upper bound on the factor of Eq. 15 in a single measurement
-_MAX_SLOPE_RATIO = (
-    2.0  # how much faster the training loss may fall than the validation loss. Eq. 14
-)
+_MAX_SLOPE_RATIO = 2.0  # training loss may fall this much faster than validation loss. Eq. 14
 
 
 class LogTimeSlope(NamedTuple):

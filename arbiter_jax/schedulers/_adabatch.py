@@ -26,7 +26,7 @@ def adabatch(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaBatch: multiply the batch size every k epochs.
+    r"""Multiplies the batch size by a factor every k epochs (AdaBatch).
 
     .. math:: B = B_0 a^{\lfloor n / (k N) \rfloor}
 

@@ -35,7 +35,7 @@ def from_schedule(
     max_batch_size: int = _rule.UNLIMITED,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A batch size that is a function of the steps, the examples or the progress of a run.
+    r"""Sets the batch size by a function of the steps, the examples or the progress of a run.
 
     .. math:: B_t = clip(round(schedule(n_t)), b_{min}, b_{max})
 
