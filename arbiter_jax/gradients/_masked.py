@@ -97,9 +97,9 @@ def _check_signature(loss_fn: Callable[..., Any], arguments: tuple[Any, ...]) ->
                 f"({taken}): give its state, for example aj.fit(..., model_state=...)."
             ) from None
         raise ValueError(
-            "loss_fn must take (params, batch, model_state, mask, key) where a model_state is given, "
-            f"got one that takes ({taken}): leave the model_state out, or take it. For a rule beside "
-            "an NNX module, aj.models.make_losses(aj.attach(...), ...).loss_fn is such a function."
+            "loss_fn must take (params, batch, model_state, mask, key) if a model_state is given, "
+            f"got one that takes ({taken}): leave out the model_state, or take it. For a rule in an "
+            "NNX loop, aj.models.make_losses(aj.attach(...), ...).loss_fn is such a function."
         ) from None
 
 

@@ -53,7 +53,7 @@ def shadow(
     Args:
       rules: What to watch: a dict ``{name: rule}``; one rule, or several in a sequence, which get
         the names of their states, `cabs` for a CABSState; or None for a ready set that needs
-        nothing to be known of the run: :func:`gradient_noise_scale`, :func:`inner_product_test`,
+        no knowledge of the run: :func:`gradient_noise_scale`, :func:`inner_product_test`,
         :func:`noise_floor` and ``norm_test(eta=0.5)``, of sizes from 2 to 32768, which measure at
         every 10th step. A rule may also be a chain that holds one. It gets the applied size, which
         is not its own decision: the extra argument `batch_size`, or the number of examples in

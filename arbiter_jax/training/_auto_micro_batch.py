@@ -32,7 +32,7 @@ class MicroBatch:
                 )
             if shared:
                 raise ValueError(
-                    "micro_batch_size must be a power of two or None where several processes train "
+                    "micro_batch_size must be a power of two or None if several processes train "
                     "together, got 'auto': each of them would find its own."
                 )
         self.is_auto = isinstance(micro_batch_size, str)

@@ -89,7 +89,7 @@ def _train_window(run: Run, plan: Plan, keeper: Keeper, ahead: CompileAhead) -> 
     plan = plan._replace(bucket_size=bucket_size, num_steps=num_steps)
     run.record(plan, info, seconds, searched + compilations)
     # A time that includes a compilation is not the time of a step. A given clock counts as it is:
-    # what was compiled before, and what was not, is no part of the run.
+    # a repeatable run cannot depend on what was compiled before it.
     compiled = run.clock is None and (compilations.num_programs or lowered)
     run.measured(float("nan") if compiled else seconds / num_steps)
     return True
@@ -142,11 +142,11 @@ def fit(
     little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time of eight runs.
 
     **Sweeps**: a run compiles nothing if a run before had the same functions, `tx`, `window` and
-    shapes, and made the same buckets. Every new `tx` is a new program, so let a number that you sweep
-    lie in the state: make the optimizer by `optax.inject_hyperparams`, and set the number by
-    `optax.tree.set`, as below. Programs stay in memory, 12 MiB each for a small network, also after
-    their `tx` is gone: ``aj.run_window.clear_cache()`` frees them, after the last run that uses them,
-    and ``jax.clear_caches()`` those of several seeds as well.
+    shapes, and made the same buckets. Every new `tx` is a new program, so keep the hyperparameter
+    you sweep in the optimizer state: make the optimizer by `optax.inject_hyperparams`, and set the
+    hyperparameter by `optax.tree.set`, as below. Programs stay in memory, 12 MiB each for a small
+    network, even after their `tx` is gone: ``aj.run_window.clear_cache()`` frees them, after the last
+    run that uses them, and ``jax.clear_caches()`` also frees those of several seeds.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
@@ -204,9 +204,9 @@ def fit(
         read measured times.
       clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes runs of rules that read
         measured times repeatable. Everything it measures counts, including compilation.
-      progress: Whether a line shows how far the run is while it goes on, see
-        :func:`arbiter_jax.callbacks.progress`: None for where a human looks and what it needs is
-        installed, False for nowhere. True is like None, but raises an ImportError where it is not.
+      progress: Whether a line shows how far the run is, see :func:`arbiter_jax.callbacks.progress`.
+        None shows it in a terminal, if rich is installed, or in a notebook, if tqdm is; True also
+        raises an ImportError if the package is missing; False never shows it.
 
     Returns:
       A :class:`FitResult`; that of a resumed run has the whole history.

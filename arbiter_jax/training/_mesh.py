@@ -140,7 +140,8 @@ def place(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec | None = None) ->
     """The arrays on a mesh: as they are placed on its devices, the others by `spec`.
 
     Args:
-      tree: A pytree. What is no array, or cannot be read, is left for others to refuse.
+      tree: A pytree. Leaves that are not arrays, or cannot be read, are returned as they are: the
+        caller checks them.
       mesh: Where to; None leaves everything where it is.
       spec: How the arrays that lie elsewhere are split; replicated if None.
     """

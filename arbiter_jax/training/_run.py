@@ -118,13 +118,13 @@ class Run:
     def got(self, plan: Plan, num_steps: int, room: int | None = None) -> None:
         """Notes for how many steps of a window there were examples.
 
-        Where they were fewer than the plan's, the rule decides on what is left.
+        If there were fewer than planned, the rule decides on what is left.
 
         Args:
           plan: From :meth:`begin`.
           num_steps: Steps that were taken.
-          room: Steps that the block had room for, None where the data is no block: that is as long
-            as the whole window can be.
+          room: Steps that the block had room for, None if the data is not a block: then a window
+            has room for all its steps.
         """
         if num_steps < plan.num_steps:
             self._leave(plan, 0)
