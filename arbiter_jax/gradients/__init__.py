@@ -4,9 +4,9 @@ A gradient function takes the parameters, a batch and its mask, and returns a :c
 the mean loss of the real examples and its gradient. :func:`masked_value_and_grad` makes a plain one.
 :func:`value_grad_and_stats` makes one that also estimates two numbers of the per-example gradients:
 tr S, the trace of their covariance, and :math:`|G|^2`, the squared norm of their mean. It compares
-the gradients of two half batches, which costs little more than the gradient itself. The ratio of the
-two numbers is the noise scale, which most rules read. :func:`accumulated_value_and_grad` does the
-same for a batch in micro-batches.
+the gradients of two half batches, which costs little more than the gradient itself. Rules read these
+numbers as the signal `grad_stats`; their ratio is the noise scale. For a batch in micro-batches,
+:func:`accumulated_value_and_grad` does both.
 
 >>> import jax.numpy as jnp
 >>> from arbiter_jax import gradients

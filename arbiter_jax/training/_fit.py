@@ -137,9 +137,10 @@ def fit(
     largest batch among them; padding costs time where their batch sizes differ, and every step at
     which one of them measures costs as much as if all did. The result has a stacked `state` and one
     history per seed; ``result.of_seed(i)`` is the result of one. A callback gets the list of their
-    records once per window. They cannot be combined with rules that read the clock, sources of blocks,
-    `mesh`, `sampling`, `micro_batch_size`, `checkpoints` and `clock`. On two CPU cores they save
-    little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time of eight runs.
+    records once per window. Several seeds cannot be combined with rules that read the clock, with
+    sources of blocks, or with `mesh`, `sampling`, `micro_batch_size`, `checkpoints` and `clock`. On two
+    CPU cores they save little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU
+    time of eight runs.
 
     **Sweeps**: a run compiles nothing if a run before had the same functions, `tx`, `window` and
     shapes, and made the same buckets. Every new `tx` is a new program, so keep the hyperparameter
