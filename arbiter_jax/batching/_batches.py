@@ -1,4 +1,4 @@
-"""Batches of the size that a rule wants, from data that comes in pieces, for a loop of one's own.
+"""Batches of the size that a rule wants, from data that comes in pieces, for your own loop.
 
 A data loader fixes its batch size when it is made; here the size is asked for before every batch.
 """

@@ -122,7 +122,7 @@ class HostBlocks:
         return block
 
     def _ask(self, request: Request) -> Any:
-        # Ctrl-C may have come before an answer, whose examples nobody has got.
+        # Ctrl-C may have come before an answer, whose examples were then never returned.
         if self._asked is not None and (self._position is not None or self._asked != request):
             self.set_state(self.get_state())
         if self._asked is None:

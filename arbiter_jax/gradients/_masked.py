@@ -49,7 +49,7 @@ def call_loss(
       mask: bool[M], True for a real example.
       model_state: Passed if it is not None.
       key: Passed with it.
-      has_aux: Whether it returns auxiliary output; None if it may, and nobody wants it.
+      has_aux: Whether it returns auxiliary output; None if it may, and the output is not used.
 
     Returns:
       (losses, model_state, aux): aux is None without `has_aux`.

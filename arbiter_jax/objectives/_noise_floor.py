@@ -127,8 +127,8 @@ def noise_floor(
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
         examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer >= 1; None
-        for that of ``aj.fit``, and to hold the size if nobody knows one.
+      num_examples: The budget of the run in training examples, an integer >= 1. If
+        None, that of ``aj.fit``; without any budget the size is held.
       noise_share: The noise floor as a share of the loss still to go, > 0.
       hold_until: The share of the budget after which the size may grow, in [0, 1].
       final_growth: The factor by which it has grown at the end, >= 1.

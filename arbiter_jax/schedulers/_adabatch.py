@@ -43,7 +43,7 @@ def adabatch(
 
     Returns:
       A transformation that returns the updates unchanged. `update` reads `num_examples`, the
-      examples before this step, and `batch_size` if they are given; a loop of one's own under
+      examples before this step, and `batch_size` if they are given; your own loop under
       `optax.MultiSteps` has to pass them, see :func:`from_schedule`.
 
     Raises:

@@ -1,6 +1,6 @@
 """A wrapper that lets batch-size rules watch a run without acting on it.
 
-It is the cheapest way to see what a rule would do with one's own model, optimizer and data.
+It is the cheapest way to see what a rule would do with your own model, optimizer and data.
 """
 
 from __future__ import annotations

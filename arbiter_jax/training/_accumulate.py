@@ -1,4 +1,4 @@
-"""Gradient accumulation in a loop of one's own, over as many micro-batches as a rule asks for."""
+"""Gradient accumulation in your own loop, over as many micro-batches as a rule asks for."""
 
 from __future__ import annotations
 

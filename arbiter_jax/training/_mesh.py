@@ -39,7 +39,7 @@ of the batch are compared.
 >>> round(float(result.state.params), 4), result.state.params.sharding.is_fully_replicated
 (0.6513, True)
 
-In a loop of one's own, with arrays that are placed on the mesh, the window is called within it:
+In your own loop, with arrays that are placed on the mesh, the window is called within it:
 
 >>> everywhere = jax.sharding.NamedSharding(mesh, jax.P())
 >>> state = jax.device_put(aj.init_state(jnp.zeros(()), tx, 0), everywhere)

@@ -1,4 +1,4 @@
-"""NNX modules in a loop of one's own: a module and its loss as the pure functions of the engine.
+"""NNX modules in your own loop: a module and its loss as the pure functions of the engine.
 
 A module is split into parameters and a model state, which is everything else that a call may change:
 the statistics of BatchNorm, the counts of random streams, caches. A copy of the module is put

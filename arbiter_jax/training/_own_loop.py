@@ -1,4 +1,4 @@
-"""A gradient for a loop of one's own, with everything that the rules in a chain ask for."""
+"""A gradient for your own loop, with everything that the rules in a chain ask for."""
 
 from __future__ import annotations
 

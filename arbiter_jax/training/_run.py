@@ -91,7 +91,7 @@ class Run:
             whole = whole._replace(bucket_size=self.micro.limited(whole.bucket_size))
             too_large = whole.steps_until(self.end, self.seen) < 1
             if too_large and self.end == self.num_examples:
-                # The step takes no more examples than its bucket has rows, or than it is told.
+                # The step takes at most this many examples, and at most the rows of its bucket.
                 size = _smaller_batch(self.state, self.seen, self.num_examples)
                 whole = Plan(size, self.micro.limited(size), 1)
             if whole.batch_size < 1:
