@@ -54,7 +54,7 @@ class Count:
     def astype(self, dtype: Any) -> jax.Array:
         """The number as an array; an integer type that cannot hold it gets its largest number."""
         if not jnp.issubdtype(dtype, jnp.integer):
-            # Not `float(self)`: the words of a traced count are no numbers.
+            # Not `float(self)`: the words of a traced count have no concrete values.
             high, low = (jnp.asarray(word).astype(float) for word in (self.high, self.low))
             return (high * 2.0**32 + low).astype(dtype)
         largest = min(jnp.iinfo(dtype).max, _WORD - 1)

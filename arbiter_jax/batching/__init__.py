@@ -1,4 +1,21 @@
-"""From a batch size to a masked batch: buckets, masks, samplers and blocks."""
+"""From a batch size to a masked batch: buckets, masks, samplers and blocks.
+
+A compiled program needs arrays of a fixed shape, but the batch size may change at every step. A
+batch is therefore stored in a *bucket*, whose number of rows is the next power of two, and a *mask*
+is True for the rows that are real examples. The other rows are padding: they repeat a real example
+and change no bit of a loss or gradient. So sizes from 8 to 512 compile at most seven programs.
+
+A sampler draws batches from arrays on the device; a *block* holds the batches of a whole window and
+comes from the host; *groups* are the micro-batches of a batch that is larger than one bucket.
+
+>>> import jax, jax.numpy as jnp
+>>> from arbiter_jax import batching
+>>> bucket_size = batching.next_bucket(5)
+>>> sampler = batching.init_sampler(jax.random.key(0))
+>>> sampler, batch, mask = batching.sample_batch(sampler, jnp.arange(6.0), 5, bucket_size)
+>>> batch.shape, int(mask.sum()), float(batching.masked_mean(jnp.ones(8), mask))
+((8,), 5, 1.0)
+"""
 
 from arbiter_jax.batching._batches import Batches, MaskedBatch, batches
 from arbiter_jax.batching._blocks import (

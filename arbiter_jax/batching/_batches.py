@@ -1,4 +1,4 @@
-"""Batches of the size that a rule wants, from data that comes in pieces, for a loop of one's own.
+"""Batches of the size that a rule wants, from data that comes in pieces, for your own loop.
 
 A data loader fixes its batch size when it is made; here the size is asked for before every batch.
 """
@@ -145,7 +145,7 @@ def batches(
     [5, 6] [True, True]
     [7, 8] [True, True]
 
-    In a training loop:
+    In a training loop::
 
         for batch, mask in datasets.batches(loader, lambda: aj.get_batch_size(opt_state)):
             params, opt_state, loss = train_step(params, opt_state, batch, mask)

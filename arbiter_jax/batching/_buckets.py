@@ -56,7 +56,7 @@ def all_buckets(minimum: int, maximum: int) -> tuple[int, ...]:
 def batch_of_the_rest(
     batch_size: int, least: int, seen: int, num_steps: int, num_examples: int
 ) -> int:
-    """The batch for what is left of a budget where a whole one does not fit; 0 for none.
+    """The size of a last, smaller batch if a whole one exceeds the rest of a budget; 0 for none.
 
     A rule that leaps, to a batch above the mean of those so far, could leave most of a budget
     unused. This leaves less than a tenth, unless the rule's range holds no smaller batch.

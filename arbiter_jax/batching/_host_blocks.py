@@ -122,7 +122,7 @@ class HostBlocks:
         return block
 
     def _ask(self, request: Request) -> Any:
-        # Ctrl-C may have come before an answer, whose examples nobody has got.
+        # Ctrl-C may have come before an answer, whose examples were then never returned.
         if self._asked is not None and (self._position is not None or self._asked != request):
             self.set_state(self.get_state())
         if self._asked is None:
@@ -212,7 +212,7 @@ def host_blocks(
     window; reading is still overlapped.
 
     The source may be anybody's loader; the sizes of its batches do not matter, because they are cut
-    anew. What it yields may be arrays, tensors of torch or numbers, in any pytree. Lists become
+    again. What it yields may be arrays, tensors of torch or numbers, in any pytree. Lists become
     tuples, because torch collates pairs as lists: a loss gets ``(inputs, labels)``.
 
     =====================================  ============  ==========================================
@@ -228,15 +228,15 @@ def host_blocks(
 
     Each epoch iterates over the source once more; to reshuffle is its own matter. A repeatable order
     needs a seed, e.g. ``DataLoader(..., generator=torch.Generator().manual_seed(0))``, and the same
-    program that made the loader. A StatefulDataLoader without workers goes on with the rest of its
-    epoch, and shuffles later ones anew. A run whose source yields other examples when it is read
+    program that made the loader. A StatefulDataLoader without workers continues with the rest of its
+    epoch, and shuffles later ones again. A run whose source yields other examples when it is read
     again is refused. Workers of a DataLoader need ``multiprocessing_context="forkserver"`` or
     "spawn", because JAX has threads.
 
     Pass the blocks to :func:`arbiter_jax.fit` instead of the training arrays. It also takes a loader
     as it is, ``aj.Data(loader, validation)``: one that can be iterated over again is then repeated.
     The validation data stays on the device; :func:`take` makes it of a loader. In your own loop,
-    request the block of each window:
+    request the block of each window::
 
         size, bucket_size, _ = aj.next_window(state.opt_state)
         data = aj.Data(blocks.next_block(size, bucket_size), validation)

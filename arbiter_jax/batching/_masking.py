@@ -54,7 +54,7 @@ def num_rows(data: PyTree, name: str = "data", hint: str = "") -> int:
 
 
 def check_integers(leaf: Any, where: str) -> None:
-    """Raises a ValueError for integers that JAX would wrap without a word."""
+    """Raises a ValueError for integers that JAX would wrap silently."""
     leaf = np.asarray(leaf)
     wanted = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if leaf.dtype.kind not in "iu" or leaf.dtype == wanted or not leaf.size:

@@ -38,7 +38,7 @@ def num_data_devices() -> int:
 
 
 def check_data_axis(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """The size of the axis "data" of a mesh, or a ValueError if it is no power of two."""
+    """The size of the axis "data" of a mesh, or a ValueError if it is not a power of two."""
     size = mesh.shape[DATA_AXIS]
     if size & (size - 1):
         raise ValueError(

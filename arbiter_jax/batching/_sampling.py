@@ -243,7 +243,7 @@ def sample_own_batch(
         return sample_batch(state, data, batch_size, bucket_size)
     if size % n:
         raise ValueError(
-            f"data.train must have a multiple of {n} examples, as many on each device, where "
+            f"data.train must have a multiple of {n} examples, as many on each device, if "
             f"sampling is 'local', got {size}: leave {size % n} out, or use sampling='exact'."
         )
     batch_size = jnp.minimum(jnp.asarray(batch_size, jnp.int32), bucket_size)

@@ -1,7 +1,7 @@
 """Callbacks: what a run does besides training. It is evaluated, logged, shown and saved.
 
 Pass callbacks to ``fit(callbacks=[...])`` in this order, because each one sees what those before it
-have noted; checkpoints have an argument of their own.
+have recorded; checkpoints have an argument of their own.
 
 ====================  =============================================  ==================  ============
 callback              what it writes, and where                      when                extra
@@ -13,15 +13,15 @@ callback              what it writes, and where                      when       
 :func:`tensorboard`   the same numbers as scalars, into event files  every window        "logging"
 :func:`log`           the same numbers, to your function, e.g.       every window
                       ``wandb.log``
-:func:`progress`      one line, on stderr or in the notebook; `fit`  every window, at    "progress"
-                      has it where a human looks                     most 10 a second
+:func:`progress`      one line, in a terminal or a notebook;         every window, at    "progress"
+                      `fit` shows it by default                      most 10 a second
 :func:`checkpoints`   the whole run, into a directory:               every few windows,  "checkpoint"
                       ``fit(checkpoints=...)``                       and at the end
 ====================  =============================================  ==================  ============
 
 A callback of your own is any function ``callback(record, state)``; a true result ends the run. It may
-note numbers, ``record.evaluation["gap"] = 0.3``, which the callbacks after it see and the history
-keeps. :data:`arbiter_jax.training.Callback` has the rest: an object may also have `begin`, `end` and
+record numbers, ``record.evaluation["gap"] = 0.3``, which the callbacks after it see and the history
+keeps. See :data:`arbiter_jax.training.Callback`: an object may also have `begin`, `end` and
 `close`. Several seeds in one program are shown by `progress`; the others take one run.
 """
 

@@ -36,9 +36,9 @@ def csv(path: str | os.PathLike[str]) -> Csv:
     =====================  ==================================================================
 
     Every row is in the file before the next window begins: a run that is killed loses the window that
-    was running. A run that goes on, from a checkpoint or from ``state=result.state``, goes on in the
-    same file: rows of examples that it has not seen are removed, and no row is there twice. A run
-    that begins anew replaces the file of an earlier one.
+    was running. A run that continues another, from a checkpoint or from ``state=result.state``,
+    continues the same file: rows of examples that it has not seen are removed, and no row is there
+    twice. A run that starts from the beginning replaces the file of an earlier one.
 
     Args:
       path: The file, whose folder is made if it is not there. Of several processes, only process 0
@@ -48,7 +48,7 @@ def csv(path: str | os.PathLike[str]) -> Csv:
       A callback for :func:`arbiter_jax.fit`. It refuses several seeds.
 
     Raises:
-      ValueError: If `path` is not a path, cannot be written, or is a file of something else.
+      ValueError: If `path` is not a path, cannot be written, or holds something else.
 
     *Guarantees*:
       * A resumed run has the rows of a whole one.
@@ -73,7 +73,9 @@ def csv(path: str | os.PathLike[str]) -> Csv:
     # The file itself, because a link would be replaced.
     path = os.path.realpath(os.path.expanduser(os.fspath(path)))
     if os.path.exists(path) and not os.path.isfile(path):  # replaced as well, if it is a device
-        raise ValueError(f"path must be that of a file, got {path}, which is none.")
+        raise ValueError(
+            f"path must be a regular file, got {path}, which is a directory or a device."
+        )
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         existed = os.path.exists(path)

@@ -21,19 +21,19 @@ _MEMORY = 20.0  # seconds of windows that the speed is the mean of, at most
 def progress(description: str = "training") -> Progress:
     """Shows how far a run is in one line, which is gone when it ends.
 
-    The line has the examples seen and the budget, the batch size, the loss, the newest evaluation, the
-    examples per second and the time left. It is written to stderr, above it what the program prints,
-    and changes after a window, at most ten times a second. Speed and time left include
+    The line has the examples seen and the budget, the batch size, the loss, the latest evaluation, the
+    examples per second and the time left. It is written to stderr, below what the program prints,
+    and updated after a window, at most ten times a second. Speed and time left include
     everything between two windows, except for windows that were compiled.
 
-    It is shown where a human looks: in a notebook by tqdm, in a terminal by rich. It is silent where
-    stderr is no terminal, ``TERM=dumb``, in continuous integration (``CI`` is set) and under pytest,
-    and on every process but the first. ``fit`` shows it unless it is told ``progress=False``: pass one
-    to name the run. A run inside another has a line of its own; of several seeds, the line has the sum
+    It is shown in a notebook by tqdm and in a terminal by rich. It is silent if stderr is not a
+    terminal, if ``TERM=dumb``, in continuous integration (``CI`` is set), under pytest, and on every
+    process but the first. ``fit`` shows it unless you pass ``progress=False``; pass this callback to
+    name the run. A run inside another has a line of its own; for several seeds, the line has the sum
     of their examples, the mean loss and the range of batch sizes.
 
     Args:
-      description: What the line begins with, text.
+      description: Text at the beginning of the line.
 
     Returns:
       A callback for :func:`arbiter_jax.fit`; put it after ``evaluate``.
@@ -58,7 +58,7 @@ def progress(description: str = "training") -> Progress:
 
 
 def default_progress(callbacks: tuple[Any, ...], required: bool) -> tuple[Progress, ...]:
-    """The display of a run that was given none: nothing where nobody looks."""
+    """The display of a run whose callbacks include none: empty unless it can be shown."""
     if any(isinstance(callback, Progress) for callback in callbacks):
         return ()
     if required:
@@ -83,7 +83,7 @@ def _is_notebook() -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether a human looks at what is displayed."""
+    """Whether this is a notebook, or a terminal outside of tests and CI."""
     if os.environ.get("CI") or "PYTEST_CURRENT_TEST" in os.environ:
         return False
     if _is_notebook():

@@ -29,7 +29,7 @@ class CriticalBatchSize(NamedTuple):
 
 
 class BranchState(NamedTuple):
-    """State of a branch: its size hides the rule inside."""
+    """State of a branch: its `batch_size` takes the place of that of the rule inside."""
 
     batch_size: jax.Array  # shape=(), dtype=int32
     scale: jax.Array  # shape=(), dtype=float32, of the updates
@@ -37,7 +37,7 @@ class BranchState(NamedTuple):
 
 
 def _branch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The chain with the size and the factor of the rate that lie in its state."""
+    """The chain of the run, with the batch size and the factor of the rate in its state."""
     inner = with_extra_args(tx)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -60,7 +60,9 @@ def measure_critical_batch_size(
     num_steps: int = 20,
     tolerance: float = 0.01,
 ) -> CriticalBatchSize:
-    r"""Measures, at one moment of a run, up to which batch size nothing is lost.
+    r"""Measures the critical batch size at one point in a run.
+
+    That is the largest batch size that loses no progress per example.
 
     From the state, for k = 1, 2, 4, ..., a branch trains with batches of k B and a rate multiplied by
     :math:`k^p`, all on the same examples. The critical size is the largest k B whose training loss
@@ -77,7 +79,7 @@ def measure_critical_batch_size(
       exponent: p, in [0, 2]: 0.5 for Adam, 1 for SGD.
       batch_size: B; the size that the rule in `state` has decided on if None.
       num_steps: Steps of the largest branch, an integer >= 1; 20 or more are reliable.
-      tolerance: By how much a loss may be larger, >= 0.
+      tolerance: By how much the loss of a branch may exceed those of smaller sizes, >= 0.
 
     Returns:
       A :class:`CriticalBatchSize`. A branch whose loss is not finite is worse than any.

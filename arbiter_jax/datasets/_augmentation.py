@@ -33,8 +33,8 @@ def pad_crop_flip(
       Images of the same shape and dtype.
 
     Raises:
-      ValueError: If the images do not have four axes, the key is no key, or padding is not an
-        integer >= 0.
+      ValueError: If the images do not have four axes, the key is not a PRNG key, or padding
+        is not an integer >= 0.
 
     Reference:
       He et al., Deep Residual Learning for Image Recognition, 2016, section 4.2.

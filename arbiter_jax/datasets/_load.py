@@ -60,7 +60,7 @@ def load(
     Raises:
       DatasetNotFoundError: If there is no such data set or its files are missing. The message is
         one line: what is missing, where we looked, and how to get it.
-      ValueError: If the name is no string, the data is damaged, or an option is out of range.
+      ValueError: If the name is not a string, the data is damaged, or an option is out of range.
 
     >>> from arbiter_jax import datasets
     >>> datasets.load("digits", seed=1).input_shape

@@ -44,7 +44,7 @@ class Moments(NamedTuple):
     in_first: jax.Array  # shape=(), dtype=float, weight of the first half of the groups
     first: PyTree  # mean gradient of the first half
     sq_deviation: jax.Array  # shape=(), dtype=float, weighted sum of |g_j - mean|^2
-    spread: PyTree  # the same for every real number of the gradient
+    spread: PyTree  # weighted sum of (g_j - mean)^2 for every real number of the gradient
 
 
 def accumulated_value_and_grad(
@@ -54,7 +54,7 @@ def accumulated_value_and_grad(
     trainable: Trainable = None,
     has_aux: bool = False,
 ) -> GradientFn:
-    r"""The gradient of a batch in groups, averaged on the way; one group is in memory at a time.
+    r"""Makes a gradient function that loops over groups of a batch, with one in memory at a time.
 
     Value and gradient are means over the groups, weighted by the total weight of each, in at least
     float32: those of the whole batch. The state of a model goes through the groups in turn. A group
@@ -134,12 +134,15 @@ def accumulated_value_and_grad(
 
 
 def accumulated_gradient(gradient_fn: GradientFn) -> GradientFn:
-    """The same for a gradient function of any kind, averaged by the number of real examples.
+    """Makes any gradient function average over groups, weighted by their numbers of real examples.
 
     Args:
       gradient_fn: ``gradient_fn(params, batch, mask, model_state, key)``; all floating-point numbers
-        that it returns are averaged, what else there is comes from the last group. Statistics of the
+        that it returns are averaged, and other values come from the last group. Statistics of the
         groups become those of the whole batch.
+
+    Returns:
+      A gradient function as :func:`accumulated_value_and_grad` returns.
     """
     traced_once = jax.jit(gradient_fn)
 
@@ -177,7 +180,7 @@ def _mean(
 
     Returns:
       (out, mean, total, moments): the Gradient, the same in at least float32, and the total weight;
-      only what the first group returns where that is no Gradient, for the caller to say so.
+      if the first group does not return a Gradient, only what it returns: the caller raises.
     """
     first = jnp.int32(0)
     like, weight = jax.eval_shape(group, first, model_state)

@@ -131,7 +131,7 @@ def _with_absolute_norms(
 
 
 def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
-    """The same from the inner products of the pieces, float[k, k]."""
+    """Gradient statistics from the inner products of the gradients of the pieces, float[k, k]."""
     share = sizes / jnp.sum(sizes)
     half = jnp.arange(sizes.shape[0]) < sizes.shape[0] // 2
     first, second = jnp.where(half, sizes, 0), jnp.where(half, 0, sizes)
@@ -140,7 +140,7 @@ def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
 
 
 def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:
-    """The same from |g_j|^2, g_j . gbar, b_j, gbar, sums over the first half, and of squares.
+    """Gradient statistics from norms |g_j|^2 and inner products g_j . gbar of the pieces.
 
     Args:
       norms: |g_j|^2.
@@ -167,7 +167,7 @@ def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:
 
 
 def stats_from_moments(count, sizes, mean, first, sq_deviation, spread) -> GradStats:
-    """The same from sums that a loop over any number of pieces keeps.
+    """Gradient statistics from running sums, which a loop over any number of pieces keeps.
 
     What would need a second pass over the pieces, the variance of g_j . gbar, is estimated from the
     two halves, with one degree of freedom.

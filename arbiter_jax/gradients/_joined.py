@@ -38,7 +38,7 @@ def mean_of_devices(tree: PyTree, share: jax.Array, axis_name: str) -> PyTree:
 def joined_aux(
     pieces: Sequence[PyTree], weights: jax.Array, with_rows: PyTree, contiguous: bool
 ) -> PyTree:
-    """Rows in the order of the batch; means over the pieces of other floating-point leaves.
+    """Joins the auxiliary outputs of pieces: rows in batch order, means of other float leaves.
 
     What else there is comes from the last piece.
     """
@@ -77,7 +77,7 @@ def has_rows(
             return True
         raise ValueError(
             "aux, which loss_fn returns, must have one row per example or the same shape for any "
-            "number of examples where gradients are measured piece by piece, got shape "
+            "number of examples if gradients are measured piece by piece, got shape "
             f"{whole.shape} for the whole batch and {shapes[0]} for a piece of it."
         )
 
@@ -90,7 +90,7 @@ def check_aux(loss_fn: Any, aux: PyTree, *arguments: Any) -> None:
     shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (aux, whole)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            "aux, which loss_fn returns, must have the same shapes for any number of rows where "
+            "aux, which loss_fn returns, must have the same shapes for any number of rows if "
             f"gradients are measured piece by piece, got shapes {shapes[1]} for the whole batch and "
             f"{shapes[0]} for a piece of it: return means over the rows."
         )

@@ -49,7 +49,7 @@ def call_loss(
       mask: bool[M], True for a real example.
       model_state: Passed if it is not None.
       key: Passed with it.
-      has_aux: Whether it returns auxiliary output; None if it may, and nobody wants it.
+      has_aux: Whether it returns auxiliary output; None if it may, and the output is not used.
 
     Returns:
       (losses, model_state, aux): aux is None without `has_aux`.
@@ -97,9 +97,9 @@ def _check_signature(loss_fn: Callable[..., Any], arguments: tuple[Any, ...]) ->
                 f"({taken}): give its state, for example aj.fit(..., model_state=...)."
             ) from None
         raise ValueError(
-            "loss_fn must take (params, batch, model_state, mask, key) where a model_state is given, "
-            f"got one that takes ({taken}): leave the model_state out, or take it. For a rule beside "
-            "an NNX module, aj.models.make_losses(aj.attach(...), ...).loss_fn is such a function."
+            "loss_fn must take (params, batch, model_state, mask, key) if a model_state is given, "
+            f"got one that takes ({taken}): leave out the model_state, or take it. For a rule in an "
+            "NNX loop, aj.models.make_losses(aj.attach(...), ...).loss_fn is such a function."
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""The gradient of micro-batches that come one after the other, nobody knows how many.
+"""The gradient of micro-batches that arrive one at a time, in a number that is not known ahead.
 
-A loop outside holds the micro-batches; in `_accumulation`, one program loops over the groups of a
-batch, whose number is known before.
+The caller's loop holds the micro-batches; in `_accumulation`, one program loops over the groups of
+a batch, whose number is known ahead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from arbiter_jax.gradients._statistics import Trainable, _counted, counted_leave
 
 
 class Accumulated(NamedTuple):
-    """Micro-batches so far; from :func:`arbiter_jax.accumulate`."""
+    """Sums over the micro-batches so far; see :func:`arbiter_jax.accumulate`."""
 
     value: jax.Array  # shape=(), dtype=float, mean loss
     grads: PyTree  # like the parameters, in at least float32, mean gradient
@@ -41,7 +41,7 @@ class Spread(NamedTuple):
 
 
 def init_accumulated(params: PyTree, model_state: PyTree, statistics: bool) -> Accumulated:
-    """No micro-batch yet."""
+    """The state of an accumulation before its first micro-batch."""
     zeros = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
     zero, none, spread = jnp.zeros((), float), jnp.zeros((), jnp.int32), None
     if statistics:
@@ -56,7 +56,7 @@ def add_piece(
     num_examples: jax.Array,
     in_first: jax.Array | bool | None,
 ) -> Accumulated:
-    """Adds the gradient of a piece.
+    """Adds the gradient of a micro-batch, called a piece, to what was accumulated.
 
     Args:
       state: The pieces before it.
@@ -102,7 +102,7 @@ def add_piece(
 
 
 def finished(state: Accumulated, params: PyTree, measures: bool, trainable: Trainable) -> Gradient:
-    """The gradient of all micro-batches together, with its statistics if it `measures`.
+    """The gradient of all micro-batches together, with statistics if `measures`.
 
     Args:
       state: All pieces.

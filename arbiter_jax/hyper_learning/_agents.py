@@ -19,7 +19,7 @@ from arbiter_jax.base import PyTree
 
 
 class Agent(NamedTuple):
-    """A pair of pure functions, and the number of proposals that they make.
+    """An agent network as pure functions, with the number of batch sizes that it proposes.
 
     ``init(key) -> agent_params``; ``apply(agent_params, inputs) -> float[batch, num_proposals]``.
     """

@@ -44,7 +44,9 @@ def warm_up(
     learning_rate: float = 1e-4,
     max_steps: int = 10_000,
 ) -> tuple[PyTree, jax.Array, jax.Array]:
-    r"""Starts an agent at a batch size as published, by regression on its logit.
+    r"""Trains an agent before a run to propose a given batch size, as published.
+
+    It is a regression on the logit of that size.
 
     Adam descends the Huber loss between the mixture s and the logit of the target,
 

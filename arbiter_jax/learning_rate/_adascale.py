@@ -20,7 +20,7 @@ class AdaScaleState(NamedTuple):
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the factor of the last step
     gain: jax.Array  # shape=(), dtype=float32, r of the last step
-    # Kept here, although `fit` sums it too, because a loop of one's own may not pass `progress`.
+    # Kept here, although `fit` sums it too, because your own loop may not pass `progress`.
     progress: jax.Array  # shape=(), dtype=float, sum of the gains, in steps of the reference size
     progress_error: jax.Array  # shape=(), dtype=float, what rounding has added to that sum
     variance: jax.Array  # shape=(), dtype=float, average of s^2, not corrected for its start

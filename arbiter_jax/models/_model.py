@@ -98,7 +98,7 @@ def make_losses(
       predictions in inference mode, which does not change the model state.
 
     Raises:
-      ValueError: If `model` is no `Model` or `per_example_loss` no function.
+      ValueError: If `model` is not a `Model` or `per_example_loss` is not a function.
 
     Reference:
       Only the head sees the response, so that its gradient costs one forward pass of the body and no

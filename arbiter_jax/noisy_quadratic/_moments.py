@@ -62,7 +62,7 @@ class RateSchedule(NamedTuple):
 
 
 def as_array(**argument: Any) -> jax.Array:
-    """Returns the argument as an array of real numbers, or raises if it is none."""
+    """Returns the argument as an array of real numbers, or raises an error."""
     ((name, values),) = argument.items()
     try:
         array = jnp.asarray(np.asarray(values) if isinstance(values, str) else values)

@@ -33,11 +33,9 @@ from arbiter_jax.objectives._objective import (
 )
 from arbiter_jax.objectives._persistence import PersistenceSignal, check_persistence
 
-_MIN_STEPS = 8  # losses, up to which a slope of 0 is no reason to stop
+_MIN_STEPS = 8  # a slope <= 0, or of validation, is trusted after more losses than this
 _MAX_CORRECTION = 8.0  # upper bound on the factor of Eq. 15 in a single measurement
-_MAX_SLOPE_RATIO = (
-    2.0  # how much faster the training loss may fall than the validation loss. Eq. 14
-)
+_MAX_SLOPE_RATIO = 2.0  # training loss may fall this much faster than validation loss. Eq. 14
 
 
 class LogTimeSlope(NamedTuple):
@@ -129,8 +127,8 @@ def noise_floor(
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the training loss, to measure on validation
         examples as well; None if not.
-      num_examples: The budget of the run in training examples, an integer >= 1; None
-        for that of ``aj.fit``, and to hold the size if nobody knows one.
+      num_examples: The budget of the run in training examples, an integer >= 1. If
+        None, that of ``aj.fit``; without any budget the size is held.
       noise_share: The noise floor as a share of the loss still to go, > 0.
       hold_until: The share of the budget after which the size may grow, in [0, 1].
       final_growth: The factor by which it has grown at the end, >= 1.

@@ -20,7 +20,7 @@ _KINDS: dict[str, Callable[..., NoiseObjective]] = {
 def noise_response(
     kind: str = "noise_floor", *, loss_fn: Callable[..., Any] | None = None, **options: Any
 ) -> NoiseObjective:
-    r"""An objective for :func:`arbiter_jax.arbiter` that depends on the batch size.
+    r"""Makes an objective with which :func:`arbiter_jax.arbiter` learns what gradient noise costs.
 
     With b(s) the batch size of the mixture s, the agent descends
 

@@ -39,12 +39,12 @@ def shadow(
     black. Lines that coincide can be told apart: those below are wider.
 
     Args:
-      run: FitResult of a run with shadows in its chain; or for a loop of one's own a sequence with
+      run: FitResult of a run with shadows in its chain; or for your own loop a sequence with
         an entry ``{name: size}`` per step, from :func:`arbiter_jax.schedulers.shadow_batch_sizes`.
       limits: Smallest and largest batch size of the axis; None for the range of what is drawn.
       title: Title of the figure.
-      batch_sizes: Examples of each step of a loop of one's own, one number or a sequence; None
-        where `run` is a FitResult, which has them. Without them the horizontal axis counts steps.
+      batch_sizes: Examples of each step of your own loop, one number or a sequence; None
+        if `run` is a FitResult, which has them. Without them the horizontal axis counts steps.
       num_points: The most points of a line; each is the median over neighboring steps.
 
     Returns:
@@ -117,7 +117,7 @@ def _of_fit(fit: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def _of_records(
     records: Iterable[Any], batch_sizes: Any
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The same of a loop of one's own; the examples are None if they are not known."""
+    """{name: size at each step} and the examples of each step of your own loop, None if unknown."""
     records = list(records)
     named = [set(record) if isinstance(record, Mapping) else set() for record in records]
     if not records or not named[0] or any(names != named[0] for names in named):

@@ -1,21 +1,35 @@
 """Batch-size rules: each returns the updates unchanged and keeps `batch_size` in its state.
 
-Rules swap in one line, and read what they need from the extra arguments of `update`:
+A rule is an optax transformation: put it behind the optimizer with `optax.chain`, pass what it reads
+as extra arguments of `update`, and read its decision with :func:`arbiter_jax.get_batch_size`.
+:func:`arbiter_jax.fit` and :func:`arbiter_jax.value_grad_and_signals` compute those arguments.
+
+>>> import arbiter_jax as aj, optax
+>>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.adadamp(decay=0.0, initial_batch_size=32))
+>>> params = {"w": 1.0}
+>>> opt_state = tx.init(params)
+>>> for loss in (2.0, 1.0):  # half the loss, twice the batch
+...     updates, opt_state = tx.update({"w": 0.5}, opt_state, params, value=loss)
+...     print(int(aj.get_batch_size(opt_state)))
+32
+64
+
+Another rule is a change of one line. What they read:
 
 * known in advance: :func:`constant`, :func:`from_schedule`, :func:`adabatch`, :func:`smith`;
   from the learning rate's own schedule: :func:`seesaw`;
 * from the loss: :func:`adadamp`; from loss and gradient noise: :func:`cabs`;
 * from gradient noise: :func:`gradient_noise_scale`, :func:`norm_test`, :func:`inner_product_test`,
   :func:`simigrad`, :func:`dive_batch`; with the measured speed as well: :func:`goodput`;
-* from what gradient noise costs: :func:`noise_floor`, :func:`expected_gain`; from an objective of
-  one's own: :func:`from_objective`;
+* from what gradient noise costs: :func:`noise_floor`, :func:`expected_gain`; from your own
+  objective: :func:`from_objective`;
 * wrapped around any of them: :func:`hysteresis`, :func:`shadow`.
 
-To begin with, add ``aj.schedulers.shadow()`` to the chain that you have: it decides nothing, and
-reports at every step what several rules would have chosen.
+To begin with, add ``aj.schedulers.shadow()`` to your chain: it decides nothing, and reports at every
+step what several rules would have chosen.
 
-Rules may decide at every step; the training loop applies the latest decision once per window and
-passes the batch size that was used as `batch_size`. Without it a rule assumes that its latest
+Rules may decide at every step; `fit` applies the latest decision once per window and passes the
+batch size that was used as `batch_size`. Without it a rule assumes that its latest
 decision was applied.
 
 Inside other transformations:

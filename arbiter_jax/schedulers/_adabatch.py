@@ -26,7 +26,7 @@ def adabatch(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaBatch: multiply the batch size every k epochs.
+    r"""Multiplies the batch size by a factor every k epochs (AdaBatch).
 
     .. math:: B = B_0 a^{\lfloor n / (k N) \rfloor}
 
@@ -43,7 +43,7 @@ def adabatch(
 
     Returns:
       A transformation that returns the updates unchanged. `update` reads `num_examples`, the
-      examples before this step, and `batch_size` if they are given; a loop of one's own under
+      examples before this step, and `batch_size` if they are given; your own loop under
       `optax.MultiSteps` has to pass them, see :func:`from_schedule`.
 
     Raises:

@@ -37,7 +37,7 @@ def adadamp(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaDamp: damp the gradient noise as the loss falls.
+    r"""Grows the batch as the loss falls, which damps the gradient noise (AdaDamp).
 
     .. math:: B = \left\lceil B_0 \frac{F_0 - F^*}{E[F] - F^*} \right\rceil
 

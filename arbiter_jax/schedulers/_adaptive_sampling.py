@@ -61,7 +61,7 @@ def norm_test(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The norm test: grow until the gradient is known to a relative error of eta.
+    r"""Grows the batch until the relative error of its gradient is below eta (norm test).
 
     .. math::
       \text{if}\quad \frac{\widehat{tr S}}{B} > \eta^2 |\bar g|^2: \qquad
@@ -130,7 +130,7 @@ def inner_product_test(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The inner-product test: grow until the gradients of most examples point downhill.
+    r"""Grows the batch until its gradient very likely points downhill (inner-product test).
 
     .. math::
       \text{if}\quad \frac{Var_i(g_i \cdot \bar g)}{B} > \theta^2 |\bar g|^4: \qquad

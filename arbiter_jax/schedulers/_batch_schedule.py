@@ -23,7 +23,7 @@ _UNLIMITED = 2**31 - 1
 
 
 class BatchSchedule(NamedTuple):
-    """Batch sizes by the number of examples seen: a pure object on the host.
+    """A plan on the host: which batch size to use after how many examples.
 
     Made by :func:`parse_schedule`, :func:`seesaw_schedule` or :func:`published_ramp`, accepted by
     :func:`from_schedule`. The unit of a count is whatever one row of a batch is.
@@ -194,14 +194,14 @@ def _pair(word: str) -> tuple[int, int]:
 
 
 def _scaled(number: str, factor: int) -> int | None:
-    """A decimal number times a factor in exact arithmetic; None if that is no integer."""
+    """A decimal number times a factor in exact arithmetic; None if that is not an integer."""
     whole, _, decimals = number.partition(".")
     digits = int(whole + decimals) * factor
     return None if digits % 10 ** len(decimals) else digits // 10 ** len(decimals)
 
 
 def published_ramp(name: str, tokens_per_example: int = 1) -> BatchSchedule:
-    """The batch sizes by which a large language model was trained, as far as they were published.
+    """The published batch sizes with which a large language model was trained.
 
     =================  ===========================================================================
     ``"gpt3"``         32K to 3.2M tokens, linearly over the first 12B tokens (the paper says 4 to

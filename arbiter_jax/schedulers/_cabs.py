@@ -41,7 +41,7 @@ def cabs(
     max_batch_size: int = 2048,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Coupled adaptive batch sizes, for plain SGD.
+    r"""Sets the batch size in proportion to gradient variance over loss, for plain SGD (CABS).
 
     .. math::
       B = round\left( lr \frac{E[\xi]}{E[F]} \right), \qquad

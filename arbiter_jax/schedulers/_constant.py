@@ -26,7 +26,7 @@ def constant(
     max_batch_size: int = _rule.UNLIMITED,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The same batch size at every step, :math:`B_t = B`.
+    r"""Keeps the same batch size at every step, :math:`B_t = B`.
 
     Args:
       batch_size: B, in examples, an integer of [min_batch_size, max_batch_size].

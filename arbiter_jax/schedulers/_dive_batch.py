@@ -39,7 +39,7 @@ def dive_batch(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""DiveBatch: decide at the end of every epoch by the diversity of its gradients.
+    r"""Grows the batch after an epoch if the gradients of its examples differed widely (DiveBatch).
 
     .. math::
       B \leftarrow clip(\lfloor \delta N D \rfloor, B, b_{max}), \qquad

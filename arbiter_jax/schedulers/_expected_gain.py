@@ -44,7 +44,7 @@ def expected_gain(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Takes the batch size at which the next step gains most for its cost, without a budget.
+    r"""Chooses the batch size whose next step lowers the loss most for its cost; needs no budget.
 
     .. math::
       B = \frac{q + \sqrt{q^2 + A_0\, q\, c_0}}{A_0}, \qquad

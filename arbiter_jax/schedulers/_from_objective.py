@@ -55,7 +55,7 @@ def from_objective(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the batch size at which an objective is least, at most a factor from the applied one.
+    """Makes a rule that moves the batch size to the minimum of an objective, a factor at a time.
 
     Around :func:`arbiter_jax.objectives.noise_floor` it is :func:`noise_floor`, around
     :func:`arbiter_jax.objectives.expected_gain` it is :func:`expected_gain`; build one with other

@@ -35,7 +35,7 @@ def from_schedule(
     max_batch_size: int = _rule.UNLIMITED,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A batch size that is a function of the steps, the examples or the progress of a run.
+    r"""Sets the batch size by a function of the steps, the examples or the progress of a run.
 
     .. math:: B_t = clip(round(schedule(n_t)), b_{min}, b_{max})
 
@@ -53,7 +53,7 @@ def from_schedule(
       count: What a function is given: "num_steps", the updates of this rule, the default;
         "num_examples", which makes a schedule in epochs independent of the sizes it passes through;
         or "progress" (scale-invariant steps, rounded down). Pairs always count examples. `aj.fit`
-        and `aj.run_window` count the last two. In a loop of one's own `update` needs the extra
+        and `aj.run_window` count the last two. In your own loop `update` needs the extra
         argument `progress`; it sums the applied sizes if it is not given `num_examples`, which
         under `optax.MultiSteps` it must be, because the rule then sees only one call of every k.
       min_batch_size: Smallest batch size, an integer >= 1.

@@ -44,15 +44,16 @@ def goodput(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The goodput of Pollux: throughput times statistical efficiency, on one machine.
+    r"""Chooses the batch size that makes the most progress per second, on one machine (Pollux).
 
     .. math::
       B = \arg\max_b \frac{b}{t_0 + t_1 b} \cdot \frac{\varphi + B_0}{\varphi + b}, \qquad
       \varphi = \frac{E[\widehat{tr S}]}{E[\widehat{|G|^2}]}
 
-    The seconds of a step, t_0 + t_1 b, are a running least-squares fit of relative errors to the
-    measured times, with t_0, t_1 >= 0. Until two sizes have been measured a step is taken to cost
-    the same at any size, as in Pollux: that optimism is what makes it explore.
+    That is the goodput: throughput times statistical efficiency. The seconds of a step, t_0 + t_1 b,
+    are a running least-squares fit of relative errors to the measured times, with t_0, t_1 >= 0.
+    Until two sizes have been measured, a step is assumed to cost the same at any size, as in Pollux:
+    this makes the rule explore.
 
     Args:
       min_improvement: Switch only if the goodput is more than this many times that of the applied

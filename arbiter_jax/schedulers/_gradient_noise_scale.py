@@ -49,7 +49,7 @@ def gradient_noise_scale(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The simple noise scale of the gradient, times a constant.
+    r"""Sets the batch size to the noise scale, where gradient noise and signal are equally large.
 
     .. math:: B = round\left( c \frac{E[\widehat{tr S}]}{E[\widehat{|G|^2}]} \right)
 

@@ -30,7 +30,7 @@ def hysteresis(
     max_factor: float = 2.0,
     tolerance: float = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Steadies a rule: it waits, ignores small changes, and takes large ones in parts.
+    r"""Steadies a rule: waits between changes, ignores small ones, takes large ones in parts.
 
     With b the applied batch size and p what the rule inside proposes,
 
@@ -38,7 +38,7 @@ def hysteresis(
       B = \begin{cases}
         b & \text{if b has been applied for less than the dwell time} \\
         b & \text{if } b / (1 + \tau) \le p \le b (1 + \tau) \\
-        clip(p, \lceil b / a \rceil, \lfloor a b \rfloor) & \text{else}
+        clip(p, \lceil b / a \rceil, \lfloor a b \rfloor) & \text{otherwise}
       \end{cases}
 
     Args:

@@ -11,7 +11,7 @@ from arbiter_jax import _validate
 
 
 def optimal_schedule(learning_rates: Sequence[float], num_examples: int) -> npt.NDArray[np.float64]:
-    r"""The batch size of each step that makes the noise at the end of a run least.
+    r"""Computes the batch size of each step that leaves the least noise at the end of a run.
 
     .. math:: B_t \propto \frac{\eta_t}{\sqrt{S_{t+1}}}, \quad \sum_t B_t = D, \qquad
               S_t = \sum_{u \ge t} \eta_u, \quad S_{T+1} := \eta_T

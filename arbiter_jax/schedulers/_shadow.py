@@ -1,6 +1,6 @@
 """A wrapper that lets batch-size rules watch a run without acting on it.
 
-It is the cheapest way to see what a rule would do with one's own model, optimizer and data.
+It is the cheapest way to see what a rule would do with your own model, optimizer and data.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def shadow(
     *,
     name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Reports at every step what rules would choose, and decides nothing.
+    """Reports at every step which batch size each rule would choose, without applying any.
 
     Add one line to a chain, train as before, and look at what each rule would have chosen:
-    ``optax.chain(optimizer, aj.schedulers.shadow())``. The chain may have a rule that decides
-    beside it, as :func:`arbiter_jax.fit` needs (:func:`constant` is one), or none, in a loop with a
-    batch size of its own. Such a loop takes :func:`arbiter_jax.value_grad_and_signals`, which makes
-    what the rules read. Signals that several rules read are computed once, and each rule measures
-    at its own interval. `get_batch_size` does not see the shadows; :func:`shadow_batch_sizes` does,
-    and :func:`arbiter_jax.plotting.shadow` draws them.
+    ``optax.chain(optimizer, aj.schedulers.shadow())``. :func:`arbiter_jax.fit` also needs a rule that
+    decides in the chain, such as :func:`constant`. A training loop with a batch size of its own needs
+    none: there, :func:`arbiter_jax.value_grad_and_signals` computes what the rules read. Signals that
+    several rules read are computed once, and each rule measures at its own interval.
+    `get_batch_size` does not see the shadows; :func:`shadow_batch_sizes` does, and
+    :func:`arbiter_jax.plotting.shadow` draws them.
 
     Args:
       rules: What to watch: a dict ``{name: rule}``; one rule, or several in a sequence, which get
         the names of their states, `cabs` for a CABSState; or None for a ready set that needs
-        nothing to be known of the run: :func:`gradient_noise_scale`, :func:`inner_product_test`,
+        no knowledge of the run: :func:`gradient_noise_scale`, :func:`inner_product_test`,
         :func:`noise_floor` and ``norm_test(eta=0.5)``, of sizes from 2 to 32768, which measure at
         every 10th step. A rule may also be a chain that holds one. It gets the applied size, which
         is not its own decision: the extra argument `batch_size`, or the number of examples in
@@ -160,7 +160,7 @@ def _shadow_of_one(
 
 
 def shadow_batch_sizes(opt_state: base.PyTree) -> dict[str, jax.Array]:
-    """What each rule under :func:`shadow` would choose.
+    """Reads the batch size that each rule under :func:`shadow` would choose.
 
     Args:
       opt_state: State of any optax chain; also the `opt_state` of an ``nnx.Optimizer``.

@@ -37,12 +37,12 @@ def simigrad(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SimiGrad: grow while two half batches disagree, shrink while they agree.
+    r"""Grows the batch while the gradients of its halves disagree, else shrinks it (SimiGrad).
 
     .. math::
       B \leftarrow \begin{cases}
         \lceil a B \rceil & \text{if the mean of } \cos(g_1, g_2) < \gamma \\
-        \lfloor B / a \rfloor & \text{else}
+        \lfloor B / a \rfloor & \text{otherwise}
       \end{cases}
 
     with B the applied batch size and g_1, g_2 the gradients of the halves of one batch. The published

@@ -29,7 +29,7 @@ def smith(
     max_batch_size: int = 512,
     initial_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Don't decay the learning rate, increase the batch size.
+    r"""Multiplies the batch size where a step schedule would divide the learning rate.
 
     .. math:: B = B_0 a^{\min(m, g)}
 

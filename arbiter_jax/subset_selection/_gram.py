@@ -175,7 +175,7 @@ def _whole(rows: list[jax.Array]):
 
 
 def _in_blocks(rows_of: Callable, batch: PyTree, n: int, bytes_per_row: int, max_bytes: int):
-    """The same, with two blocks of the gradients in memory at a time."""
+    """Gram matrices and weighted sums, with two blocks of the gradients in memory at a time."""
     size = _largest_block(n, bytes_per_row, max_bytes)
 
     def split(x):

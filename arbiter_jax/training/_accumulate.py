@@ -1,4 +1,4 @@
-"""Gradient accumulation in a loop of one's own, over as many micro-batches as a rule asks for."""
+"""Gradient accumulation in your own loop, over as many micro-batches as a rule asks for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from arbiter_jax.training._signals import with_zero_statistics
 
 
 class Accumulator(NamedTuple):
-    """Three pure functions; see :func:`accumulate`."""
+    """The three pure functions that accumulate a gradient; see :func:`accumulate`."""
 
     init: Callable[..., Accumulated]
     add: Callable[..., Any]
@@ -47,7 +47,7 @@ def accumulate(
     inputs_of: Callable[[PyTree], PyTree] | None = None,
     wrt: Any = None,
 ) -> Accumulator:
-    """Accumulates the gradient of micro-batches, as many as you like, with one compiled program.
+    """Accumulates the gradient of any number of micro-batches, with one compiled program.
 
     The batch size changes, the micro-batch does not: a step takes as many micro-batches as make up
     ``aj.get_batch_size(opt_state)``, and gradient noise is measured from them on the way::
@@ -58,7 +58,7 @@ def accumulate(
         value, grads, signals = accumulator.finish(batch, params, opt_state)
         updates, opt_state = tx.update(grads, opt_state, params, **signals)
 
-    The number of micro-batches is rounded up: where the size is no multiple of the micro-batch, a step
+    The number of micro-batches is rounded up: if the size is not a multiple of the micro-batch, a step
     takes more examples than the rule asks for, and a given number of examples is used up in fewer steps
     than planned. To take exactly that size, mask the surplus rows of the last micro-batch.
 

@@ -32,7 +32,7 @@ class MicroBatch:
                 )
             if shared:
                 raise ValueError(
-                    "micro_batch_size must be a power of two or None where several processes train "
+                    "micro_batch_size must be a power of two or None if several processes train "
                     "together, got 'auto': each of them would find its own."
                 )
         self.is_auto = isinstance(micro_batch_size, str)
@@ -85,7 +85,7 @@ class MicroBatch:
         if not self.is_auto or self.size is not None or bucket_size in self._fitting:
             return bucket_size
         is_streamed = isinstance(data.train, BlockSource)
-        if is_streamed and self._block is None:  # nobody knows yet what an example looks like
+        if is_streamed and self._block is None:  # the shapes of an example are not known yet
             return bucket_size
 
         def shapes(rows: int) -> Any:

@@ -31,7 +31,7 @@ def check_extra_args(extra_args: Any, micro_batch_size: Any = None) -> None:
     if isinstance(extra_args, Mapping):
         raise ValueError(
             f"{expected}, got a dict of {len(extra_args)}: define once a function that returns it, "
-            "because programs are kept by that function."
+            "because compiled programs are cached by its identity."
         )
     if not callable(extra_args):
         raise ValueError(f"{expected}, got {extra_args!r}.")
@@ -44,7 +44,7 @@ def check_extra_args(extra_args: Any, micro_batch_size: Any = None) -> None:
         ) from None
     if micro_batch_size is not None:
         raise ValueError(
-            "micro_batch_size must be None where extra_args is given, got "
+            "micro_batch_size must be None if extra_args is given, got "
             f"{micro_batch_size!r}: batch_loss would have to go through the groups of a batch at every "
             "evaluation, and back through them for its gradient."
         )
@@ -100,7 +100,7 @@ def with_made_extra_args(
 def made_extra_args(
     extra_args: ExtraArgs, batch_loss: BatchLoss, signals: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `extra_args` makes, to be passed to ``tx.update`` beside the signals."""
+    """What `extra_args` makes, to be passed to ``tx.update`` in addition to the signals."""
     made = extra_args(batch_loss)
     if not isinstance(made, Mapping):
         raise ValueError(

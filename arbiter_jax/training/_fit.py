@@ -88,7 +88,7 @@ def _train_window(run: Run, plan: Plan, keeper: Keeper, ahead: CompileAhead) -> 
     plan = plan._replace(bucket_size=bucket_size, num_steps=num_steps)
     run.record(plan, info, seconds, searched + compilations)
     # A time that includes a compilation is not the time of a step. A given clock counts as it is:
-    # what was compiled before, and what was not, is no part of the run.
+    # a repeatable run cannot depend on what was compiled before it.
     compiled = run.clock is None and (compilations.num_programs or lowered)
     run.measured(float("nan") if compiled else seconds / num_steps)
     return True
@@ -126,7 +126,7 @@ def fit(
 
     The run ends when a whole batch no longer fits into what is left of `num_examples`, so two runs
     with the same budget differ by less than one batch. If that would leave a tenth of the budget or
-    more, because the rule leapt to a batch above the mean of those so far, the run continues with
+    more, because the rule has chosen a batch above the mean of those so far, the run continues with
     the largest power of two that fits and is in the rule's range.
 
     **Several seeds**: with a vector of k keys, the arrays of `params`, and of `model_state` or
@@ -136,16 +136,17 @@ def fit(
     largest batch among them; padding costs time where their batch sizes differ, and every step at
     which one of them measures costs as much as if all did. The result has a stacked `state` and one
     history per seed; ``result.of_seed(i)`` is the result of one. A callback gets the list of their
-    records once per window. Several seeds exclude rules that read the clock, sources of blocks, and
-    `mesh`, `sampling`, `micro_batch_size`, `checkpoints` and `clock`. On two CPU cores they save
-    little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU time of eight runs.
+    records once per window. Several seeds cannot be combined with rules that read the clock, with
+    sources of blocks, or with `mesh`, `sampling`, `micro_batch_size`, `checkpoints` and `clock`. On two
+    CPU cores they save little: eight seeds of an MLP 64-64-10 at a constant 64 took 0.9 of the CPU
+    time of eight runs.
 
     **Sweeps**: a run compiles nothing if a run before had the same functions, `tx`, `window` and
-    shapes, and made the same buckets. Every new `tx` is a new program, so let a number that you sweep
-    lie in the state: make the optimizer by `optax.inject_hyperparams`, and set the number by
-    `optax.tree.set`, as below. Programs stay in memory, 12 MiB each for a small network, also after
-    their `tx` is gone: ``aj.run_window.clear_cache()`` frees them, after the last run that uses them,
-    and ``jax.clear_caches()`` those of several seeds as well.
+    shapes, and made the same buckets. Every new `tx` is a new program, so keep the hyperparameter
+    you sweep in the optimizer state: make the optimizer by `optax.inject_hyperparams`, and set the
+    hyperparameter by `optax.tree.set`, as below. Programs stay in memory, 12 MiB each for a small
+    network, even after their `tx` is gone: ``aj.run_window.clear_cache()`` frees them, after the last
+    run that uses them, and ``jax.clear_caches()`` also frees those of several seeds.
 
     Args:
       loss_fn: ``loss_fn(params, batch) -> float[M]``, the loss of each example; see
@@ -158,11 +159,11 @@ def fit(
         DataLoader of torch, a dataset of grain, an iterable over batches) is passed on to
         ``arbiter_jax.datasets.host_blocks`` as `train`, repeated if it can be. As `validation` it
         must end, and ``arbiter_jax.datasets.take`` reads it into arrays. Each call reads a loader
-        from its beginning: to go on with `state`, pass blocks that stay open.
+        from its beginning: to continue with `state`, pass blocks that stay open.
       num_examples: Budget in training examples, an integer >= 1. It includes those that `state` has
-        already seen. Rules that plan ahead are given it.
+        already seen. Rules that plan ahead get it.
       stop_at: Ends this call earlier, at this number of examples seen, an integer in [1,
-        num_examples]: to change something and go on with `state`. Rules still plan for
+        num_examples]: to change something and continue with `state`. Rules still plan for
         `num_examples`. If that is in the middle of a window, the next call finishes it first: two
         calls give the result of one.
       window: T, steps between two decisions, an integer >= 1. Arbiter's own `window` should be the
@@ -198,14 +199,14 @@ def fit(
         its end. SIGTERM and Ctrl-C then wait for the running window, save the run, and end the
         program as usual: with exit code 143, or with a KeyboardInterrupt. A second Ctrl-C ends it
         at once. A signal to one of several processes ends all of them, after the same window.
-      resume: Whether to go on from the newest complete checkpoint; without one the run starts from
-        the beginning. The result is bit for bit that of a run that was never stopped, unless rules
+      resume: Whether to continue from the newest complete checkpoint; without one the run starts
+        from the beginning. The result is bit for bit that of a run that was never stopped, unless rules
         read measured times.
-      clock: ``clock() -> seconds``, in place of ``time.perf_counter``: makes runs of rules that read
+      clock: ``clock() -> seconds``, instead of ``time.perf_counter``: makes runs of rules that read
         measured times repeatable. Everything it measures counts, including compilation.
-      progress: Whether a line shows how far the run is while it goes on, see
-        :func:`arbiter_jax.callbacks.progress`: None for where a human looks and what it needs is
-        installed, False for nowhere. True is like None, but raises an ImportError where it is not.
+      progress: Whether a line shows how far the run is, see :func:`arbiter_jax.callbacks.progress`.
+        None shows it in a terminal, if rich is installed, or in a notebook, if tqdm is; True also
+        raises an ImportError if the package is missing; False never shows it.
 
     Returns:
       A :class:`FitResult`; that of a resumed run has the whole history.

@@ -39,7 +39,7 @@ of the batch are compared.
 >>> round(float(result.state.params), 4), result.state.params.sharding.is_fully_replicated
 (0.6513, True)
 
-In a loop of one's own, with arrays that are placed on the mesh, the window is called within it:
+In your own loop, with arrays that are placed on the mesh, the window is called within it:
 
 >>> everywhere = jax.sharding.NamedSharding(mesh, jax.P())
 >>> state = jax.device_put(aj.init_state(jnp.zeros(()), tx, 0), everywhere)
@@ -140,7 +140,8 @@ def place(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec | None = None) ->
     """The arrays on a mesh: as they are placed on its devices, the others by `spec`.
 
     Args:
-      tree: A pytree. What is no array, or cannot be read, is left for others to refuse.
+      tree: A pytree. Leaves that are not arrays, or cannot be read, are returned as they are: the
+        caller checks them.
       mesh: Where to; None leaves everything where it is.
       spec: How the arrays that lie elsewhere are split; replicated if None.
     """

@@ -33,7 +33,7 @@ def check_sampling(sampling: Any, micro_batch_size: Any) -> None:
     _validate.one_of(("exact", "local"), sampling=sampling)
     if sampling == "local" and micro_batch_size is not None:
         raise ValueError(
-            "sampling must be 'exact' where a batch is computed in micro-batches, got 'local': leave "
+            "sampling must be 'exact' if a batch is computed in micro-batches, got 'local': leave "
             "out one of the two."
         )
 

@@ -1,4 +1,4 @@
-"""NNX modules in a loop of one's own: a module and its loss as the pure functions of the engine.
+"""NNX modules in your own loop: a module and its loss as the pure functions of the engine.
 
 A module is split into parameters and a model state, which is everything else that a call may change:
 the statistics of BatchNorm, the counts of random streams, caches. A copy of the module is put
@@ -90,7 +90,7 @@ def unpacked(
         return Unpacked(params, model_state, opt_state, loss_fn, identity, identity)
     if model_state is not None:
         raise ValueError(
-            "model_state must be None where params is an NNX module, which holds its own, got a "
+            "model_state must be None if params is an NNX module, which holds its own, got a "
             f"{type(model_state).__name__}."
         )
     module, wrt = params, nnx.Param if wrt is None else wrt
@@ -103,7 +103,7 @@ def unpacked(
     keywords = _keywords(loss_fn)
     if key is not None and "key" not in keywords:
         raise ValueError(
-            "key must be None where params is an NNX module and loss_fn has no parameter `key`: "
+            "key must be None if params is an NNX module and loss_fn has no parameter `key`: "
             "dropout draws from the random streams of the module."
         )
     structures = jax.tree.structure(trained), jax.tree.structure(rest)
@@ -168,7 +168,7 @@ def _keywords(loss_fn: Callable[..., Any]) -> tuple[str, ...]:
         signature.bind(None, None, **dict.fromkeys(keywords))
     except TypeError:
         raise ValueError(
-            "loss_fn must take (model, batch), and may take `mask` and `key`, where an NNX module is "
+            "loss_fn must take (model, batch), and may take `mask` and `key`, if an NNX module is "
             f"given, got one that takes ({', '.join(parameters)}): the module holds its own state."
         ) from None
     return keywords

@@ -12,7 +12,7 @@ from arbiter_jax.batching import next_bucket
 def next_window(
     opt_state: PyTree, window: int = 100, micro_batch_size: int | None = None
 ) -> tuple[int, int, int]:
-    """What the rule in an optimizer state has decided for the next window. Host side.
+    """Reads batch size, bucket and number of steps of the next window from an optimizer state.
 
     One bucket serves the training batch and the validation batch of a window: that of the larger
     one. A rule may ask for a shorter window (``noise_floor`` does at the start, when it knows

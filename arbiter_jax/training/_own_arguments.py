@@ -1,4 +1,4 @@
-"""What a caller hands to a step of a loop of one's own: checked, and turned into signals."""
+"""What a caller hands to a step of your own loop: checked, and turned into signals."""
 
 from __future__ import annotations
 

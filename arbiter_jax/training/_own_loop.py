@@ -1,4 +1,4 @@
-"""A gradient for a loop of one's own, with everything that the rules in a chain ask for."""
+"""A gradient for your own loop, with everything that the rules in a chain ask for."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def value_grad_and_signals(
     wrt: Any = None,
     extra_args: ExtraArgs | None = None,
 ) -> Callable[..., Any]:
-    """A gradient function for a training loop of your own, for every rule of this library.
+    """Makes a gradient function for your own training loop that also computes what rules read.
 
     It takes the place of ``jax.value_and_grad``. Besides value and gradient it returns the *signals*:
     the extra arguments that the rules in `tx` read, and no others. It knows from the state of `tx`

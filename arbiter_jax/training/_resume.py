@@ -18,7 +18,7 @@ _SIZES = ("batch_size", "meta_batch_size")
 
 
 def resume_state(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
-    """A state to go on with under `tx`, whose range of batch sizes and budget it gets.
+    """Prepares a saved state to continue with `tx`, under its range of batch sizes and its budget.
 
     A state carries the range that its rule was built with. If it was saved under another one, what
     `tx` says holds from the first window on: a decision outside its range becomes the nearest size

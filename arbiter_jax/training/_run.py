@@ -91,7 +91,7 @@ class Run:
             whole = whole._replace(bucket_size=self.micro.limited(whole.bucket_size))
             too_large = whole.steps_until(self.end, self.seen) < 1
             if too_large and self.end == self.num_examples:
-                # The step takes no more examples than its bucket has rows, or than it is told.
+                # The step takes at most this many examples, and at most the rows of its bucket.
                 size = _smaller_batch(self.state, self.seen, self.num_examples)
                 whole = Plan(size, self.micro.limited(size), 1)
             if whole.batch_size < 1:
@@ -118,13 +118,13 @@ class Run:
     def got(self, plan: Plan, num_steps: int, room: int | None = None) -> None:
         """Notes for how many steps of a window there were examples.
 
-        Where they were fewer than the plan's, the rule decides on what is left.
+        If there were fewer than planned, the rule decides on what is left.
 
         Args:
           plan: From :meth:`begin`.
           num_steps: Steps that were taken.
-          room: Steps that the block had room for, None where the data is no block: that is as long
-            as the whole window can be.
+          room: Steps that the block had room for, None if the data is not a block: then a window
+            has room for all its steps.
         """
         if num_steps < plan.num_steps:
             self._leave(plan, 0)

@@ -82,7 +82,7 @@ def _to_device(data: PyTree, mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def room_for(data: Data, batch_size: int) -> int | None:
-    """The steps that the block of a window has room for; None where the data is no block."""
+    """The steps that the block of a window has room for; None if the data is not a block."""
     if not isinstance(data.train, Block):
         return None
     num_slots, num_rows = jax.tree.leaves(data.train.batches)[0].shape[:2]

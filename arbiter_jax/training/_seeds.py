@@ -72,11 +72,11 @@ def fit_seeds(
     progress: bool | None,
     **others: Any,
 ) -> FitResult:
-    """:func:`fit` where `key` is a vector of keys; see there."""
+    """Trains several seeds in one program: :func:`fit` with a vector of keys, which see."""
     for name, value in others.items():
         if value != _OF_ONE_RUN.get(name):
             raise ValueError(
-                f"{name} must be {_OF_ONE_RUN.get(name)!r} where key holds several keys, got "
+                f"{name} must be {_OF_ONE_RUN.get(name)!r} if key holds several keys, got "
                 f"{value!r}: run the seeds one after the other."
             )
     num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
@@ -85,7 +85,7 @@ def fit_seeds(
     data = on_device(data, window)
     if isinstance(data.train, BlockSource):
         raise ValueError(
-            "data.train must be arrays where key holds several keys, got a source of blocks, which "
+            "data.train must be arrays if key holds several keys, got a source of blocks, which "
             "holds the batches of one run: run the seeds one after the other."
         )
     check_concrete(params=params, key=key, data=data, state=state)
@@ -93,7 +93,7 @@ def fit_seeds(
     the_rule(requests(state.opt_state), "tx")
     if "step_seconds" in requests(state.opt_state).signals:
         raise ValueError(
-            "tx must hold no rule that reads the measured time of a step where key holds several "
+            "tx must hold no rule that reads the measured time of a step if key holds several "
             "keys, because they share their steps: give the rule a step_cost that is a number, or "
             "run the seeds one after the other."
         )

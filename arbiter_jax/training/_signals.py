@@ -231,7 +231,7 @@ def first_entry(batch: PyTree) -> PyTree:
         return batch
     keys = f" with the keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else ""
     raise ValueError(
-        f"inputs_of must be given where a batch is a {type(batch).__name__}{keys}: a function "
+        f"inputs_of must be given if a batch is a {type(batch).__name__}{keys}: a function "
         "batch -> inputs that returns the part of it that the agent sees."
     )
 

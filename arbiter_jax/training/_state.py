@@ -40,7 +40,7 @@ class TrainState(NamedTuple):
     """Everything that a run carries from one step to the next, all of it arrays.
 
     It is the state of :func:`fit` and :func:`run_window`, and not Flax's ``TrainState`` for a loop
-    of one's own: that is :class:`arbiter_jax.models.TrainState`.
+    of your own: that is :class:`arbiter_jax.models.TrainState`.
     """
 
     params: PyTree  # what the optimizer updates

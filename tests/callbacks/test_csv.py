@@ -111,8 +111,8 @@ def test_what_it_cannot_write_is_named_at_once(tmp_path):
     for path, message in {
         3: "path must be the path of a file, got 3",
         "": "path must be the path of a file",
-        tmp_path: "path must be that of a file, got .*, which is none",
-        os.devnull: "path must be that of a file, got .*, which is none",  # and is not replaced
+        tmp_path: "path must be a regular file, got .*, which is a directory or a device",
+        os.devnull: "path must be a regular file, got .*, which is a directory",  # and is not replaced
         tmp_path / "text" / "run.csv": "path must be a file that can be written",
         tmp_path / "text": "path must be a new file or one that callbacks.csv has written",
     }.items():

@@ -438,7 +438,7 @@ class TestFit:
 
     def test_several_seeds_share_arrays_alone(self):
         keys = jax.random.split(jax.random.key(0), 2)
-        with pytest.raises(ValueError, match=r"data\.train must be arrays where key holds several"):
+        with pytest.raises(ValueError, match=r"data\.train must be arrays if key holds several"):
             aj.fit(loss_fn, jnp.zeros((2, 2)), TX, aj.Data(Loader()), num_examples=96, key=keys)
 
     def test_validation_from_a_loader(self):

@@ -128,7 +128,7 @@ def call(loss_fn, model_state=None, **options):
         ),
         (
             call(good, 1.0),
-            r"must take \(params, batch, model_state, mask, key\) where a model_state is given, got "
+            r"must take \(params, batch, model_state, mask, key\) if a model_state is given, got "
             r"one that takes \(params, batch\)",
         ),
         (call(lambda *args: with_state(*args)[0], 1.0), r"return \(losses, model_state\), got "),

@@ -181,7 +181,7 @@ def one_argument_too_many(batch_loss, batch):
             {"extra_args": takes("value")},
             "must not return 'value', which the training loop supplies",
         ),
-        ({"micro_batch_size": 8}, "micro_batch_size must be None where extra_args is given, got 8"),
+        ({"micro_batch_size": 8}, "micro_batch_size must be None if extra_args is given, got 8"),
         (
             {"rule": schedulers.noise_floor()},
             "persistence of the optimizer could not be measured .*give the rule a number",

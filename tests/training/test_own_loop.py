@@ -460,7 +460,7 @@ def test_errors_of_arguments():
     with pytest.raises(ValueError, match="validation must be given, got None"):
         grad_fn(start(), tx.init(start()), batch_of(4))
     as_dict = dict(zip("xy", validation(), strict=True))
-    with pytest.raises(ValueError, match="inputs_of must be given where a batch is a dict"):
+    with pytest.raises(ValueError, match="inputs_of must be given if a batch is a dict"):
         grad_fn(start(), tx.init(start()), batch_of(4), validation=as_dict)
     for make in (aj.value_grad_and_signals, aj.accumulate):
         with pytest.raises(ValueError, match="loss_fn must be a function"):

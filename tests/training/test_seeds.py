@@ -226,7 +226,7 @@ def test_what_several_seeds_cannot_be_is_named(options, message):
 
 
 def test_blocks_are_for_one_run():
-    message = r"data\.train must be arrays where key holds several keys"
+    message = r"data\.train must be arrays if key holds several keys"
     with (
         aj.datasets.host_blocks(iter([draw(0)]), window=8) as blocks,
         pytest.raises(ValueError, match=message),

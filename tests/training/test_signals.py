@@ -265,7 +265,7 @@ def test_the_agent_sees_the_inputs_of_any_batch():
         np.testing.assert_array_equal(seeing(batch)(), expected)
     by_name = seeing({"label": y, "image": x})
     np.testing.assert_array_equal(by_name(inputs_of=lambda b: b["image"]), expected)
-    with pytest.raises(ValueError, match="inputs_of must be given where a batch is a dict with"):
+    with pytest.raises(ValueError, match="inputs_of must be given if a batch is a dict with"):
         by_name()
 
 
