@@ -19,6 +19,7 @@ def evaluate(
     data: PyTree,
     every: int = 1,
     *,
+    every_examples: int | None = None,
     name: str = "evaluation",
     stop: Callable[[list[Metrics]], Any] | None = None,
     chunk_size: int = 1024,
@@ -39,6 +40,10 @@ def evaluate(
         Arrays of NumPy are moved to the device each time. Of several processes, all evaluate the same
         data.
       every: Windows between two evaluations, an integer >= 1. The last window is always evaluated.
+      every_examples: Training examples between two evaluations, an integer >= 1, instead of `every`:
+        after the window that passes a multiple of it, so that runs whose batch sizes differ are
+        evaluated at about the same examples. A window is `window` steps of `fit`, or as few as the
+        rule asks for.
       name: What the results are called, text. Two of one run have different names.
       stop: ``stop(results) -> bool`` with the list of all :class:`arbiter_jax.metrics.Metrics` of the
         run so far, the newest last; a true result ends the run. A resumed run has the earlier ones.
@@ -71,6 +76,13 @@ def evaluate(
     [{}, {'test/loss': 0.0625}, {}, {'test/loss': 0.00390625}, {'test/loss': 0.0009765625}]
     """
     every = _validate.integer(every=every, minimum=1)
+    if every_examples is not None:
+        every_examples = _validate.integer(every_examples=every_examples, minimum=1)
+        if every != 1:
+            raise ValueError(
+                f"every and every_examples exclude each other, got {every} and {every_examples}: pass "
+                "one of them."
+            )
     chunk_size = _validate.integer(chunk_size=chunk_size, minimum=1)
     _validate.function("predict(params, inputs) -> outputs", predict=predict)
     _validate.function("loss(outputs, labels) -> float[M]", loss=loss)
@@ -79,15 +91,15 @@ def evaluate(
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be text, got {_validate.shown(name)}.")
     check_split(data)
-    return Evaluate(predict, loss, data, every, name, stop, chunk_size)
+    return Evaluate(predict, loss, data, every, every_examples, name, stop, chunk_size)
 
 
 class Evaluate:
     """The callback of :func:`evaluate`."""
 
-    def __init__(self, predict, loss, data, every, name, stop, chunk_size):
+    def __init__(self, predict, loss, data, every, every_examples, name, stop, chunk_size):
         self._predict, self._loss, self._data, self._chunk_size = predict, loss, data, chunk_size
-        self._every, self.name, self._stop = every, name, stop
+        self._every, self._every_examples, self.name, self._stop = every, every_examples, name, stop
         self._results: list[Metrics] = []
 
     def begin(self, start: RunStart) -> None:
@@ -110,7 +122,7 @@ class Evaluate:
         """Evaluates if it is time; whether the run ends."""
         if self._is_noted(record):  # a resumed run that had ended here
             return self._stops()
-        if (record.window_index + 1) % self._every:
+        if not self._is_due(record):
             return False
         self._note(record, state)
         return self._stops()
@@ -119,6 +131,12 @@ class Evaluate:
         """Evaluates the last window if it was not its turn."""
         if not self._is_noted(record):
             self._note(record, state)
+
+    def _is_due(self, record: WindowRecord) -> bool:
+        if self._every_examples is None:
+            return (record.window_index + 1) % self._every == 0
+        before = record.num_examples - int(record.info.batch_size.sum())
+        return record.num_examples // self._every_examples > before // self._every_examples
 
     def _note(self, record: WindowRecord, state: TrainState) -> None:
         found = evaluate_split(

@@ -73,7 +73,9 @@ def seesaw_schedule(
         trade=trade,
         doubling=doubling,
     )
-    budget = _validate.integer(num_examples=num_examples, minimum=1)
+    budget = _validate.integer(
+        num_examples=num_examples, minimum=1, maximum=_validate.LARGEST_COUNT
+    )
     low, high, trade = _checked(batch_size, max_batch_size, trade)
     _validate.boolean(doubling=doubling)
     counts, rates = rates_of(schedule, budget)
@@ -86,6 +88,11 @@ def seesaw_schedule(
     if doubling:
         doubled = doublings(low, high)
         sizes = doubled[np.searchsorted(doubled, sizes, side="right") - 1]
+    if trade and high >= 2 * low and (sizes == low).all():
+        _validate.warn(
+            f"schedule falls too little within {budget:,} examples for the batch to grow: it stays at "
+            f"{low}; give the schedule its length in examples."
+        )
     begins = np.flatnonzero(np.diff(sizes, prepend=-1))
     return BatchSchedule(
         starts=tuple(counts[begins].tolist()),
@@ -155,6 +162,11 @@ def seesaw(
         trade=trade,
         doubling=doubling,
     )
+    if not (limit is None or isinstance(limit, str | optax.GradientTransformation)):
+        raise ValueError(
+            'limit must be None, "noise_scale", "noise_scale_l1" or a batch-size rule, got '
+            f"{_validate.shown(limit)}: the largest size is max_batch_size."
+        )
     if isinstance(limit, str):
         _validate.one_of(("noise_scale", "noise_scale_l1"), limit=limit)
         limit = _measured_noise_scale(limit, batch_size, max_batch_size)

@@ -80,6 +80,11 @@ def seesaw(
     >>> sizes[0], sizes[-1], int(result.state.num_steps)  # of 800 at a constant size
     (8, 64, 448)
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        raise ValueError(
+            "optimizer must be the one that optax.MultiSteps wraps: wrap seesaw instead, with "
+            "batch_size divided by the number of calls, or use arbiter_jax.accumulate."
+        )
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(
             "optimizer must be an optax optimizer with a learning rate of 1, for example "
@@ -91,7 +96,7 @@ def seesaw(
         noise = gradient_noise_scale(norm="l1", decay=0.9, measure_every=10)
     else:
         exponent = _validate.in_range(0, 2, closed="right", exponent=exponent)
-    if limit == "noise_scale" and exponent != 1:
+    if isinstance(limit, str) and limit == "noise_scale" and exponent != 1:
         limit = "noise_scale_l1"
     rule = _seesaw.seesaw(
         schedule,
@@ -131,7 +136,7 @@ def _warn_of_the_optimizer(
             f"multiplies it by that of schedule, at most {peak:.2g}: pass an optimizer with a "
             "learning rate of 1, for example optax.sgd(1.0)."
         )
-    if limit == "noise_scale" and found.is_normalized:
+    if isinstance(limit, str) and limit == "noise_scale" and found.is_normalized:
         _validate.warn(
             'optimizer normalizes its updates, as Adam does, and limit="noise_scale" measures noise '
             'in the l2 norm, which is that of SGD: pass limit="noise_scale_l1".'

@@ -58,9 +58,10 @@ def accumulate(
         value, grads, signals = accumulator.finish(batch, params, opt_state)
         updates, opt_state = tx.update(grads, opt_state, params, **signals)
 
-    The number of micro-batches is rounded up: if the size is not a multiple of the micro-batch, a step
-    takes more examples than the rule asks for, and a given number of examples is used up in fewer steps
-    than planned. To take exactly that size, mask the surplus rows of the last micro-batch.
+    Here the number of micro-batches is rounded up: if the size is not a multiple of the micro-batch, a
+    step takes more examples than the rule asks for, and the run takes fewer steps than planned. Rounded
+    down, it takes more of them. To take exactly that size, mask the surplus rows of the last
+    micro-batch; the sizes of ``seesaw(doubling=True)`` need no rounding.
 
     Value and gradient are means over all examples (weighted by their weights), summed in at least
     float32. At the steps at which a rule measures, the gradient of each micro-batch is computed in two

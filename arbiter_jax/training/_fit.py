@@ -325,6 +325,8 @@ def fit(
             called.end(run.history[-1], run.whole_state())
         keeper.finish(interrupts)
     interrupts.end()  # a signal that came while the last checkpoint was written
-    for message in what_went_wrong(run.history, run.source_ended, run.seen, end, num_examples):
+    for message in what_went_wrong(
+        run.history, run.state, run.source_ended, run.seen, end, num_examples
+    ):
         _validate.warn(message)
     return run.result(run.now() - start, ahead.compilations())

@@ -66,7 +66,16 @@ def inner_step(
             state.params,
             **signals | {"gradient_noise": gradient.gradient_noise},
         )
-    updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params, **signals)
+    try:
+        updates, opt_state = tx.update(gradient.grads, state.opt_state, state.params, **signals)
+    except TypeError as error:
+        if "argument" in str(error):
+            passed = ", ".join(sorted(signals))
+            error.add_note(
+                f"tx.update was called with the extra arguments {passed}; what else a transformation "
+                "needs, such as value_fn, is passed by extra_args=."
+            )
+        raise
     after = requests(opt_state)
     progress, progress_error = compensated_sum(
         state.progress, state.progress_error, after.progress_since(requested)

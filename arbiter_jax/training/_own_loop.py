@@ -170,12 +170,19 @@ def value_grad_and_signals(
         mask: jax.Array | None = None,
         validation: PyTree = None,
         model_state: PyTree = None,
-        key: jax.Array | None = None,
+        key: jax.Array | int | None = None,
         num_examples: Any = None,
         step_seconds: Any = None,
     ) -> Any:
-        if isinstance(batch, MaskedBatch) and mask is None:
+        if isinstance(batch, MaskedBatch):
+            if mask is not None:
+                raise ValueError(
+                    "mask must be None if batch is a pair from datasets.batches, which holds one, got "
+                    f"{_validate.shown(mask)}."
+                )
             batch, mask = batch
+        if isinstance(key, int):
+            key = jax.random.key(key)
         check_batch(batch, mask)
         pure = split(params, opt_state, model_state, key, is_masked=mask is not None)
         requested = requests(pure.opt_state)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import all_finite
 from arbiter_jax.base import StepInfo
 from arbiter_jax.training._state import TrainState
 
@@ -80,10 +81,30 @@ class FitResult(NamedTuple):
         return bool(self.history) and isinstance(self.history[0], list)
 
 
+_FINITE = jax.jit(all_finite)
+_FINITE_OF_SEEDS = jax.jit(jax.vmap(all_finite))
+
+
 def what_went_wrong(
-    history: list[WindowRecord], source_ended: bool, seen: int, end: int, num_examples: int
+    history: list[WindowRecord],
+    state: TrainState,
+    source_ended: bool,
+    seen: int,
+    end: int,
+    num_examples: int,
+    seed: int | None = None,
 ) -> list[str]:
-    """What a user should know of a run that has ended, besides its result."""
+    """What a user should know of a run that has ended, besides its result.
+
+    Args:
+      history: Of the run.
+      state: At the end; of several seeds, that of all of them.
+      source_ended: Whether the data have ended before the run.
+      seen: Examples so far.
+      end: Where the run was to end, in examples.
+      num_examples: The budget.
+      seed: Which of several seeds this is.
+    """
     found = []
     if source_ended:
         found.append(
@@ -109,5 +130,33 @@ def what_went_wrong(
             f"{bad.size} of {num_steps} steps had a loss that was not finite, the first was step "
             f"{bad[0]} of this call: look for such numbers in data.train, lower the learning rate or "
             "clip the gradient; optax.apply_if_finite(tx, 5) skips such steps."
+        )
+    elif history:
+        found += _what_no_loss_shows(state, seed)
+    return found
+
+
+def _what_no_loss_shows(state: TrainState, seed: int | None) -> list[str]:
+    """Numbers that are not finite in a run all of whose losses are."""
+    of_seed = lambda x: np.asarray(x) if seed is None else np.asarray(x)[seed]
+    found = []
+    finite = (_FINITE if seed is None else _FINITE_OF_SEEDS)(state.params)
+    if not of_seed(finite):
+        found.append(
+            "params are not finite at the end, although every loss was: the gradient of loss_fn is "
+            "not finite somewhere, as that of jnp.sqrt at 0; jax_debug_nans finds where."
+        )
+    num_steps = int(of_seed(state.num_steps))
+    counts = lambda x: any(hasattr(x, name) for name in ("num_skipped", "total_notfinite"))
+    for inner in jax.tree.leaves(state.opt_state, is_leaf=counts):
+        name, least = "num_skipped", max(4, num_steps // 2)  # some rules skip a step now and then
+        if hasattr(inner, "total_notfinite"):
+            name, least = "total_notfinite", int(of_seed(state.num_nonfinite)) + 1
+        if not hasattr(inner, name) or (count := int(of_seed(getattr(inner, name)))) < least:
+            continue
+        found.append(
+            f"{type(inner).__name__}.{name} is {count} after {num_steps} steps whose losses were "
+            "finite: what it reads was not finite or carried no information; look at the gradient "
+            "of loss_fn."
         )
     return found

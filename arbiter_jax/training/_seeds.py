@@ -123,7 +123,9 @@ def fit_seeds(
         if records is not None:
             called.end(records, run.whole_state())
     for index, (history, seen) in enumerate(zip(run.histories, run.seen, strict=True)):
-        for message in what_went_wrong(history, False, seen, end, num_examples):
+        for message in what_went_wrong(
+            history, run.whole_state(), False, seen, end, num_examples, seed=index
+        ):
             _validate.warn(f"Seed {index}: {message}")
     return FitResult(
         state=run.whole_state(),

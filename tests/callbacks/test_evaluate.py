@@ -32,6 +32,20 @@ def test_every_few_windows_and_after_the_last():
     assert history[6].evaluation == {"test/loss": pytest.approx(expected, rel=1e-5)}
 
 
+def test_every_so_many_examples():
+    history = fit(evaluate(every_examples=70)).history
+    seen = [record.num_examples for record in history]
+    due = [n // 70 > before // 70 for before, n in zip([0, *seen], seen, strict=False)]
+    assert sum(due) >= 2
+    assert [bool(record.evaluation) for record in history] == [*due[:-1], True]
+    with pytest.raises(
+        ValueError, match="every and every_examples exclude each other, got 2 and 70"
+    ):
+        evaluate(every=2, every_examples=70)
+    with pytest.raises(ValueError, match="every_examples must be an integer >= 1, got 0"):
+        evaluate(every_examples=0)
+
+
 def test_an_accuracy_where_there_are_classes():
     inputs, labels = jnp.eye(3), jnp.array([0, 1, 1])
     score = lambda w, x: x + 0 * w

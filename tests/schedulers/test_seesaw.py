@@ -171,7 +171,10 @@ def test_a_rate_that_rises_again_takes_its_batch_back():
         ({"exponent": 0.0}, "exponent must be in"),
         ({"exponent": "adam"}, "exponent must be one of 'measured'"),
         ({"limit": "critical"}, "limit must be one of 'noise_scale', 'noise_scale_l1'"),
-        ({"limit": 512}, "rule must be an optax gradient transformation"),
+        ({"limit": 512}, "limit must be None, .* got 512: the largest size is max_batch_size"),
+        ({"limit": np.array([1, 2])}, "limit must be None"),
+        ({"num_examples": 2**70}, "num_examples must be an integer >= 1 and <= 9223"),
+        ({"optimizer": optax.MultiSteps(optax.sgd(1.0), 4)}, "wrap seesaw instead"),
         ({"optimizer": 0.1}, "optimizer must be an optax optimizer"),
     ],
 )
@@ -237,6 +240,14 @@ ACCUMULATED = optax.MultiSteps(optax.sgd(0.1), 8).gradient_transformation()
         ({"optimizer": ADAM, "limit": "noise_scale"}, 'pass limit="noise_scale_l1"'),
         ({"schedule": optax.cosine_decay_schedule(0.1, D // 32)}, "after 2,000 of 64,000 examples"),
         ({"schedule": WARM_UP}, r"schedule\(num_examples / 32\)"),
+        (
+            {"schedule": optax.cosine_decay_schedule(0.1, 32 * D)},
+            "too little within 64,000 examples",
+        ),
+        (
+            {"schedule": optax.linear_schedule(0.0, 0.1, 500)},
+            "for the batch to grow: it stays at 32",
+        ),
     ],
 )
 def test_a_likely_mistake_is_a_warning(arguments, message):
@@ -271,5 +282,4 @@ def test_a_schedule_of_factors_has_the_rate_in_the_optimizer():
 
 def test_a_decay_that_ends_early_may_count_examples():
     aj.seesaw(optax.sgd(1.0), optax.linear_schedule(0.1, 0.01, D // 10), **PLAN)
-    S.seesaw_schedule(optax.constant_schedule(0.1), **PLAN)
-    S.seesaw_schedule(optax.linear_schedule(0.0, 0.1, 500), **PLAN)  # a warm-up
+    S.seesaw_schedule(optax.constant_schedule(0.1), **PLAN, trade=0.0)
