@@ -388,7 +388,8 @@ def test_labels_out_of_range_show_as_nonfinite():
 def test_a_nan_in_validation_data_spares_training():
     clean, (inputs, labels) = data(), draw(1, 30)
     inputs[::2] = np.nan
-    result = fit(with_arbiter(), data=aj.Data(clean.train, (inputs, labels)), num_examples=100)
+    with pytest.warns(UserWarning, match=r"ArbiterState\.num_skipped is \d+ after \d+ steps"):
+        result = fit(with_arbiter(), data=aj.Data(clean.train, (inputs, labels)), num_examples=100)
     arbiter_state = result.state.opt_state[1]
     assert int(arbiter_state.num_skipped) > 0
     assert int(result.state.num_nonfinite) == 0

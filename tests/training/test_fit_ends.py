@@ -332,3 +332,45 @@ def test_a_state_beyond_the_budget_is_told():
     with pytest.warns(UserWarning, match="state has seen 80 examples, more than the num_examples"):
         result = aj.fit(loss_fn, None, tx, data, num_examples=40, state=state)
     assert not result.history
+
+
+# Numbers that are not finite although every loss is
+
+
+def root_loss(params, batch):
+    """Its gradient is NaN: that of a square root at 0."""
+    inputs, _ = batch
+    return jnp.sqrt(jnp.sum(0 * params["w"]) + 0 * inputs[:, 0]) + 1 + inputs @ params["w"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_examples", "message"),
+    [
+        (optax.sgd(0.1), 10, "params are not finite at the end, although every loss was"),
+        (optax.apply_if_finite(optax.sgd(0.1), 9), 40, "State.total_notfinite is 4 after 4 steps"),
+        (aj.sgd_hd(0.1, 0.01), 40, "HypergradientState.num_skipped is 4 after 4 steps"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_told(optimizer, num_examples, message):
+    tx = optax.chain(optimizer, aj.schedulers.constant(10))
+    options = {"window": 4, "num_examples": num_examples}
+    with pytest.warns(UserWarning, match=message):
+        aj.fit(root_loss, START, tx, aj.Data(draw(50)), **options)
+
+
+@pytest.mark.slow
+def test_so_is_that_of_each_seed():
+    tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(10))
+    starts = jax.tree.map(lambda x: jnp.stack([x, x]), START)
+    keys = jax.random.split(jax.random.key(0), 2)
+    with pytest.warns(UserWarning) as caught:
+        aj.fit(root_loss, starts, tx, aj.Data(draw(50)), num_examples=10, window=4, key=keys)
+    told = [str(warning.message).split(" at the end")[0] for warning in caught]
+    assert told == [f"Seed {index}: params are not finite" for index in (0, 1)]
+
+
+def test_an_argument_that_is_missing_is_explained():
+    tx = optax.chain(optax.lbfgs(), aj.schedulers.constant(10))
+    with pytest.raises(TypeError, match="value_fn") as caught:
+        fit(tx, 40)
+    assert any("is passed by extra_args=" in note for note in caught.value.__notes__)

@@ -437,6 +437,10 @@ def test_under_scan_and_vmap():
         ),
         (lambda f, s: f(start(), None, batch_of(4)), "opt_state must be that of tx, whose rules"),
         (lambda f, s: f(start(), s, (np.ones((3, 2)), np.ones(4))), "one leading axis of equal"),
+        (
+            lambda f, s: f(start(), s, next(datasets.batches(chunks(), 5)), mask=np.ones(8, bool)),
+            r"mask must be None if batch is a pair from datasets.batches, which holds one, got .*\[8\]",
+        ),
     ],
 )
 def test_errors(call, message):
@@ -452,6 +456,19 @@ def test_a_tensor_is_no_array():
     tx, grad_fn = floor_chain()
     with pytest.raises(ValueError, match=r"batch must be a pytree of arrays .* got a Tensor"):
         grad_fn(start(), tx.init(start()), (Tensor(), np.ones(4)))
+
+
+def test_a_seed_is_a_key():
+    def noisy(params, batch, model_state, mask, key):
+        return loss_fn(params, batch) + jax.random.uniform(key), model_state
+
+    tx = optax.sgd(0.1)
+    grad_fn = aj.value_grad_and_signals(noisy, tx)
+    values = [
+        float(grad_fn(start(), tx.init(start()), batch_of(4), key=key)[0])
+        for key in (3, jax.random.key(3), 4)
+    ]
+    assert values[0] == values[1] != values[2]
 
 
 def test_errors_of_arguments():
