@@ -363,7 +363,7 @@ def test_so_is_that_of_each_seed():
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(10))
     starts = jax.tree.map(lambda x: jnp.stack([x, x]), START)
     keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="not finite at the end") as caught:
         aj.fit(root_loss, starts, tx, aj.Data(draw(50)), num_examples=10, window=4, key=keys)
     told = [str(warning.message).split(" at the end")[0] for warning in caught]
     assert told == [f"Seed {index}: params are not finite" for index in (0, 1)]
