@@ -333,7 +333,8 @@ def _first_half(mask: jax.Array) -> jax.Array:
 def _weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
     """The sum of the rows times their weights, in at least float32."""
     rows = at_least_float32(rows)
-    return jnp.tensordot(weights.astype(rows.dtype), rows, 1)
+    # In full precision: what is made of the sums is subtracted later.
+    return jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _per_device_stats(
