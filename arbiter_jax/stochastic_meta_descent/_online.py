@@ -37,7 +37,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     train_steps,
 )
 from arbiter_jax.training import TrainState, init_state
-from arbiter_jax.training._checks import check_key
+from arbiter_jax.training._check_state import check_key
 
 START = Hyperparameters(learning_rate=0.1, momentum=0.9, decay=0.0)
 

@@ -21,13 +21,10 @@ from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._ahead import CompileAhead
 from arbiter_jax.training._auto_micro_batch import MicroBatch
+from arbiter_jax.training._call_errors import check_concrete
 from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks
+from arbiter_jax.training._check_functions import check_functions, check_transformation
 from arbiter_jax.training._checkpointing import Checkpoints, Keeper
-from arbiter_jax.training._checks import (
-    check_concrete,
-    check_functions,
-    check_transformation,
-)
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._interrupts import Interrupts

@@ -35,7 +35,7 @@ from arbiter_jax.batching import (
 from arbiter_jax.gradients import (
     GradientFn,
 )
-from arbiter_jax.training._checks import explained
+from arbiter_jax.training._call_errors import explained
 from arbiter_jax.training._compile_log import log_trace
 from arbiter_jax.training._draw import draw
 from arbiter_jax.training._extra_args import (
