@@ -33,6 +33,7 @@ def add_decayed_weights_in_examples(
       ValueError: If an argument is out of its range.
       TypeError: If `update` is called without `batch_size`.
 
+    >>> import jax.numpy as jnp
     >>> tx = add_decayed_weights_in_examples(0.1, batch_size=64, exponent=0.5)
     >>> updates, _ = tx.update(jnp.zeros(1), tx.init(jnp.ones(1)), jnp.ones(1), batch_size=256)
     >>> print(f"{updates[0]:.2f}")
