@@ -142,15 +142,25 @@ def conjugate(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, tree)
 
 
+def full_precision_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a @ b`` with the precision of its operands on every device.
+
+    By default, a GPU may multiply float32 numbers as TF32 and a TPU as bfloat16. A statistic that is
+    the difference of two such products would be lost in their rounding errors.
+    """
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
 def tree_dot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves, in at least float32.
+    """Inner product over all leaves, in at least float32, with that precision on every device.
 
     Complex numbers count as pairs of real ones: it is the real part of ``conj(a) b``.
     """
 
     def leaf(x, y):
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-        return jnp.real(jnp.vdot(jnp.asarray(x, dtype), jnp.asarray(y, dtype)))
+        x, y = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+        return jnp.real(jnp.vdot(x, y, precision=lax.Precision.HIGHEST))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, a, b)), start=jnp.zeros(()))
 

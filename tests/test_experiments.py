@@ -23,7 +23,7 @@ import platformdirs
 import pytest
 
 from arbiter_jax import models
-from experiments import _runner
+from experiments import _flags, _runner
 from experiments._program_cache import use_program_cache
 from experiments._run_cache import RunCache
 from experiments.benchmark import floor, networks
@@ -97,11 +97,11 @@ def test_help_explains_every_flag(name, capsys, monkeypatch):
     assert f"python -m experiments.{name}" in usage
     for field in dataclasses.fields(load(name).Config):
         assert f"[--{field.name.replace('_', '-')}" in usage
-        text = field.metadata.get("help") or _runner.COMMON_HELP[field.name]
-        choices = field.metadata.get("choices") or _runner.COMMON_CHOICES.get(field.name)
+        text = field.metadata.get("help") or _flags.COMMON_HELP[field.name]
+        choices = field.metadata.get("choices") or _flags.COMMON_CHOICES.get(field.name)
         chosen = f" Choices: {', '.join(choices)}." if choices else ""
         assert len(text.split()) >= 2, field.name
-        given = _runner._as_given(field.default)
+        given = _flags._as_given(field.default)
         sentence = f"{text[0].upper()}{text[1:]}.{chosen} Default: {given}."
         assert sentence in options
 
@@ -110,7 +110,7 @@ def test_help_explains_every_flag(name, capsys, monkeypatch):
 def test_defaults_are_among_the_choices(name):
     for config in load(name).CONFIGS.values():
         for field in dataclasses.fields(config):
-            choices = field.metadata.get("choices") or _runner.COMMON_CHOICES.get(field.name)
+            choices = field.metadata.get("choices") or _flags.COMMON_CHOICES.get(field.name)
             value = getattr(config, field.name)
             values = value if isinstance(value, tuple) else (value,)
             assert not choices or set(values) <= set(choices)

@@ -10,7 +10,16 @@ import pytest
 import arbiter_jax as aj
 from experiments import _runner, _training, complement_fixed_schedule
 from experiments._learning_rates import scale_by_table
-from experiments.fewer_steps import CONFIGS, cases, compare, decays, published, regression, tables
+from experiments.fewer_steps import (
+    CONFIGS,
+    cases,
+    compare,
+    decays,
+    programs,
+    published,
+    regression,
+    tables,
+)
 
 # Part A
 
@@ -54,12 +63,12 @@ def test_tables_follow_seesaw():
     plan = {"num_examples": budget, "batch_size": 8, "max_batch_size": 128}
     ours = aj.seesaw(optax.sgd(0.1), schedule, exponent=0.75, **plan)
     sizes = aj.schedulers.seesaw_schedule(schedule, **plan)
-    counts = budget * (np.arange(cases.NUM_SIZES) + 0.999) / cases.NUM_SIZES
+    counts = budget * (np.arange(programs.NUM_SIZES) + 0.999) / programs.NUM_SIZES
     table = np.array([sizes.batch_size_at(int(n)) for n in counts])
     tabled = optax.chain(
         optax.sgd(0.1),
         scale_by_table(decays.sampled(schedule, budget), budget),
-        cases.sizes_by_table(table, budget, 8, 0.75),
+        programs.sizes_by_table(table, budget, 8, 0.75),
     )
     loss_fn = lambda w, batch: (w - batch) ** 2 / 2
     runs = [
@@ -74,7 +83,7 @@ def test_tables_follow_seesaw():
 
 @pytest.mark.slow
 def test_shuffled_sizes_are_the_same_ones():
-    made = cases.Experiment(cases.Case("digits", "momentum", "half cosine"), 0.1)
+    made = programs.Experiment(cases.Case("digits", "momentum", "half cosine"), 0.1)
     rule = cases.rules("momentum")[0]
     plan = made.plan(rule)
     row = made.shuffled("shuffled", rule, seed=0, rate=0.01)[0]

@@ -1,11 +1,14 @@
-"""Helpers for keys, trees and convolutions."""
+"""Helpers for keys, trees, products and convolutions."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
-from arbiter_jax._numerics import extract_patches, raw_key, typed_key
+import arbiter_jax as aj
+from arbiter_jax._numerics import extract_patches, raw_key, tree_dot, typed_key
+from arbiter_jax.gradients import stats_from_gram
 
 
 def test_keys_of_both_kinds(key):
@@ -39,3 +42,29 @@ def test_patches_times_kernel_is_a_convolution():
 
 def test_a_window_larger_than_its_input_has_no_patches():
     assert extract_patches(jnp.ones((2, 2, 5, 3)), (3, 3), (1, 1), (1, 1)).shape == (2, 0, 3, 27)
+
+
+def all_products_are_precise(function, *arguments):
+    """Whether every matrix product of a program asks for the highest precision."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    return bool(products) and all("[HIGHEST, HIGHEST]" in line for line in products)
+
+
+def test_inner_products_ask_for_full_precision():
+    """By default a GPU may multiply in TF32 and a TPU in bfloat16, too coarse to subtract."""
+    x = jnp.arange(3.0)
+    assert not all_products_are_precise(jnp.vdot, x, x)
+    assert all_products_are_precise(tree_dot, [x, x], [x, x])
+    assert all_products_are_precise(tree_dot, x.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+    assert all_products_are_precise(stats_from_gram, jnp.eye(3), x)
+    tx = aj.sgd_hd(0.1, 0.01, multiplicative=True)
+    assert all_products_are_precise(tx.update, x, tx.init(x))
+
+
+@pytest.mark.parametrize("method", ["pieces", "per_example", "normalization"])
+def test_gradient_statistics_ask_for_full_precision(method):
+    """A loss without a matrix product: those of the program are the statistics' own."""
+    loss = lambda gain, x: jnp.sum(gain[None] * x, axis=1) ** 2
+    stats = lambda gain, x: aj.gradient_stats(loss, gain, x, method=method)
+    assert all_products_are_precise(stats, jnp.ones(3), jnp.ones((4, 3)))

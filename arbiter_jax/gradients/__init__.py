@@ -24,6 +24,7 @@ from arbiter_jax.gradients._accumulation import (
     accumulated_gradient,
     accumulated_value_and_grad,
 )
+from arbiter_jax.gradients._counted import Trainable, counted_leaves
 from arbiter_jax.gradients._estimators import stats_from_gram
 from arbiter_jax.gradients._joined import has_rows, joined_aux
 from arbiter_jax.gradients._masked import (
@@ -33,13 +34,8 @@ from arbiter_jax.gradients._masked import (
     masked_value_and_grad,
     value_grad_and_weight,
 )
-from arbiter_jax.gradients._statistics import (
-    Trainable,
-    counted_leaves,
-    gradient_stats,
-    per_example_grads,
-    value_grad_and_stats,
-)
+from arbiter_jax.gradients._per_example import per_example_grads
+from arbiter_jax.gradients._statistics import gradient_stats, value_grad_and_stats
 from arbiter_jax.gradients._streaming import Accumulated, add_piece, finished, init_accumulated
 
 __all__ = [

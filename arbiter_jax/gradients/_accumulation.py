@@ -15,19 +15,10 @@ import jax.typing
 
 from arbiter_jax._numerics import at_least_float32, tree_dot, tree_where
 from arbiter_jax.base import GradStats, LossFn, PyTree
+from arbiter_jax.gradients._counted import Trainable, counted_leaves, only_counted
 from arbiter_jax.gradients._estimators import real_parts, stats_from_moments
 from arbiter_jax.gradients._joined import check_aux
-from arbiter_jax.gradients._masked import (
-    Gradient,
-    GradientFn,
-    call_loss,
-    value_grad_and_weight,
-)
-from arbiter_jax.gradients._statistics import (
-    Trainable,
-    _counted,
-    counted_leaves,
-)
+from arbiter_jax.gradients._masked import Gradient, GradientFn, call_loss, value_grad_and_weight
 
 
 class Groups(NamedTuple):
@@ -97,7 +88,7 @@ def accumulated_value_and_grad(
             return weighted(params, batch, mask, model_state, _folded(key, j))
 
         def moments_after(moments, j, out, mean, weight, before):
-            grads, mean = (_counted(x.grads, counts) for x in (out, mean))
+            grads, mean = (only_counted(x.grads, counts) for x in (out, mean))
             # From the mean after the group alone, so that the one before it needs no memory.
             delta = jax.tree.map(lambda g, m: at_least_float32(g) - m, grads, mean)
             in_first = j < groups.num_groups // 2
@@ -121,7 +112,7 @@ def accumulated_value_and_grad(
         if not statistics:
             return _mean(group, groups.num_groups, params, model_state)[0]
         zeros = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
-        zeros, zero = _counted(zeros, counts), jnp.zeros((), float)
+        zeros, zero = only_counted(zeros, counts), jnp.zeros((), float)
         start = Moments(jnp.int32(0), zero, zeros, zero, real_parts(zeros))
         out, mean, total, moments = _mean(
             group, groups.num_groups, params, model_state, start, moments_after
@@ -254,7 +245,7 @@ def with_statistics(
     spreads = jax.tree.map(
         lambda x: x * share.astype(x.dtype), (moments.sq_deviation, moments.spread)
     )
-    counted = _counted(mean, counts)
+    counted = only_counted(mean, counts)
     stats = stats_from_moments(moments.count, sizes, counted, moments.first, *spreads)
     noise = _noise(moments, counted, total, gradient.grads, counts)
     return gradient._replace(grad_stats=stats, gradient_noise=noise)

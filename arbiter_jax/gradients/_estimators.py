@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from arbiter_jax._numerics import at_least_float32, tree_dot
+from arbiter_jax._numerics import at_least_float32, full_precision_matmul, tree_dot
 from arbiter_jax.base import GradStats, PyTree
 
 _SMALL_LEAF = 2**14  # elements
@@ -135,8 +135,10 @@ def stats_from_gram(gram: jax.Array, sizes: jax.Array) -> GradStats:
     share = sizes / jnp.sum(sizes)
     half = jnp.arange(sizes.shape[0]) < sizes.shape[0] // 2
     first, second = jnp.where(half, sizes, 0), jnp.where(half, 0, sizes)
-    products = first @ gram @ first, first @ gram @ second, second @ gram @ second
-    return _estimates(jnp.diagonal(gram), gram @ share, sizes, share @ gram @ share, *products)
+    inner = full_precision_matmul(gram, share)
+    product = lambda a, b: full_precision_matmul(full_precision_matmul(a, gram), b)
+    products = product(first, first), product(first, second), product(second, second)
+    return _estimates(jnp.diagonal(gram), inner, sizes, product(share, share), *products)
 
 
 def stats_from_norms(norms, inner, sizes, mean, first, squares) -> GradStats:

@@ -14,8 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arbiter_jax import _jaxpr
-from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate
+from arbiter_jax._numerics import (
+    at_least_float32,
+    check_parameters,
+    conjugate,
+    full_precision_matmul,
+)
+from arbiter_jax._parameter_sites import find_sites
 from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.batching import masked_mean, replace_padding, total_weight
 from arbiter_jax.gradients._estimators import stats_from_norms
@@ -77,11 +82,11 @@ def _stats(row_grads: Any, shares: jax.Array, num_examples: jax.Array) -> Any:
     in_first = jnp.where(first_half, sizes, 0)
     return stats_from_norms(
         jnp.sum(jnp.square(each), axis=1),
-        each @ mean,
+        full_precision_matmul(each, mean),
         sizes,
         mean,
-        (in_first @ each, jnp.sum(in_first)),
-        sizes @ jnp.square(each),
+        (full_precision_matmul(in_first, each), jnp.sum(in_first)),
+        full_precision_matmul(sizes, jnp.square(each)),
     )
 
 
@@ -94,7 +99,7 @@ def _gains(loss_fn: LossFn, params: PyTree, batch: PyTree) -> list[int]:
         found = call_loss(loss_fn, jax.tree.unflatten(treedef, leaves), one, jnp.ones(1, bool))[0]
         return jax.tree.leaves(found)
 
-    sites = _jaxpr.find_sites(jax.make_jaxpr(losses)(leaves, one), len(leaves)).by_leaf
+    sites = find_sites(jax.make_jaxpr(losses)(leaves, one), len(leaves)).by_leaf
     gains = [i for i, site in sites.items() if leaves[i].ndim <= 1 and site.op.name == "mul"]
     if not gains:
         raise ValueError(

@@ -1,58 +1,27 @@
 """Gradients that come with statistics of their noise.
 
-The batch is split into pieces whose gradients are computed one after the other, one per device, or
-one per example; `_estimators` compares them.
+Here the batch is split into pieces whose gradients are computed one after the other. The other
+methods have files of their own, and `_estimators` makes the statistics of what each of them finds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from arbiter_jax import _validate
-from arbiter_jax._numerics import (
-    at_least_float32,
-    check_parameters,
-    conjugate,
-    tree_dot,
-    tree_where,
-)
+from arbiter_jax._numerics import at_least_float32, tree_where
 from arbiter_jax.base import GradStats, LossFn, PyTree
-from arbiter_jax.batching import (
-    masked_mean,
-    num_data_devices,
-    num_rows,
-    replace_padding,
-    total_weight,
-)
-from arbiter_jax.gradients._estimators import (
-    real_parts,
-    scaled,
-    stats_from_norms,
-    stats_from_pieces,
-)
-from arbiter_jax.gradients._joined import (
-    has_rows,
-    joined_aux,
-    joined_aux_of_devices,
-    mean_of_devices,
-    times,
-    weighted_mean,
-)
-from arbiter_jax.gradients._masked import (
-    Gradient,
-    GradientFn,
-    call_loss,
-    masked_value_and_grad,
-    value_grad_and_weight,
-)
+from arbiter_jax.batching import num_data_devices, num_rows, replace_padding
+from arbiter_jax.gradients._counted import Trainable, counted_leaves, only_counted, zero_others
+from arbiter_jax.gradients._estimators import stats_from_pieces
+from arbiter_jax.gradients._joined import has_rows, joined_aux, times, weighted_mean
+from arbiter_jax.gradients._masked import Gradient, GradientFn, value_grad_and_weight
 from arbiter_jax.gradients._normalization_stats import normalization_stats
-
-Trainable = Any  # a pytree of bools, a function of the parameters that returns one, or None
+from arbiter_jax.gradients._per_device import per_device_stats
+from arbiter_jax.gradients._per_example import per_example_stats
 
 
 def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTree:
@@ -65,40 +34,6 @@ def _split(tree: PyTree, num_pieces: int, piece: int, contiguous: bool) -> PyTre
         return x.reshape((-1, num_pieces, *x.shape[1:]))[:, piece]
 
     return jax.tree.map(rows, tree)
-
-
-def counted_leaves(params: PyTree, trainable: Trainable) -> list[bool] | None:
-    """Whether the statistics are about each leaf of the parameters; None if about all."""
-    given = trainable(params) if callable(trainable) else trainable
-    if given is None:
-        return None
-    spread = lambda counts, part: [counts] * len(jax.tree.leaves(part))
-    try:
-        counts: Any = jax.tree.leaves(jax.tree.map(spread, given, params))
-    except (TypeError, ValueError):  # of another structure
-        counts = [None]
-    if not all(isinstance(x, (bool, np.bool_)) for x in counts) or not any(counts):
-        raise ValueError(
-            "trainable must be a pytree of bools like params, or a prefix of it, at least one of "
-            f"them True, or a function of params that returns one, got {given!r}."
-        )
-    return None if all(counts) else counts
-
-
-def _counted(tree: PyTree, counts: list[bool] | None) -> PyTree:
-    """The leaves that the statistics are about, of a tree like the parameters, or None."""
-    if counts is None or tree is None:
-        return tree
-    return [x for x, counted in zip(jax.tree.leaves(tree), counts, strict=True) if counted]
-
-
-def _zero_others(tree: PyTree, counts: list[bool] | None) -> PyTree:
-    """The tree with zeros for the leaves that the statistics are not about."""
-    if counts is None:
-        return tree
-    leaves, structure = jax.tree.flatten(tree)
-    kept = [x if c else jnp.zeros_like(x) for x, c in zip(leaves, counts, strict=True)]
-    return jax.tree.unflatten(structure, kept)
 
 
 def value_grad_and_stats(
@@ -168,14 +103,14 @@ def value_grad_and_stats(
             )
         return normalization_stats(loss_fn)
     if method == "per_example":
-        return _per_example_stats(loss_fn, micro_batch_size, trainable, has_aux)
+        return per_example_stats(loss_fn, micro_batch_size, trainable, has_aux)
     if axis_name is not None:
-        return _per_device_stats(loss_fn, axis_name, trainable, has_aux)
+        return per_device_stats(loss_fn, axis_name, trainable, has_aux)
     weighted = value_grad_and_weight(loss_fn, has_aux)
 
     def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
         counts = counted_leaves(params, trainable)
-        factors = _counted(preconditioner, counts)
+        factors = only_counted(preconditioner, counts)
         k = min(num_pieces, mask.shape[0])
         # Here, not piece by piece: an empty piece has no real row that could stand in for padding.
         if not sampled:
@@ -183,9 +118,9 @@ def value_grad_and_stats(
         if k == 1:  # a single row has no spread
             out = weighted(params, batch, mask, model_state, key)[0]
             sizes = jnp.ones(1)
-            stats = stats_from_pieces([_counted(out.grads, counts)], sizes, factors)
+            stats = stats_from_pieces([only_counted(out.grads, counts)], sizes, factors)
             nan = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), out.grads)
-            return out._replace(grad_stats=stats, gradient_noise=_zero_others(nan, counts))
+            return out._replace(grad_stats=stats, gradient_noise=zero_others(nan, counts))
         pieces, auxes, weights = [], [], []
         contiguous = sampled and num_data_devices() == 1  # see `batching.interleaved`
         whole = params, batch, mask, model_state, key
@@ -206,7 +141,7 @@ def value_grad_and_stats(
         piece_grads = [piece[1] for piece in pieces]
         # In examples, also where a loss weighs its examples.
         sizes = jnp.sum(mask) * weights / jnp.maximum(jnp.sum(weights), 1e-30)
-        stats = stats_from_pieces([_counted(g, counts) for g in piece_grads], sizes, factors)
+        stats = stats_from_pieces([only_counted(g, counts) for g in piece_grads], sizes, factors)
         noise = None
         if k == 2:
             unequal = jnp.sqrt(sizes[0] * sizes[1]) / jnp.sum(sizes)
@@ -214,170 +149,13 @@ def value_grad_and_stats(
             noise = jax.tree.map(
                 lambda a, b: times(at_least_float32(a) - b, unequal).astype(a.dtype), *piece_grads
             )
-            noise = _zero_others(noise, counts)
+            noise = zero_others(noise, counts)
         aux = None
         if has_aux:
             rows = [len(range(j, mask.shape[0], k)) for j in range(k)]
             with_rows = has_rows(loss_fn, auxes, rows, *whole)
             aux = joined_aux(auxes, weights, with_rows, contiguous)
         return Gradient(value, grads, model_state, stats, noise, aux)
-
-    return gradient_fn
-
-
-def per_example_grads(loss_fn: LossFn) -> Callable[[PyTree, PyTree], PyTree]:
-    """The gradient of every example: ``fn(params, batch) -> pytree of float[M, ...]``.
-
-    >>> fn = per_example_grads(lambda w, x: (w - x) ** 2)
-    >>> fn(0.0, jnp.array([1.0, 3.0])).tolist()
-    [-2.0, -6.0]
-    """
-    weighted = _per_example_grads_and_weights(loss_fn)
-    return lambda params, batch: weighted(params, batch)[0]
-
-
-def _per_example_grads_and_weights(
-    loss_fn: LossFn, has_aux: bool = False
-) -> Callable[..., tuple[PyTree, jax.Array]]:
-    def one(params, example):
-        row, real = jax.tree.map(lambda x: x[None], example), jnp.ones(1, bool)
-        losses = call_loss(loss_fn, params, row, real, has_aux=has_aux)[0]
-        return masked_mean(losses, real), total_weight(losses, real)
-
-    def grad_and_weight(params, example):
-        check_parameters(params)
-        grads, weight = jax.grad(one, has_aux=True)(params, example)
-        return conjugate(grads), weight
-
-    return jax.vmap(grad_and_weight, in_axes=(None, 0))
-
-
-def _per_example_stats(
-    loss_fn: LossFn, micro_batch_size: int, trainable: Trainable, has_aux: bool
-) -> GradientFn:
-    plain = masked_value_and_grad(loss_fn, has_aux=has_aux)
-    examples = _per_example_grads_and_weights(loss_fn, has_aux)
-
-    def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
-        if model_state is not None:
-            raise ValueError(
-                "method must be 'pieces' for a model with state, got 'per_example': BatchNorm ties "
-                "the examples of a batch together, so that no example has a gradient of its own."
-            )
-        size = mask.shape[0]
-        m = min(micro_batch_size, size)
-        if size % m:
-            raise ValueError(
-                f"micro_batch_size must divide the {size} rows of batch or be at least "
-                f"{size} where method is 'per_example', got {m}: pad the batch to "
-                f"{-(-size // m) * m} rows and mark the real ones in mask."
-            )
-        batch = replace_padding(batch, mask)
-        out = plain(params, batch, mask, None, key)
-        groups = _in_groups((batch, mask, _first_half(mask)), m)
-        counts = counted_leaves(params, trainable)
-        # Scaling before the products is the same as giving each product the squared scale once.
-        factors = _counted(preconditioner, counts)
-        scale = lambda g: scaled(_counted(g, counts), factors)
-        mean = scale(out.grads)
-
-        def group(carry, xs):
-            rows, real, in_first = xs
-            grads, weights = examples(params, rows)
-            grads, weights = jax.vmap(scale)(grads), jnp.where(real, weights, 0)
-            norms = jax.vmap(tree_dot)(grads, grads)
-            inner = jax.vmap(lambda g: tree_dot(g, mean))(grads)
-            first, squares = carry
-            first = jax.tree.map(
-                lambda acc, g: acc + _weighted_sum(weights * in_first, g), first, grads
-            )
-            squares = jax.tree.map(
-                lambda acc, g: acc + _weighted_sum(weights, jnp.square(g)),
-                squares,
-                jax.vmap(real_parts)(grads),
-            )
-            return (first, squares), (norms, inner, weights)
-
-        zero = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), mean)
-        (first, squares), rows = jax.lax.scan(group, (zero, real_parts(zero)), groups)
-        norms, inner, weights = (x.reshape(-1) for x in rows)
-        # In examples, also where a loss weighs its examples.
-        share = jnp.sum(mask) / jnp.sum(weights)
-        first, squares = jax.tree.map(lambda x: times(x, share), (first, squares))
-        in_first = jnp.sum(weights * share * groups[2].reshape(-1))
-        stats = stats_from_norms(norms, inner, weights * share, mean, (first, in_first), squares)
-        return out._replace(grad_stats=stats)
-
-    return gradient_fn
-
-
-def _in_groups(tree: PyTree, size: int) -> PyTree:
-    """Rows in groups of a size, [M / size, size, ...]; on a mesh, each device has a part of each."""
-
-    def group(x):
-        if num_data_devices() == 1:
-            return x.reshape((-1, size, *x.shape[1:]))
-        return jnp.swapaxes(x.reshape((size, -1, *x.shape[1:])), 0, 1)
-
-    return jax.tree.map(group, tree)
-
-
-def _first_half(mask: jax.Array) -> jax.Array:
-    """Marks the padding up to the middle and the first half of the real rows, bool[M]."""
-    dealt_out = num_data_devices() > 1 and mask.shape[0] % 2 == 0  # see `batching.interleaved`
-    ordered = mask.reshape(-1, 2).T.reshape(-1) if dealt_out else mask
-    half = jnp.cumsum(ordered) <= jnp.sum(mask) // 2
-    return half.reshape(2, -1).T.reshape(-1) if dealt_out else half
-
-
-def _weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """The sum of the rows times their weights, in at least float32."""
-    rows = at_least_float32(rows)
-    return jnp.tensordot(weights.astype(rows.dtype), rows, 1)
-
-
-def _per_device_stats(
-    loss_fn: LossFn, axis_name: str, trainable: Trainable, has_aux: bool
-) -> GradientFn:
-    weighted = value_grad_and_weight(loss_fn, has_aux)
-
-    def gradient_fn(params, batch, mask, model_state=None, key=None, preconditioner=None):
-        if model_state is not None:
-            raise ValueError("method must be 'pieces' for a model with state, got 'per_device'.")
-        counts = counted_leaves(params, trainable)
-        try:
-            device, num_devices = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-        except NameError:
-            raise ValueError(
-                "axis_name must be an axis of the jax.shard_map that this is called in, got "
-                f"{axis_name!r}."
-            ) from None
-        key = None if key is None else jax.random.fold_in(key, device)
-        # Said to differ between devices, or shard_map adds up the gradients of all of them.
-        params = jax.lax.pcast(params, axis_name, to="varying")
-        out, weight = weighted(params, replace_padding(batch, mask), mask, None, key)
-        mine = (out.value, out.grads)
-        mine = tree_where(weight > 0, mine, jax.tree.map(jnp.zeros_like, mine))
-        share = weight / jnp.maximum(jax.lax.psum(weight, axis_name), 1e-30)
-        value, grads = mean_of_devices(mine, share, axis_name)
-        grad, mean = (_counted(g, counts) for g in (mine[1], grads))
-        factors = _counted(preconditioner, counts)
-        grad, mean = scaled(grad, factors), scaled(mean, factors)
-        # In examples, also where a loss weighs its examples.
-        size = jax.lax.psum(jnp.sum(mask), axis_name) * share
-        in_first = jnp.where(device < num_devices // 2, size, 0)
-        first = jax.tree.map(lambda g: jax.lax.psum(times(g, in_first), axis_name), grad)
-        squares = jax.tree.map(
-            lambda g: jax.lax.psum(times(jnp.square(at_least_float32(g)), size), axis_name),
-            real_parts(grad),
-        )
-        numbers = jnp.stack([tree_dot(grad, grad), tree_dot(grad, mean), size])
-        rows = jnp.where(jnp.arange(num_devices)[:, None] == device, numbers, 0)
-        norms, inner, sizes = jax.lax.psum(rows, axis_name).T
-        first_half = first, jax.lax.psum(in_first, axis_name)
-        stats = stats_from_norms(norms, inner, sizes, mean, first_half, squares)
-        aux = joined_aux_of_devices(out.aux, weight, share, axis_name)
-        return Gradient(value, grads, None, stats, aux=aux)
 
     return gradient_fn
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from arbiter_jax._numerics import at_least_float32, tree_where
 from arbiter_jax.base import PyTree
 from arbiter_jax.gradients._accumulation import Moments, or_one, with_statistics
+from arbiter_jax.gradients._counted import Trainable, counted_leaves, only_counted
 from arbiter_jax.gradients._estimators import real_parts
 from arbiter_jax.gradients._masked import Gradient
-from arbiter_jax.gradients._statistics import Trainable, _counted, counted_leaves
 
 
 class Accumulated(NamedTuple):
@@ -115,11 +115,11 @@ def finished(state: Accumulated, params: PyTree, measures: bool, trainable: Trai
     if not measures or state.spread is None:
         return gradient
     counts = counted_leaves(params, trainable)
-    squares = _counted(state.spread.squares, counts)
+    squares = only_counted(state.spread.squares, counts)
     moments = Moments(
         state.num_pieces,
         state.spread.in_first,
-        _counted(state.spread.first, counts),
+        only_counted(state.spread.first, counts),
         sum((jnp.sum(x) for x in jax.tree.leaves(squares)), start=jnp.zeros((), float)),
         squares,
     )

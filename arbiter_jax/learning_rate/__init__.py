@@ -16,26 +16,24 @@ one that only sets where a run starts, as the rate of :func:`sgd_hd`; the length
 have to be listed in its `static_args`, and so has a schedule of anything but steps.
 """
 
+from arbiter_jax.learning_rate._adam_in_examples import (
+    AdamInExamplesState,
+    adamw_in_examples,
+    lamb_in_examples,
+    scale_by_adam_in_examples,
+)
 from arbiter_jax.learning_rate._adamp import AdamPState, adamp
 from arbiter_jax.learning_rate._adascale import AdaScaleState, adascale
 from arbiter_jax.learning_rate._autowu import AutoWUState, autowu
+from arbiter_jax.learning_rate._ema_in_examples import EMAInExamplesState, ema_in_examples
 from arbiter_jax.learning_rate._hypergradient import HypergradientState, adam_hd, sgd_hd
-from arbiter_jax.learning_rate._memory_in_examples import (
-    AdamInExamplesState,
-    EMAInExamplesState,
-    TraceInExamplesState,
-    adamw_in_examples,
-    add_decayed_weights_in_examples,
-    ema_in_examples,
-    lamb_in_examples,
-    scale_by_adam_in_examples,
-    trace_in_examples,
-)
 from arbiter_jax.learning_rate._scale_by_batch_size import (
     ScaleByBatchSizeState,
     scale_by_batch_size,
 )
 from arbiter_jax.learning_rate._scale_by_schedule import ScaleByScheduleState, scale_by_schedule
+from arbiter_jax.learning_rate._trace_in_examples import TraceInExamplesState, trace_in_examples
+from arbiter_jax.learning_rate._weight_decay_in_examples import add_decayed_weights_in_examples
 
 __all__ = [
     "AdaScaleState",

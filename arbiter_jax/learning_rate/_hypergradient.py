@@ -19,8 +19,8 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import (
     all_finite,
-    at_least_float32,
     scale_updates,
+    tree_dot,
     tree_where,
     update_or_skip,
 )
@@ -39,13 +39,8 @@ class HypergradientState(NamedTuple):
 
 
 def _inner_product(a: Any, b: Any) -> jax.Array:
-    """Sum over all leaves of a * b, in at least float32; complex numbers are pairs of real ones."""
-
-    def leaf(x, y):
-        return jnp.sum(jnp.real(jnp.conj(at_least_float32(x)) * at_least_float32(y)))
-
-    products = jax.tree.map(leaf, a, b)
-    return jnp.asarray(sum(jax.tree.leaves(products)), jnp.float32)
+    """The inner product in float32, the type of the rate."""
+    return jnp.asarray(tree_dot(a, b), jnp.float32)
 
 
 def _cosine(inner_product: jax.Array, a: Any, b: Any) -> jax.Array:

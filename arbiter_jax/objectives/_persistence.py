@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
+from arbiter_jax._numerics import full_precision_matmul
 from arbiter_jax.base import PyTree, with_extra_args
 
 _WARM_UP = 100  # steps after which running second moments have settled
@@ -198,7 +199,8 @@ def _responses(
             inputs = noise.at[warm_up].add(bump), losses
             _, updates = jax.lax.scan(step, tx.init(params), inputs)
             scale = jnp.max(jnp.sum(jnp.abs(updates[warm_up:]), axis=1))
-            return (updates @ direction)[warm_up:], scale
+            # In full precision, because a response may vanish only in the sum over all entries.
+            return full_precision_matmul(updates, direction)[warm_up:], scale
 
         return jax.jvp(run, (jnp.zeros_like(direction),), (direction,), has_aux=True)[1:]
 

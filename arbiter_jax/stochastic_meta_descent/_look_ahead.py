@@ -92,6 +92,26 @@ class LookAheadConfig:
         return optax.with_extra_args_support(self.inner_optimizer(rate, momentum))
 
 
+def look_ahead_config(
+    *,
+    learned: Sequence[str],
+    meta_optimizer: optax.GradientTransformation | None,
+    effective_learning_rate: bool,
+    reset_meta_state: bool,
+    **others: Any,
+) -> LookAheadConfig:
+    """A configuration from the arguments of :func:`offline` and :func:`online`, checked."""
+    return LookAheadConfig(
+        **others,
+        learned=as_names(learned),
+        effective_learning_rate=bool(
+            _validate.boolean(effective_learning_rate=effective_learning_rate)
+        ),
+        meta_optimizer=meta_optimizer or DEFAULT_META_OPTIMIZER,
+        reset_meta_state=bool(_validate.boolean(reset_meta_state=reset_meta_state)),
+    )
+
+
 def as_names(learned: Sequence[str]) -> tuple[str, ...]:
     """The names of the hyperparameters to learn as a tuple, or an error if it is one name alone."""
     if isinstance(learned, str) or not isinstance(learned, Sequence):

@@ -19,22 +19,21 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.stochastic_meta_descent._look_ahead import (
-    DEFAULT_META_OPTIMIZER,
     Hyperparameters,
     InnerOptimizer,
     LookAheadConfig,
     as_hyperparameters,
-    as_names,
     check_arguments,
     from_log_values,
     init_meta_state,
+    look_ahead_config,
     look_ahead_gradient,
     meta_step,
     skip_examples,
     train_steps,
 )
 from arbiter_jax.training import TrainState, init_state
-from arbiter_jax.training._checks import check_key
+from arbiter_jax.training._check_state import check_key
 
 START = Hyperparameters(learning_rate=0.01, momentum=0.9, decay=0.1)
 PRETRAINING = Hyperparameters(learning_rate=0.1, momentum=0.9, decay=0.0)
@@ -121,16 +120,16 @@ def offline(
     >>> bool(result.losses[-1] < 0.5 * result.losses[0])
     True
     """
-    config = LookAheadConfig(
-        loss_fn,
-        inner_optimizer,
-        batch_size,
-        time_constant,
-        horizon,
-        as_names(learned),
-        bool(_validate.boolean(effective_learning_rate=effective_learning_rate)),
-        meta_optimizer or DEFAULT_META_OPTIMIZER,
-        bool(_validate.boolean(reset_meta_state=reset_meta_state)),
+    config = look_ahead_config(
+        loss_fn=loss_fn,
+        inner_optimizer=inner_optimizer,
+        batch_size=batch_size,
+        time_constant=time_constant,
+        horizon=horizon,
+        learned=learned,
+        effective_learning_rate=effective_learning_rate,
+        meta_optimizer=meta_optimizer,
+        reset_meta_state=reset_meta_state,
     )
     if not config.learned:
         raise ValueError("learned must name at least one hyperparameter, got ().")

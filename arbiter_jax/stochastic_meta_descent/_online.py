@@ -20,24 +20,23 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax.base import LossFn, PyTree
 from arbiter_jax.stochastic_meta_descent._look_ahead import (
-    DEFAULT_META_OPTIMIZER,
     Hyperparameters,
     InnerOptimizer,
     LookAheadConfig,
     MetaState,
     as_hyperparameters,
-    as_names,
     check_arguments,
     draw,
     from_log_values,
     init_meta_state,
+    look_ahead_config,
     look_ahead_gradient,
     meta_step,
     skip_examples,
     train_steps,
 )
 from arbiter_jax.training import TrainState, init_state
-from arbiter_jax.training._checks import check_key
+from arbiter_jax.training._check_state import check_key
 
 START = Hyperparameters(learning_rate=0.1, momentum=0.9, decay=0.0)
 
@@ -138,16 +137,16 @@ def online(
     >>> bool(rates[19] > 1.1 * rates[0]), bool(rates[39] < rates[20])
     (True, True)
     """
-    config = LookAheadConfig(
-        loss_fn,
-        inner_optimizer,
-        batch_size,
-        time_constant,
-        horizon,
-        as_names(learned),
-        bool(_validate.boolean(effective_learning_rate=effective_learning_rate)),
-        meta_optimizer or DEFAULT_META_OPTIMIZER,
-        bool(_validate.boolean(reset_meta_state=reset_meta_state)),
+    config = look_ahead_config(
+        loss_fn=loss_fn,
+        inner_optimizer=inner_optimizer,
+        batch_size=batch_size,
+        time_constant=time_constant,
+        horizon=horizon,
+        learned=learned,
+        effective_learning_rate=effective_learning_rate,
+        meta_optimizer=meta_optimizer,
+        reset_meta_state=reset_meta_state,
     )
     fraction = _validate.in_range(0.0, 1.0, learning_fraction=learning_fraction)
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)

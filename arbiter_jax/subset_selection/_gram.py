@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import linen
 from jax import lax
 
-from arbiter_jax import _jaxpr
 from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate
+from arbiter_jax._parameter_sites import find_sites
 from arbiter_jax.base import LossFn, PyTree, WeightedLoss
 from arbiter_jax.batching import num_rows
 from arbiter_jax.gradients import call_loss
@@ -66,7 +66,7 @@ def per_example(
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     with linen.intercept_methods(_refuse_batch_norm):
         closed = jax.make_jaxpr(loss_of_one)(leaves, example)
-    traced = _jaxpr.find_sites(closed, len(leaves))
+    traced = find_sites(closed, len(leaves))
     # The factors of complex gradients are not pairs of real ones.
     real = {i: site for i, site in traced.by_leaf.items() if not jnp.iscomplexobj(site.output)}
     traced = traced._replace(by_leaf=real if factorize else {})

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from arbiter_jax import _jaxpr
-from arbiter_jax._jaxpr import Site, Sites
 from arbiter_jax._numerics import extract_patches
+from arbiter_jax._parameter_sites import Site, Sites
 
 # Operations that keep the inner product of gradients (a broadcast only if it adds no elements).
 _ISOMETRIES = frozenset(

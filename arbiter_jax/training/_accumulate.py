@@ -23,7 +23,7 @@ from arbiter_jax.gradients import (
     joined_aux,
     value_grad_and_weight,
 )
-from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._check_functions import check_transformation
 from arbiter_jax.training._mesh import on_auto_axes
 from arbiter_jax.training._modules import unpacked
 from arbiter_jax.training._own_arguments import check_batch, check_opt_state, given_signals

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from arbiter_jax import _validate
-from arbiter_jax.training._checks import check_callback
+from arbiter_jax.training._check_functions import check_callback
 from arbiter_jax.training._records import WindowRecord
 from arbiter_jax.training._state import TrainState
 

@@ -15,7 +15,7 @@ from arbiter_jax import _validate
 from arbiter_jax._processes import read
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import BlockSource
-from arbiter_jax.training._checks import node_parts
+from arbiter_jax.training._difference import node_parts
 from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._records import WindowRecord
 from arbiter_jax.training._resume import resume_state

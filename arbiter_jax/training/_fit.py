@@ -15,83 +15,28 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
-from arbiter_jax._processes import read, spans_processes
+from arbiter_jax._processes import spans_processes
 from arbiter_jax.base import LossFn, PyTree, requests, the_rule
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._ahead import CompileAhead
 from arbiter_jax.training._auto_micro_batch import MicroBatch
+from arbiter_jax.training._call_errors import check_concrete
 from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks
+from arbiter_jax.training._check_functions import check_functions, check_transformation
 from arbiter_jax.training._checkpointing import Checkpoints, Keeper
-from arbiter_jax.training._checks import (
-    check_concrete,
-    check_functions,
-    check_transformation,
-)
-from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._mesh import in_mesh, place
 from arbiter_jax.training._micro_batches import check_sampling
-from arbiter_jax.training._next_plan import next_plan
-from arbiter_jax.training._out_of_memory import is_out_of_memory, out_of_memory
 from arbiter_jax.training._records import FitResult, what_went_wrong
 from arbiter_jax.training._resume import resume_state
-from arbiter_jax.training._run import Plan, Run, check_budget, check_lengths
-from arbiter_jax.training._run_data import closing, data_of_window, on_device, room_for
+from arbiter_jax.training._run import Run, check_budget, check_lengths
+from arbiter_jax.training._run_data import closing, on_device
 from arbiter_jax.training._seed_states import are_several
 from arbiter_jax.training._seeds import fit_seeds
 from arbiter_jax.training._state import init_state
+from arbiter_jax.training._train_windows import train_windows
 from arbiter_jax.training._window import run_window
-
-
-def _train_window(run: Run, plan: Plan, keeper: Keeper, ahead: CompileAhead) -> bool:
-    """Trains one window and records it; False if there are no examples left for it."""
-    size, bucket_size, wanted = plan
-    data, advance, micro, given = run.data, run.advance, run.micro, run.state
-    try:
-        with count_compilations() as searched:
-            arguments = functools.partial(
-                advance, given, num_steps=wanted, step_seconds=run.step_seconds
-            )
-            ahead.wait(bucket_size)
-            bucket_size = micro.fitting_bucket(size, bucket_size, data, run.window, arguments)
-        window_data, num_steps = data_of_window(data, size, bucket_size, wanted, run.mesh)
-        if num_steps < 1:
-            run.got(plan, 0)
-            run.source_ended = True
-            return False
-        micro.saw(window_data)
-        before = run.now()
-        with count_compilations() as compilations:
-            run.state, info = advance(
-                given,
-                window_data,
-                num_steps=num_steps,
-                step_seconds=run.step_seconds,
-                bucket_size=bucket_size,
-                **micro.options(size, bucket_size),
-            )
-        arguments = functools.partial(advance, run.state, num_steps=num_steps, step_seconds=0.0)
-        lowered = ahead.start(arguments, window_data, bucket_size, micro.options)
-        check_concrete(tx=info)
-        info = read(info)
-        run.got(plan, num_steps, room_for(window_data, size))
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if micro.halve(bucket_size, given, data):
-            plan = plan._replace(bucket_size=micro.limited(bucket_size))
-            return _train_window(run, plan, keeper, ahead)
-        raise out_of_memory(run.history, given, size, bucket_size, keeper.latest()) from error
-    info = jax.tree.map(lambda x: x[:num_steps], info)
-    seconds = run.now() - before
-    plan = plan._replace(bucket_size=bucket_size, num_steps=num_steps)
-    run.record(plan, info, seconds, searched + compilations)
-    # A time that includes a compilation is not the time of a step. A given clock counts as it is:
-    # a repeatable run cannot depend on what was compiled before it.
-    compiled = run.clock is None and (compilations.num_programs or lowered)
-    run.measured(float("nan") if compiled else seconds / num_steps)
-    return True
 
 
 @in_mesh
@@ -258,8 +203,36 @@ def fit(
     >>> [train(rate, seed).num_compilations for rate in (0.2, 0.4) for seed in (0, 1)]
     [0, 0, 0, 0]
     """
+    options = {
+        "loss_fn": loss_fn,
+        "tx": tx,
+        "num_agent_inputs": num_agent_inputs,
+        "gradient_fn": gradient_fn,
+        "transform_batch": transform_batch,
+        "inputs_of": inputs_of,
+        "has_aux": has_aux,
+        "extra_args": extra_args,
+        "sampling": sampling,
+    }
     if are_several(key):
-        return fit_seeds(**locals())
+        return fit_seeds(
+            params=params,
+            data=data,
+            num_examples=num_examples,
+            stop_at=stop_at,
+            window=window,
+            key=key,
+            callbacks=callbacks,
+            model_state=model_state,
+            state=state,
+            mesh=mesh,
+            micro_batch_size=micro_batch_size,
+            checkpoints=checkpoints,
+            resume=resume,
+            clock=clock,
+            progress=progress,
+            **options,
+        )
     num_examples, end, window = check_lengths(num_examples, stop_at, window, num_agent_inputs)
     callbacks = as_callbacks(callbacks, progress)
     check_transformation(tx)
@@ -277,16 +250,8 @@ def fit(
     advance = functools.partial(
         run_window,
         budget=num_examples if num_examples < 2**31 else as_count(num_examples),
-        loss_fn=loss_fn,
-        tx=tx,
         window=window,
-        num_agent_inputs=num_agent_inputs,
-        gradient_fn=gradient_fn,
-        transform_batch=transform_batch,
-        inputs_of=inputs_of,
-        has_aux=has_aux,
-        extra_args=extra_args,
-        sampling=sampling,
+        **options,
     )
     if clock is not None:
         _validate.function("clock() -> seconds", clock=clock)
@@ -305,25 +270,7 @@ def fit(
         closing(data, given),
         contextlib.closing(Callbacks(callbacks)) as called,
     ):
-        was_ended = keeper.resume(tx)
-        called.begin(run.history, run.seen, end)
-        # A callback that goes by the clock may decide otherwise now.
-        is_ended = was_ended and called.after_window(run.history[-1], run.whole_state())
-        plan, is_ended = next_plan(run, is_ended, interrupts, shared)
-        while plan is not None:
-            if not _train_window(run, run.begin(plan), keeper, ahead):
-                break
-            is_ended = called.after_window(run.history[-1], run.whole_state())
-            # Before the run is saved, because all processes save it at once.
-            plan, is_ended = next_plan(run, is_ended, interrupts, shared)
-            if plan is None and not interrupts.received:
-                called.end(run.history[-1], run.whole_state())
-            keeper.after_window(is_ended)
-            if interrupts.received and not shared:
-                break
-        if run.source_ended and run.history:
-            called.end(run.history[-1], run.whole_state())
-        keeper.finish(interrupts)
+        train_windows(run, tx, keeper, ahead, interrupts, called, shared)
     interrupts.end()  # a signal that came while the last checkpoint was written
     for message in what_went_wrong(
         run.history, run.state, run.source_ended, run.seen, end, num_examples

@@ -12,7 +12,7 @@ from arbiter_jax._count import compensated_sum
 from arbiter_jax._numerics import all_finite, tree_where
 from arbiter_jax.base import PyTree, requests
 from arbiter_jax.gradients import Gradient, GradientFn
-from arbiter_jax.training._checks import check_gradient
+from arbiter_jax.training._check_functions import check_gradient
 from arbiter_jax.training._signals import gradient_signals, update_noise
 from arbiter_jax.training._state import TrainState
 

@@ -24,7 +24,7 @@ from arbiter_jax.base import (
 from arbiter_jax.batching import MaskedBatch, num_rows, replace_padding
 from arbiter_jax.gradients import Gradient
 from arbiter_jax.objectives import measure_persistence
-from arbiter_jax.training._checks import check_transformation
+from arbiter_jax.training._check_functions import check_transformation
 from arbiter_jax.training._extra_args import (
     ExtraArgs,
     check_extra_args,

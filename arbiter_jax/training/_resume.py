@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax.base import PyTree, requests
-from arbiter_jax.training._checks import check_same_chain, check_state, check_transformation
+from arbiter_jax.training._check_functions import check_transformation
+from arbiter_jax.training._check_state import check_same_chain, check_state
 from arbiter_jax.training._state import TrainState, Unfinished, abstract_state, copy_state
 
 _LIMITS = ("min_batch_size", "max_batch_size", "budget")

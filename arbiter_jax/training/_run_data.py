@@ -20,7 +20,7 @@ from arbiter_jax.batching import (
     is_loader,
     read_examples,
 )
-from arbiter_jax.training._checks import check_data
+from arbiter_jax.training._check_data import check_data
 from arbiter_jax.training._mesh import place, place_block
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory
 from arbiter_jax.training._state import Data

@@ -10,7 +10,12 @@ import optax
 
 from arbiter_jax._numerics import raw_key
 from arbiter_jax.base import PyTree
-from arbiter_jax.training._checks import check_key, check_model_state, check_params, check_state
+from arbiter_jax.training._check_state import (
+    check_key,
+    check_model_state,
+    check_params,
+    check_state,
+)
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._state import TrainState, copy_state, init_state
 

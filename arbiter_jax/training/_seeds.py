@@ -24,12 +24,9 @@ from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
 from arbiter_jax.batching import BlockSource, batch_of_the_rest, next_bucket
 from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._call_errors import check_concrete
 from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks
-from arbiter_jax.training._checks import (
-    check_concrete,
-    check_functions,
-    check_transformation,
-)
+from arbiter_jax.training._check_functions import check_functions, check_transformation
 from arbiter_jax.training._compilations import count_compilations
 from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory

@@ -11,12 +11,8 @@ import optax
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import SamplerState, init_sampler
-from arbiter_jax.training._checks import (
-    check_key,
-    check_model_state,
-    check_params,
-    check_transformation,
-)
+from arbiter_jax.training._check_functions import check_transformation
+from arbiter_jax.training._check_state import check_key, check_model_state, check_params
 
 
 class Data(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,49 +16,15 @@ import jax.typing
 import optax
 
 from arbiter_jax._count import Count
-from arbiter_jax._numerics import cond_in_place
-from arbiter_jax.base import (
-    MEASURED_SIGNALS,
-    LossFn,
-    PyTree,
-    StepInfo,
-    get_batch_size,
-    requests,
-    with_extra_args,
-)
-from arbiter_jax.batching import (
-    Block,
-    check_block,
-    halves_apart,
-)
-from arbiter_jax.gradients import (
-    GradientFn,
-)
-from arbiter_jax.training._checks import explained
+from arbiter_jax.base import LossFn, PyTree, StepInfo
+from arbiter_jax.gradients import GradientFn
+from arbiter_jax.training._call_errors import explained
 from arbiter_jax.training._compile_log import log_trace
-from arbiter_jax.training._draw import draw
-from arbiter_jax.training._extra_args import (
-    ExtraArgs,
-    loss_of_batch,
-    with_made_extra_args,
-)
-from arbiter_jax.training._gradient_fns import (
-    gradient_fns,
-    gradient_fns_of_groups,
-    transformed,
-)
-from arbiter_jax.training._inner_step import inner_step
+from arbiter_jax.training._extra_args import ExtraArgs
 from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
-from arbiter_jax.training._micro_batches import steps_of_groups
-from arbiter_jax.training._signals import (
-    check_validation,
-    constant_signals,
-    moved_leaves,
-    validation_signals,
-    with_moved_grad,
-)
 from arbiter_jax.training._state import Data, TrainState
 from arbiter_jax.training._window_arguments import check_arguments, explain
+from arbiter_jax.training._window_steps import begin_window, maybe_step
 
 
 @explained(explain)
@@ -210,128 +175,8 @@ def run_window(
     check_arguments(state, data, **options)
     check_bucket_of_mesh(bucket_size)
     log_trace(state, data, **options)
-    in_groups = bucket_size == micro_batch_size
-    if isinstance(data.train, Block):
-        slots = check_block(data.train, None if in_groups else window, bucket_size)
-        window = min(window, slots)  # a large block has fewer steps
-        wanted = window if num_steps is None else num_steps
-        num_steps = jnp.minimum(wanted, data.train.num_steps)
-    requested = requests(state.opt_state)
-    check_validation(requested, data.validation)
-    decided: Any = bucket_size
-    if requested.rules:
-        unfinished = state.unfinished
-        decided = get_batch_size(state.opt_state)
-        decided = jnp.where(unfinished.num_steps > 0, unfinished.batch_size, decided)
-    # Zeros that depend on the state: under vmap they have its leading axis, and take its buffers.
-    state = state._replace(unfinished=jax.tree.map(lambda x: 0 * x, state.unfinished))
-    taken: Any = decided if batch_size is None else jnp.minimum(decided, batch_size)
-    if not in_groups:
-        taken = jnp.minimum(taken, bucket_size)
-    elif isinstance(data.train, Block):
-        taken = data.train.batch_size
-        num_steps = steps_of_groups(data.train, num_steps)
-    taken = jnp.asarray(taken, jnp.int32)
-    if own_bucket_size is not None:
-        own_bucket_size = jnp.asarray(own_bucket_size, jnp.int32)
-    constants = constant_signals(state.params, requested, tx, step_seconds, budget, own_bucket_size)
-    tx = with_extra_args(tx)
-    if extra_args is not None:
-        tx = with_made_extra_args(tx, extra_args)
-    moved = None  # all parameters
-    measures_pieces = bool(requested.signals & MEASURED_SIGNALS) and gradient_fn is None
-    if measures_pieces:
-        sampler = state.validation_sampler
-        given = lambda: (
-            constants
-            | {"model_state": state.model_state}
-            | validation_signals(
-                sampler, requested, data.validation, bucket_size, num_agent_inputs, False, inputs_of
-            )[1]
-        )
-        moved = moved_leaves(tx, state.opt_state, state.params, given)
-        tx = tx if moved is None else with_moved_grad(tx, moved)
-    if in_groups:
-        functions = gradient_fns_of_groups(
-            data.train,
-            bucket_size,
-            transform_batch,
-            loss_fn=loss_fn,
-            gradient_fn=gradient_fn,
-            signals=requested.signals,
-            trainable=moved,
-            has_aux=has_aux,
-        )
-    else:
-        functions = gradient_fns(loss_fn, gradient_fn, requested.signals, moved, has_aux)
-
-    def step(state: TrainState, drawn: Any, made: Any = True) -> tuple[TrainState, StepInfo]:
-        due = made is not False
-        sampler, batch, mask = drawn
-        state = state._replace(train_sampler=sampler)
-        if transform_batch is not None and not in_groups:
-            step_key = jax.random.fold_in(state.key, state.num_steps)
-            batch = transformed(transform_batch, step_key, batch)
-        if own_bucket_size is not None and due and measures_pieces:
-            batch, mask = halves_apart((batch, mask), own_bucket_size)
-        sampler, signals = validation_signals(
-            state.validation_sampler,
-            requests(state.opt_state),
-            data.validation,
-            bucket_size,
-            num_agent_inputs,
-            due,
-            inputs_of,
-            own_bucket_size,
-        )
-        state = state._replace(validation_sampler=sampler)
-        signals |= {**constants, "signals_made": made}
-        if not due and "update_noise" in requested.signals:
-            signals["update_noise"] = jax.tree.map(jnp.zeros_like, state.params)
-        if extra_args is not None:
-            key = jax.random.fold_in(state.key, state.num_steps)
-            given = {"loss_fn": loss_fn, "gradient_fn": gradient_fn, "has_aux": has_aux}
-            signals["batch_loss"] = loss_of_batch(batch, mask, state.model_state, key, **given)
-        state, gradient = inner_step(
-            state, batch, mask, gradient_fn=functions[due], tx=tx, signals=signals
-        )
-        metrics = {name: getattr(gradient, name) for name in getattr(gradient, "metrics", ())}
-        metrics |= requests(state.opt_state).metrics
-        size = jnp.sum(mask, dtype=jnp.int32)
-        aux = getattr(gradient, "aux", None)
-        return state, StepInfo(gradient.value.astype(float), size, metrics, aux)
-
-    def no_step(state: TrainState, drawn: Any) -> StepInfo:
-        if gradient_fn is not None or has_aux:  # what it reports is not known before it is traced
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, state, drawn)[1])
-        metrics = jax.tree.map(jnp.zeros_like, requests(state.opt_state).metrics)
-        return StepInfo(jnp.zeros((), float), jnp.zeros((), jnp.int32), metrics)
-
-    def maybe_step(state: TrainState, t: jax.Array) -> tuple[TrainState, StepInfo]:
-        flags, due = requests(state.opt_state).flags, requests(state.opt_state).due
-        # A rule whose flag is the only one need not read it: the branch taken says what it holds.
-        made = True if len(flags) < 2 else jnp.array(True)
-        # Once for the two branches below; a step not taken drops it.
-        drawn = draw(
-            state.train_sampler,
-            data.train,
-            t,
-            taken,
-            bucket_size,
-            own_bucket_size=own_bucket_size,
-            in_groups=in_groups,
-            sampling=sampling,
-        )
-        if due is None and num_steps is None:
-            return step(state, drawn, made)
-        wanted = jnp.array(True) if num_steps is None else t < num_steps
-        take = lambda made: lambda carry: step(carry[0], drawn, made)
-        carry = state, no_step(state, drawn)
-        if due is None:
-            return cond_in_place(wanted, take(made), carry)
-        # One choice for the whole step: a step at which no signal is due is a plain one, and costs
-        # what that costs. Conditions further in would have to pass on signals as large as the model.
-        carry = cond_in_place(wanted & due, take(made), carry)
-        return cond_in_place(wanted & ~due, take(False), carry)
-
-    return jax.lax.scan(maybe_step, state, jnp.arange(window, dtype=jnp.int32))
+    state, plan = begin_window(
+        state, data, num_steps, step_seconds, budget, batch_size, own_bucket_size, **options
+    )
+    steps = jnp.arange(plan.window, dtype=jnp.int32)
+    return jax.lax.scan(lambda state, t: maybe_step(plan, state, t), state, steps)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from arbiter_jax.training._checks import (
-    check_data,
-    check_functions,
-    check_on_device,
-    check_same_chain,
-    check_state,
-    check_static_integers,
-    check_transformation,
-)
+from arbiter_jax.training._call_errors import check_static_integers
+from arbiter_jax.training._check_data import check_data, check_on_device
+from arbiter_jax.training._check_functions import check_functions, check_transformation
+from arbiter_jax.training._check_state import check_same_chain, check_state
 from arbiter_jax.training._extra_args import check_extra_args
 from arbiter_jax.training._micro_batches import check_micro_batch_size, check_sampling
 from arbiter_jax.training._state import TrainState, abstract_state

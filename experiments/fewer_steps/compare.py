@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import _runner
 from experiments._run_cache import RunCache
-from experiments.fewer_steps import cases
+from experiments.fewer_steps import cases, decays, programs
 
 BASELINE = "constant"
 SHORTER = "constant, 95% of the examples"
@@ -62,14 +62,14 @@ def run_cases(
         rows += more.run()
         windows += more.windows
     # Each program maps some memory, and the number of mappings is limited.
-    cases.forget_programs()
+    programs.forget_programs()
     return rows, windows
 
 
 class _Comparison:
     def __init__(self, case: cases.Case, config: Any, cache: RunCache, show: Callable[[str], Any]):
         self.case, self.config, self.cache, self.show = case, config, cache, show
-        self.made = cases.Experiment(case, config.share)
+        self.made = programs.Experiment(case, config.share)
         self.rows: list[dict[str, Any]] = []
         self.windows: list[dict[str, Any]] = []
 
@@ -180,7 +180,7 @@ def usage(config: Any) -> None:
     for flag, given, known in (
         ("--tasks", config.tasks, tuple(cases.TASKS)),
         ("--optimizers", config.optimizers, cases.OPTIMIZERS),
-        ("--decays", config.decays, tuple(cases.decays.DECAYS)),
+        ("--decays", config.decays, tuple(decays.DECAYS)),
         ("--controls", config.controls, CONTROLS),
     ):
         if set(given) - set(known):

@@ -13,15 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import _runner
+from experiments import _flags, _runner
 from experiments.report import page, runs
 
 
 def parse(argv: Sequence[str]) -> tuple[list[Path], Path]:
     """Returns (paths, output): what to compare, and the page to write."""
-    parser = _runner.Parser(
-        prog="python -m experiments.report", description=__doc__.splitlines()[0]
-    )
+    parser = _flags.Parser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
     parser.add_argument(
         "paths",
         nargs="+",

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from arbiter_jax import _jaxpr, models
+from arbiter_jax import _parameter_sites, models
 from arbiter_jax.subset_selection import _sites
 from tests.subset_selection.problems import cross_entropy
 
 
 def find(fn, leaves, *args):
-    return _jaxpr.find_sites(jax.make_jaxpr(fn)(leaves, *args), len(leaves))
+    return _parameter_sites.find_sites(jax.make_jaxpr(fn)(leaves, *args), len(leaves))
 
 
 @pytest.mark.parametrize("build", [models.mlp, models.lenet], ids=["mlp", "lenet"])

@@ -12,7 +12,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.training import OutOfMemoryError, _checks, _fit, resume_state
+from arbiter_jax.training import OutOfMemoryError, _call_errors, _fit, resume_state
 
 START = {"w": jnp.zeros(3), "b": jnp.zeros(())}
 
@@ -199,7 +199,7 @@ def test_a_window_that_ran_out_of_memory_says_so():
         setattr(jitted, name, None)
     jitted.__wrapped__ = lambda state: None
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
-        _checks.explained(explain)(jitted)(jnp.zeros(3))
+        _call_errors.explained(explain)(jitted)(jnp.zeros(3))
     assert caught.value is error
 
 

@@ -159,7 +159,7 @@ def test_no_operation_where_all_leaves_move(monkeypatch):
         return _jaxpr.text(jax.make_jaxpr(lambda: run(tx, noisy_loss, params_like()))())
 
     looked = program()
-    monkeypatch.setattr("arbiter_jax.training._window.moved_leaves", lambda *_: None)
+    monkeypatch.setattr("arbiter_jax.training._window_steps.moved_leaves", lambda *_: None)
     assert program() == looked
 
 
