@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from arbiter_jax import _jaxpr
 from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate
 from arbiter_jax.base import LossFn, PyTree
-from arbiter_jax.batching import masked_mean, replace_padding, total_weight
+from arbiter_jax.batching import masked_mean
+from arbiter_jax.batching._masking import replace_padding, total_weight
 from arbiter_jax.gradients._estimators import stats_from_norms
 from arbiter_jax.gradients._masked import Gradient, GradientFn, call_loss
 

@@ -27,14 +27,10 @@ from arbiter_jax.base import (
     requests,
     with_extra_args,
 )
-from arbiter_jax.batching import (
-    Block,
-    check_block,
-    halves_apart,
-)
-from arbiter_jax.gradients import (
-    GradientFn,
-)
+from arbiter_jax.batching import Block
+from arbiter_jax.batching._blocks import check_block
+from arbiter_jax.batching._shared_buckets import halves_apart
+from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._checks import explained
 from arbiter_jax.training._compile_log import log_trace
 from arbiter_jax.training._draw import draw

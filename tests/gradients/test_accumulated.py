@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.gradients import (
+from arbiter_jax.gradients import masked_value_and_grad, value_grad_and_stats
+from arbiter_jax.gradients._accumulation import (
     Groups,
     accumulated_gradient,
     accumulated_value_and_grad,
-    masked_value_and_grad,
-    value_grad_and_stats,
 )
 from arbiter_jax.gradients._estimators import stats_from_pieces
 

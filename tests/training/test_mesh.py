@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.batching import sample_own_batch
+from arbiter_jax.batching._sampling import sample_own_batch
 from arbiter_jax.gradients import value_grad_and_stats
 
 NUM_EXAMPLES, NUM_INPUTS, NUM_HIDDEN, NUM_CLASSES = 512, 16, 32, 4

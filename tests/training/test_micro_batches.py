@@ -12,7 +12,8 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.batching import group_rows, init_sampler, num_groups, take_group
+from arbiter_jax.batching import group_rows, init_sampler
+from arbiter_jax.batching._groups import num_groups, take_group
 from arbiter_jax.gradients import masked_value_and_grad
 from arbiter_jax.gradients._estimators import stats_from_pieces
 from arbiter_jax.training import OutOfMemoryError, _auto_micro_batch, _fit
