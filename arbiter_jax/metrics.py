@@ -16,6 +16,8 @@ from arbiter_jax.base import PyTree, WeightedLoss
 from arbiter_jax.batching import batch_mask, masked_mean
 from arbiter_jax.batching._masking import num_rows, total_weight
 
+__all__ = ["Metrics", "evaluate", "mean_and_interval"]
+
 
 class Metrics(NamedTuple):
     """Means over all examples of a split."""

@@ -6,6 +6,7 @@ from arbiter_jax.batching._buckets import all_buckets, next_bucket
 from arbiter_jax.batching._groups import group_rows
 from arbiter_jax.batching._host_blocks import HostBlocks, host_blocks
 from arbiter_jax.batching._masking import batch_mask, masked_mean
+
 # Each `as` below marks a helper that other packages of the library import from here.
 from arbiter_jax.batching._masking import check_integers as check_integers
 from arbiter_jax.batching._masking import num_rows as num_rows
