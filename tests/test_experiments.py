@@ -28,6 +28,7 @@ from experiments._program_cache import use_program_cache
 from experiments._run_cache import RunCache
 from experiments.benchmark import floor, networks
 from experiments.noise_rules import controls, tables
+from tests.script_runs import run_main
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 NAMES = sorted(
@@ -47,12 +48,6 @@ def document(name):
     """Where an experiment keeps its measurements."""
     folder = FOLDER / name
     return folder / "README.md" if folder.is_dir() else FOLDER / f"{name}.md"
-
-
-def run_main(name, argv):
-    module = load(name)
-    description = module.__doc__.splitlines()[0]
-    _runner.main(name, module.CONFIGS, module.run, module.plot, module.table, description, argv)
 
 
 def check_files(name, folder, printed):

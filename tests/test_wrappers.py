@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 import arbiter_jax as aj
 from arbiter_jax import base
-from tests.rules import ARBITERS, RULES
-from tests.test_conformance import LIMITS, grads_at, params_like, signals_at
-from tests.test_inject import RATES, signals
+from tests.factories import RATES, signals
+from tests.rules import ARBITERS, LIMITS, RULES, grads_at, params_like, signals_at
 
 NUM_CALLS = 4
 CASES = RULES | ARBITERS
@@ -157,7 +156,8 @@ def test_mask_that_lets_all_through_is_none():
     chex.assert_trees_all_close(base.requests(run(tx, 2)).rules[0], alone("noise_floor", 2))
 
 
-def test_two_groups_with_a_rule_each_have_no_batch_size():
+def test_a_rule_in_each_group_has_no_batch_size():
+    """Two groups of parameters with a rule each do not agree on one."""
     rules = {"moved": make("cabs"), "frozen": make("norm_test")}
     state = optax.multi_transform(rules, GROUPS).init(params_like())
     with pytest.raises(ValueError, match=r"exactly one .* found (CABS|NormTest)State, "):

@@ -185,7 +185,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert_same_run(found, arrays(expected))
 
 
-def test_a_run_that_ends_without_a_word_goes_on_from_what_is_complete(tmp_path):
+def test_a_killed_run_goes_on_from_what_is_complete(tmp_path):
     """In one process, as after a kill during a write: the newest directory is half there."""
 
     class Killed(BaseException):
