@@ -84,7 +84,9 @@ def transformer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [wide_resnet, lenet, transformer])
+@pytest.mark.parametrize(
+    "make", [pytest.param(wide_resnet, marks=pytest.mark.exhaustive), lenet, transformer]
+)
 def test_a_network_lowers_for_tpu_and_cuda(make):
     """Convolutions, running averages, dropout, attention, bfloat16; and per-example statistics."""
     model, loss_fn, data = make()
