@@ -45,10 +45,10 @@ USUAL = (
 )
 
 
-def usual_in_ci(names: Iterable[str]) -> list[Any]:
+def usual_in_ci(names: Iterable[str], usual: Iterable[str] = USUAL) -> list[Any]:
     """The names as cases of a test that is slow, at least with the rules of which CI has the kind."""
     unusual = lambda name: pytest.param(name, marks=(pytest.mark.slow, pytest.mark.exhaustive))
-    return [name if name in USUAL else unusual(name) for name in names]
+    return [name if name in usual else unusual(name) for name in names]
 
 
 class Case(NamedTuple):

@@ -143,7 +143,7 @@ def test_weighted_and_auxiliary_losses(key, per_example_loss, with_statistics):
         rules = [arbiter(model, losses, mlp_agent(NUM_INPUTS))]
     tx = optax.chain(optax.sgd(0.5), *rules)
     data = aj.Data(draw(13), draw(30, seed=1))  # each batch is the whole data set
-    params, _ = model.init(key)
+    params, _ = jax.jit(model.init)(key)
     state = aj.init_state(params, tx, key)
     state, info = aj.run_window(
         state, data, loss_fn=losses.loss_fn, tx=tx, bucket_size=16, window=2
