@@ -3,7 +3,17 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from arbiter_jax import learning_rate, metrics, objectives, schedulers
+from arbiter_jax import (
+    base,
+    batching,
+    gradients,
+    hyper_learning,
+    learning_rate,
+    metrics,
+    objectives,
+    schedulers,
+    training,
+)
 from arbiter_jax._version import __version__
 from arbiter_jax.base import GradStats, StepInfo, WeightedLoss, get_batch_size
 from arbiter_jax.batching import all_buckets, init_sampler, next_bucket, sample_batch
@@ -69,6 +79,7 @@ if TYPE_CHECKING:
         noisy_quadratic,
         plotting,
         stochastic_meta_descent,
+        subset_selection,
     )
     from arbiter_jax.callbacks import checkpoints
     from arbiter_jax.critical_batch_size import measure_critical_batch_size
@@ -83,14 +94,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Agent", "ArbiterState", "Data", "FitResult", "GradStats", "StepInfo", "TrainState",
     "WeightedLoss", "WindowRecord", "__version__", "accumulate", "adam_hd", "adamp",
-    "adamw_in_examples", "adascale", "all_buckets", "arbiter", "attach", "autowu", "callbacks",
-    "checkpoints", "conv_agent", "critical_batch_size", "datasets", "dynamic_batch_adaptation",
-    "fit", "get_batch_size", "gradient_stats", "impulse_response", "init_sampler", "init_state",
-    "learning_rate", "measure_critical_batch_size", "metrics", "mlp_agent", "models", "next_bucket",
-    "next_window", "noise_response", "noisy_quadratic", "objectives", "plotting",
-    "re_anchor", "run_window", "sample_batch", "scale_by_batch_size", "schedulers", "seesaw",
-    "select_subset", "sgd_hd", "stochastic_meta_descent", "subset_gradients", "to_batch_size",
-    "to_logit", "value_grad_and_signals", "warm_up",
+    "adamw_in_examples", "adascale", "all_buckets", "arbiter", "attach", "autowu", "base",
+    "batching", "callbacks", "checkpoints", "conv_agent", "critical_batch_size", "datasets",
+    "dynamic_batch_adaptation", "fit", "get_batch_size", "gradient_stats", "gradients",
+    "hyper_learning", "impulse_response", "init_sampler", "init_state", "learning_rate",
+    "measure_critical_batch_size", "metrics", "mlp_agent", "models", "next_bucket", "next_window",
+    "noise_response", "noisy_quadratic", "objectives", "plotting", "re_anchor", "run_window",
+    "sample_batch", "scale_by_batch_size", "schedulers", "seesaw", "select_subset", "sgd_hd",
+    "stochastic_meta_descent", "subset_gradients", "subset_selection", "to_batch_size", "to_logit",
+    "training", "value_grad_and_signals", "warm_up",
 ]
 # fmt: on
 

@@ -13,7 +13,10 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss
-from arbiter_jax.batching import batch_mask, masked_mean, num_rows, total_weight
+from arbiter_jax.batching import batch_mask, masked_mean
+from arbiter_jax.batching._masking import num_rows, total_weight
+
+__all__ = ["Metrics", "evaluate", "mean_and_interval"]
 
 
 class Metrics(NamedTuple):

@@ -1,4 +1,4 @@
-"""One table of all batch-size rules: how to make each, and what it reads.
+"""One table of all batch-size rules: how to make each, and what it reads; and signals for any of them.
 
 `test_conformance` checks that no member of `aj.schedulers` is missing.
 """
@@ -8,22 +8,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import arbiter_jax as aj
+from arbiter_jax.objectives import Persistence
 
 S = aj.schedulers
 NUM_FEATURES = 3
 NOISE = ("gradient_noise", "update_noise", "grad_stats")
 GAIN = ("update_noise", "meta_batch")
+LIMITS = {"min_batch_size": 16, "max_batch_size": 128, "initial_batch_size": 32}
+
+# Public functions of the module that are not rules, each with what it is.
+NOT_RULES = {
+    "adabatch_learning_rate": "a schedule",
+    "optimal_schedule": "a schedule",
+    "parse_schedule": "reads a schedule",
+    "published_ramp": "a schedule",
+    "seesaw_schedule": "a schedule",
+    "smith_learning_rate": "a schedule",
+    "shadow_batch_sizes": "reads a state",
+}
 
 
 # Rules of every kind. A slow test of all rules runs with these in CI, with the others before a release.
+# `expected_gain` and `from_objective` are made by the function that makes `noise_floor`.
 USUAL = (
     "arbiter",
     "constant",
-    "expected_gain",
     "goodput",
     "gradient_noise_scale",
     "noise_floor",
@@ -31,10 +45,10 @@ USUAL = (
 )
 
 
-def usual_in_ci(names: Iterable[str]) -> list[Any]:
-    """The names as cases of a slow test."""
-    unusual = lambda name: pytest.param(name, marks=pytest.mark.exhaustive)
-    return [name if name in USUAL else unusual(name) for name in names]
+def usual_in_ci(names: Iterable[str], usual: Iterable[str] = USUAL) -> list[Any]:
+    """The names as cases of a test that is slow, at least with the rules of which CI has the kind."""
+    unusual = lambda name: pytest.param(name, marks=(pytest.mark.slow, pytest.mark.exhaustive))
+    return [name if name in usual else unusual(name) for name in names]
 
 
 class Case(NamedTuple):
@@ -153,3 +167,38 @@ ARBITERS = {
     "arbiter": Case(make_arbiter, ("agent_inputs", "meta_batch")),
     "arbiter_noise_response": Case(make_arbiter_with_noise, ("agent_inputs", "value", *NOISE)),
 }
+
+
+def params_like():
+    return {"w": jnp.full((NUM_FEATURES,), 0.5), "b": jnp.zeros(())}
+
+
+def signals_at(seed: int) -> dict[str, Any]:
+    """Every signal there is, plausible and different at each step."""
+    rng = np.random.default_rng(seed)
+    stats = aj.GradStats(
+        mean_sq_norm=rng.normal(0.5, 0.2),
+        variance_trace=rng.gamma(4.0, 10.0),
+        batch_size=float(LIMITS["initial_batch_size"]),
+        batch_sq_norm=rng.gamma(4.0, 0.5),
+        half_cosine=rng.uniform(-0.5, 1.0),
+        inner_product_variance=rng.gamma(4.0, 10.0),
+    )
+    inputs = rng.normal(size=(LIMITS["max_batch_size"], NUM_FEATURES))
+    signals = {
+        "value": 2.0 * 0.8**seed + rng.uniform(0, 0.1),
+        "grad_stats": stats,
+        "gradient_noise": jax.tree.map(lambda x: rng.normal(size=x.shape), params_like()),
+        "update_noise": jax.tree.map(lambda x: rng.normal(size=x.shape), params_like()),
+        "agent_inputs": inputs[:8],
+        "meta_batch": (inputs, inputs.sum(axis=1)),
+        "step_seconds": 0.01 + 0.001 * (seed // 2),
+        "persistence": Persistence(1.0, 1.0),
+    }
+    signals = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), signals)
+    return signals | {"batch_size": jnp.int32(LIMITS["initial_batch_size"] + 8 * (seed // 2))}
+
+
+def grads_at(seed: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1000 + seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params_like())

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: three rules, the same run through `fit`, changed lines."""
+"""What tests of programs share: rules and runs of the scripts, changed lines, an experiment's main."""
 
 import difflib
 import importlib
@@ -74,3 +74,12 @@ def changed_lines(name):
     plain, adaptive = (code_lines(FOLDER / f"{n}.py") for n in (name, f"{name}_adaptive"))
     diff = difflib.ndiff(plain, adaptive)
     return [line[2:] for line in diff if line.startswith("+ ")]
+
+
+def run_main(name, argv):
+    """Runs an experiment with the flags of a command line."""
+    from experiments import _runner
+
+    module = importlib.import_module(f"experiments.{name}")
+    description = module.__doc__.splitlines()[0]
+    _runner.main(name, module.CONFIGS, module.run, module.plot, module.table, description, argv)

@@ -18,7 +18,8 @@ def test_one_device_has_no_all_reduce():
     assert step_seconds(MODEL, 100, window=100) == pytest.approx(1e-3 + 1e-3 + 5e-4)
 
 
-def test_a_ring_moves_the_gradient_twice_but_for_its_own_share():
+def test_a_ring_moves_the_gradient_almost_twice():
+    """Each device sends the gradient twice, but for its own share."""
     # 2 * 3/4 * 1 ms of all-reduce, a quarter of the examples on each of 4 devices.
     assert step_seconds(MODEL, 400, 4, window=100) == pytest.approx(1e-3 + 1e-3 + 1.5e-3 + 5e-4)
     late = MODEL._replace(latency=1e-4)

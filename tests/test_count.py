@@ -89,7 +89,8 @@ def test_a_count_is_a_number_to_others():
     assert list(range(as_count(2))) == [0, 1]
 
 
-def test_a_count_is_a_pytree_under_every_transformation():
+def test_a_count_is_a_pytree_in_transformations():
+    """Under `scan`, `vmap` and `eval_shape`."""
     start = as_count(2**32 - 2)
     step = lambda count, n: (count + n, count >= 2**32)
     count, reached = jax.lax.scan(step, start, jnp.ones(4, jnp.int32))

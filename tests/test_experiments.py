@@ -28,6 +28,7 @@ from experiments._program_cache import use_program_cache
 from experiments._run_cache import RunCache
 from experiments.benchmark import floor, networks
 from experiments.noise_rules import controls, tables
+from tests.script_runs import run_main
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 NAMES = sorted(
@@ -47,12 +48,6 @@ def document(name):
     """Where an experiment keeps its measurements."""
     folder = FOLDER / name
     return folder / "README.md" if folder.is_dir() else FOLDER / f"{name}.md"
-
-
-def run_main(name, argv):
-    module = load(name)
-    description = module.__doc__.splitlines()[0]
-    _runner.main(name, module.CONFIGS, module.run, module.plot, module.table, description, argv)
 
 
 def check_files(name, folder, printed):
@@ -156,7 +151,14 @@ def test_benchmark_without_torch_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    # That of the main job is a step of `.ci/run`.
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name == "standalone_scheduler" else ())
+        for name in NAMES
+    ],
+)
 def test_smoke_run_leaves_the_config_alone(name, tmp_path, capsys):
     configs = load(name).CONFIGS
     before = copy.deepcopy(configs)

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 import arbiter_jax as aj
 from arbiter_jax import base
-from tests.test_experiments import run_main
+from tests.script_runs import run_main
 
 S, L, D, M = aj.schedulers, aj.learning_rate, aj.datasets, aj.models
 NQ, SMD, PLOT = aj.noisy_quadratic, aj.stochastic_meta_descent, aj.plotting

@@ -14,7 +14,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import arbiter_jax as aj
-from arbiter_jax.batching import batch_mask, masked_mean, replace_padding
+from arbiter_jax.batching import batch_mask, masked_mean
+from arbiter_jax.batching._masking import replace_padding
 from arbiter_jax.batching._sampling import permuted_index
 from arbiter_jax.gradients import masked_value_and_grad, value_grad_and_stats
 from arbiter_jax.gradients._estimators import stats_from_pieces

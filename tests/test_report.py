@@ -156,7 +156,7 @@ def test_each_method_has_a_line_per_panel(tmp_path, two_folders):
     assert all(len(set(values)) == len(named) for values in zip(*looks, strict=True))
 
 
-def test_a_loss_that_is_never_finite_leaves_the_panel_empty(tmp_path):
+def test_a_loss_never_finite_leaves_the_panel_empty(tmp_path):
     folder = write(tmp_path / "a", training("cabs", 0, 8, losses=(math.nan, math.nan)))
     traces = traces_of(Page(make(tmp_path / "page.html", folder)))
     assert {trace["yaxis"] for trace in traces} == {"y", "y2"}

@@ -108,7 +108,7 @@ def test_batch_size_range_names_what_is_wrong(sizes, message):
         _validate.batch_size_range(*sizes)
 
 
-def test_traced_number_passes_where_it_cannot_be_checked():
+def test_a_traced_number_passes_unchecked():
     def check(x):
         numbers = (
             _validate.positive(rate=x),

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 import arbiter_jax as aj
 from arbiter_jax import base
-from tests.rules import ARBITERS, RULES
-from tests.test_conformance import LIMITS, grads_at, params_like, signals_at
-from tests.test_inject import RATES, signals
+from tests.factories import RATES, signals
+from tests.rules import ARBITERS, LIMITS, RULES, grads_at, params_like, signals_at, usual_in_ci
 
 NUM_CALLS = 4
 CASES = RULES | ARBITERS
@@ -126,7 +125,7 @@ def test_any_chain_trains_or_refuses_at_init(name, chain):
 
 
 @pytest.mark.parametrize("wrapper", sorted(OTHERS))
-@pytest.mark.parametrize("name", sorted(set(CASES) - READS_TREES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(set(CASES) - READS_TREES)))
 def test_other_wrappers_change_no_decision(name, wrapper):
     tx = OTHERS[wrapper](make(name))
     traced(tx)
@@ -134,7 +133,7 @@ def test_other_wrappers_change_no_decision(name, wrapper):
 
 
 @pytest.mark.parametrize("wrapper", sorted(set(OTHERS) - {"empty group"}))
-@pytest.mark.parametrize("name", sorted(READS_TREES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(READS_TREES)))
 def test_rules_that_read_trees_trace_in_others(name, wrapper):
     traced(OTHERS[wrapper](make(name)))
 
@@ -157,7 +156,8 @@ def test_mask_that_lets_all_through_is_none():
     chex.assert_trees_all_close(base.requests(run(tx, 2)).rules[0], alone("noise_floor", 2))
 
 
-def test_two_groups_with_a_rule_each_have_no_batch_size():
+def test_a_rule_in_each_group_has_no_batch_size():
+    """Two groups of parameters with a rule each do not agree on one."""
     rules = {"moved": make("cabs"), "frozen": make("norm_test")}
     state = optax.multi_transform(rules, GROUPS).init(params_like())
     with pytest.raises(ValueError, match=r"exactly one .* found (CABS|NormTest)State, "):

@@ -18,95 +18,40 @@ comes from the host; *groups* are the micro-batches of a batch that is larger th
 """
 
 from arbiter_jax.batching._batches import Batches, MaskedBatch, batches
-from arbiter_jax.batching._blocks import (
-    Block,
-    BlockSource,
-    block_batch,
-    block_rows,
-    check_block,
-    check_next_block,
-    interleave_block,
-    num_real_rows,
-)
-from arbiter_jax.batching._buckets import all_buckets, batch_of_the_rest, next_bucket
-from arbiter_jax.batching._groups import block_shape, group_rows, num_groups, take_group
+from arbiter_jax.batching._blocks import Block, BlockSource, block_rows
+from arbiter_jax.batching._buckets import all_buckets, next_bucket
+from arbiter_jax.batching._groups import group_rows
 from arbiter_jax.batching._host_blocks import HostBlocks, host_blocks
-from arbiter_jax.batching._loaders import is_loader
-from arbiter_jax.batching._masking import (
-    batch_mask,
-    check_integers,
-    check_losses,
-    masked_mean,
-    num_rows,
-    replace_padding,
-    total_weight,
-)
-from arbiter_jax.batching._rows import (
-    DATA_AXIS,
-    bit_reversed,
-    check_data_axis,
-    interleaved,
-    is_split,
-    num_data_devices,
-    shard_rows,
-)
-from arbiter_jax.batching._sampling import (
-    SamplerState,
-    advance,
-    examples_ahead,
-    init_sampler,
-    parts_ahead,
-    sample_batch,
-    sample_own_batch,
-)
-from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
-from arbiter_jax.batching._take import read_examples, take
+from arbiter_jax.batching._masking import batch_mask, masked_mean
+
+# Each `as` below marks a helper that other packages of the library import from here.
+from arbiter_jax.batching._masking import check_integers as check_integers
+from arbiter_jax.batching._masking import num_rows as num_rows
+from arbiter_jax.batching._masking import replace_padding as replace_padding
+from arbiter_jax.batching._masking import total_weight as total_weight
+from arbiter_jax.batching._rows import bit_reversed, interleaved
+from arbiter_jax.batching._rows import num_data_devices as num_data_devices
+from arbiter_jax.batching._sampling import SamplerState, init_sampler, sample_batch
+from arbiter_jax.batching._take import take
 
 __all__ = [
-    "DATA_AXIS",
     "Batches",
     "Block",
     "BlockSource",
     "HostBlocks",
     "MaskedBatch",
     "SamplerState",
-    "advance",
     "all_buckets",
     "batch_mask",
-    "batch_of_the_rest",
     "batches",
     "bit_reversed",
-    "block_batch",
     "block_rows",
-    "block_shape",
-    "check_block",
-    "check_data_axis",
-    "check_integers",
-    "check_losses",
-    "check_next_block",
-    "examples_ahead",
     "group_rows",
-    "halves_apart",
     "host_blocks",
     "init_sampler",
-    "interleave_block",
     "interleaved",
-    "is_loader",
-    "is_split",
     "masked_mean",
     "next_bucket",
-    "num_data_devices",
-    "num_groups",
-    "num_real_rows",
-    "num_rows",
-    "parts_ahead",
-    "read_examples",
-    "replace_padding",
     "sample_batch",
-    "sample_own_batch",
-    "sample_shared",
-    "shard_rows",
     "take",
-    "take_group",
-    "total_weight",
 ]

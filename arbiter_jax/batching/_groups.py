@@ -111,11 +111,24 @@ def group_rows(
     position: np.ndarray | None = None,
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """As :func:`block_rows`, for a block of groups: int[num_slots, micro_batch_size].
+    """The number of the example that goes into each row of a block of groups.
 
-    Group j of step t is in slot t n + j, n being the number of groups of a batch. Padding repeats the
-    first example of its step, and slots without a group repeat the first example of the window. The
-    `rows` of a process, if they are given, are the same in every slot.
+    As :func:`block_rows`, where a batch is split into n groups: group j of step t is in slot t n + j.
+    Padding repeats the first example of its step, and slots without a group repeat the first example
+    of the window.
+
+    Args:
+      num_slots: Number of groups that the block has room for.
+      batch_size: B, number of real examples per step.
+      micro_batch_size: Number of rows per group.
+      num_steps: Number of steps that have examples.
+      position: Of the block, see :class:`Block`.
+      rows: int[m], increasing, the rows of a group that one process holds, the same in every slot;
+        all if None.
+
+    Returns:
+      int[num_slots, micro_batch_size] with entries in [0, num_steps * batch_size), or
+      int[num_slots, m].
 
     >>> group_rows(num_slots=4, batch_size=3, micro_batch_size=2, num_steps=1).tolist()
     [[0, 1], [2, 0], [0, 0], [0, 0]]

@@ -68,9 +68,14 @@ def check_integers(leaf: Any, where: str) -> None:
 
 
 def batch_mask(batch_size: jax.typing.ArrayLike, bucket_size: int) -> jax.Array:
-    """Marks the first `batch_size` rows of a bucket as real, bool[bucket_size].
+    """Marks the first `batch_size` rows of a bucket as real.
 
-    A batch size <= 0 marks no row, one >= bucket_size marks all of them.
+    Args:
+      batch_size: int32[], number of real rows: <= 0 marks none, >= bucket_size marks all.
+      bucket_size: Number of rows.
+
+    Returns:
+      bool[bucket_size], True for a real row.
 
     >>> batch_mask(3, 4).tolist()
     [True, True, True, False]

@@ -9,7 +9,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import num_rows
+from arbiter_jax.batching._masking import num_rows
 
 
 class Epochs:

@@ -6,7 +6,7 @@ the mean loss of the real examples and its gradient. :func:`masked_value_and_gra
 tr S, the trace of their covariance, and :math:`|G|^2`, the squared norm of their mean. It compares
 the gradients of two half batches, which costs little more than the gradient itself. Rules read these
 numbers as the signal `grad_stats`; their ratio is the noise scale. For a batch in micro-batches,
-:func:`accumulated_value_and_grad` does both.
+:func:`arbiter_jax.accumulate` does both.
 
 >>> import jax.numpy as jnp
 >>> from arbiter_jax import gradients
@@ -19,44 +19,17 @@ numbers as the signal `grad_stats`; their ratio is the noise scale. For a batch 
 (2.0, 3.0)
 """
 
-from arbiter_jax.gradients._accumulation import (
-    Groups,
-    accumulated_gradient,
-    accumulated_value_and_grad,
-)
-from arbiter_jax.gradients._counted import Trainable, counted_leaves
-from arbiter_jax.gradients._estimators import stats_from_gram
-from arbiter_jax.gradients._joined import has_rows, joined_aux
-from arbiter_jax.gradients._masked import (
-    Gradient,
-    GradientFn,
-    call_loss,
-    masked_value_and_grad,
-    value_grad_and_weight,
-)
+from arbiter_jax.gradients._counted import Trainable
+from arbiter_jax.gradients._masked import Gradient, GradientFn, masked_value_and_grad
 from arbiter_jax.gradients._per_example import per_example_grads
 from arbiter_jax.gradients._statistics import gradient_stats, value_grad_and_stats
-from arbiter_jax.gradients._streaming import Accumulated, add_piece, finished, init_accumulated
 
 __all__ = [
-    "Accumulated",
     "Gradient",
     "GradientFn",
-    "Groups",
     "Trainable",
-    "accumulated_gradient",
-    "accumulated_value_and_grad",
-    "add_piece",
-    "call_loss",
-    "counted_leaves",
-    "finished",
     "gradient_stats",
-    "has_rows",
-    "init_accumulated",
-    "joined_aux",
     "masked_value_and_grad",
     "per_example_grads",
-    "stats_from_gram",
     "value_grad_and_stats",
-    "value_grad_and_weight",
 ]

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from arbiter_jax import _validate
 from arbiter_jax._numerics import check_parameters, conjugate
 from arbiter_jax.base import GradStats, LossFn, PyTree, WeightedLoss
-from arbiter_jax.batching import check_losses, masked_mean, replace_padding, total_weight
+from arbiter_jax.batching import masked_mean
+from arbiter_jax.batching._masking import check_losses, replace_padding, total_weight
 
 
 class Gradient(NamedTuple):

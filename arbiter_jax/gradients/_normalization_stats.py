@@ -22,7 +22,8 @@ from arbiter_jax._numerics import (
 )
 from arbiter_jax._parameter_sites import find_sites
 from arbiter_jax.base import LossFn, PyTree
-from arbiter_jax.batching import masked_mean, replace_padding, total_weight
+from arbiter_jax.batching import masked_mean
+from arbiter_jax.batching._masking import replace_padding, total_weight
 from arbiter_jax.gradients._estimators import stats_from_norms
 from arbiter_jax.gradients._masked import Gradient, GradientFn, call_loss
 

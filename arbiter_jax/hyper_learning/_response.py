@@ -10,13 +10,8 @@ import jax.numpy as jnp
 
 from arbiter_jax import _validate
 from arbiter_jax.base import WeightedLoss
-from arbiter_jax.batching import (
-    batch_mask,
-    check_losses,
-    masked_mean,
-    num_rows,
-    replace_padding,
-)
+from arbiter_jax.batching import batch_mask, masked_mean
+from arbiter_jax.batching._masking import check_losses, num_rows, replace_padding
 from arbiter_jax.hyper_learning._meta_objective import MetaLoss, MetaObjective
 from arbiter_jax.hyper_learning._reparameterization import to_batch_size
 

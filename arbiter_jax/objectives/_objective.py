@@ -16,8 +16,9 @@ from arbiter_jax import _validate
 from arbiter_jax._count import Count
 from arbiter_jax._numerics import all_finite, scale_updates, tree_where
 from arbiter_jax.base import PyTree, Update
-from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding
-from arbiter_jax.gradients import call_loss
+from arbiter_jax.batching import batch_mask, masked_mean
+from arbiter_jax.batching._masking import num_rows, replace_padding
+from arbiter_jax.gradients._masked import call_loss
 
 
 class NoiseObjective(NamedTuple):

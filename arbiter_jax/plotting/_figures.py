@@ -57,6 +57,11 @@ def figure(
 
     Raises:
       ImportError: If matplotlib is not installed.
+
+    >>> from arbiter_jax import plotting
+    >>> fig, axes = plotting.figure(num_columns=2, size=(8.0, 3.0), sharey=True)
+    >>> axes.shape, fig.get_size_inches().tolist()
+    ((2,), [8.0, 3.0])
     """
     fig = _figure_class()(figsize=size, dpi=150, layout="constrained")
     axes = fig.subplots(num_rows, num_columns, **kw)

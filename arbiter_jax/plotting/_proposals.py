@@ -32,6 +32,16 @@ def proposals(fit: Any, limits: tuple[int, int], title: str = "") -> Any:
 
     Raises:
       ValueError: If there is nothing to draw, or an argument is out of range.
+
+    >>> import arbiter_jax as aj
+    >>> metrics = {"proposals": [[-1.0, 1.0]], "mixture": [0.2], "mixture_weights": [[0.4, 0.6]]}
+    >>> metrics = {name: np.array(value) for name, value in metrics.items()}
+    >>> info = aj.StepInfo(loss=np.ones(1), batch_size=np.array([20]), metrics=metrics)
+    >>> record = aj.WindowRecord(0, 20, 32, 1, 20, 1.0, 0.1, 1, info, {})
+    >>> run = aj.FitResult(None, [record], 1, 0, 0.1)  # what `aj.fit` with an agent returns
+    >>> fig = aj.plotting.proposals(run, limits=(8, 64))
+    >>> [line.get_label() for line in fig.axes[0].lines]
+    ['proposal 1', 'proposal 2', 'mixture (meta batch)']
     """
     _check_limits(limits)
     _check_metrics(fit, lambda name: name == "proposals", "arbiter_jax.arbiter")

@@ -86,6 +86,14 @@ def batch_sizes(
 
     Raises:
       ValueError: If there is nothing to draw, or an argument is out of range.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> result = aj.fit(loss_fn, jnp.zeros(()), tx, aj.Data(jnp.ones(50)), num_examples=100)
+    >>> fig = aj.plotting.batch_sizes({"constant_8": result}, limits=(4, 16))
+    >>> [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    ['4', '8', '16']
     """
     groups = _methods(fits)
     if len(groups) > MOST_LABELS:  # constant sizes need no panels
@@ -114,6 +122,14 @@ def losses(fits: Mapping[Any, Any], title: str = "", num_points: int = 120) -> A
 
     Raises:
       ValueError: If there is nothing to draw, or an argument is out of range.
+
+    >>> import arbiter_jax as aj, jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(0.1), aj.schedulers.constant(8))
+    >>> loss_fn = lambda w, batch: (w - batch) ** 2 / 2
+    >>> result = aj.fit(loss_fn, jnp.zeros(()), tx, aj.Data(jnp.ones(50)), num_examples=100)
+    >>> fig = aj.plotting.losses({"constant_8": result}, title="one run")
+    >>> fig.axes[0].get_title(), fig.axes[0].get_ylabel()
+    ('one run', 'training loss')
     """
     num_points = _validate.integer(num_points=num_points, minimum=1)
     groups = _methods(fits)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax.batching import batch_of_the_rest
+from arbiter_jax.batching._buckets import batch_of_the_rest
 from arbiter_jax.schedulers._rate import scale_by_rate
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

@@ -20,7 +20,9 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import at_least_float32, tree_where
 from arbiter_jax.base import LossFn, PyTree
-from arbiter_jax.batching import advance, num_rows, sample_batch
+from arbiter_jax.batching import sample_batch
+from arbiter_jax.batching._masking import num_rows
+from arbiter_jax.batching._sampling import advance
 from arbiter_jax.gradients import Gradient, masked_value_and_grad
 from arbiter_jax.training import TrainState
 from arbiter_jax.training._inner_step import inner_step

@@ -20,8 +20,8 @@ from jax import lax
 from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate
 from arbiter_jax._parameter_sites import find_sites
 from arbiter_jax.base import LossFn, PyTree, WeightedLoss
-from arbiter_jax.batching import num_rows
-from arbiter_jax.gradients import call_loss
+from arbiter_jax.batching._masking import num_rows
+from arbiter_jax.gradients._masked import call_loss
 from arbiter_jax.subset_selection import _sites
 
 Weights = Sequence[jax.Array]  # float[n] per leaf of the parameters

@@ -13,16 +13,11 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._numerics import cond_in_place
 from arbiter_jax.base import MEASURED_SIGNALS, PyTree, requests, with_extra_args
-from arbiter_jax.batching import MaskedBatch, num_rows, replace_padding
-from arbiter_jax.gradients import (
-    Accumulated,
-    add_piece,
-    finished,
-    has_rows,
-    init_accumulated,
-    joined_aux,
-    value_grad_and_weight,
-)
+from arbiter_jax.batching import MaskedBatch
+from arbiter_jax.batching._masking import num_rows, replace_padding
+from arbiter_jax.gradients._joined import has_rows, joined_aux
+from arbiter_jax.gradients._masked import value_grad_and_weight
+from arbiter_jax.gradients._streaming import Accumulated, add_piece, finished, init_accumulated
 from arbiter_jax.training._check_functions import check_transformation
 from arbiter_jax.training._mesh import on_auto_axes
 from arbiter_jax.training._modules import unpacked

@@ -13,7 +13,9 @@ import jax
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, BlockSource, block_shape, num_data_devices
+from arbiter_jax.batching import Block, BlockSource
+from arbiter_jax.batching._groups import block_shape
+from arbiter_jax.batching._rows import num_data_devices
 from arbiter_jax.training._out_of_memory import is_out_of_memory
 
 _log = logging.getLogger("arbiter_jax")

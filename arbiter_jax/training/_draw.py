@@ -7,16 +7,11 @@ from typing import Any
 import jax
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import (
-    Block,
-    SamplerState,
-    advance,
-    block_batch,
-    num_rows,
-    sample_batch,
-    sample_own_batch,
-    sample_shared,
-)
+from arbiter_jax.batching import Block, SamplerState, sample_batch
+from arbiter_jax.batching._blocks import block_batch
+from arbiter_jax.batching._masking import num_rows
+from arbiter_jax.batching._sampling import advance, sample_own_batch
+from arbiter_jax.batching._shared_buckets import sample_shared
 
 
 def draw(

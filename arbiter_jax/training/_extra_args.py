@@ -16,7 +16,8 @@ import optax
 
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching import masked_mean
-from arbiter_jax.gradients import GradientFn, call_loss
+from arbiter_jax.gradients import GradientFn
+from arbiter_jax.gradients._masked import call_loss
 
 BatchLoss = Callable[[PyTree], jax.Array]
 ExtraArgs = Callable[[BatchLoss], dict[str, Any]]

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax.base import MEASURED_SIGNALS, LossFn, PyTree
-from arbiter_jax.batching import num_groups, num_rows, take_group
-from arbiter_jax.gradients import (
-    GradientFn,
+from arbiter_jax.batching._groups import num_groups, take_group
+from arbiter_jax.batching._masking import num_rows
+from arbiter_jax.gradients import GradientFn, masked_value_and_grad, value_grad_and_stats
+from arbiter_jax.gradients._accumulation import (
     Groups,
     accumulated_gradient,
     accumulated_value_and_grad,
-    masked_value_and_grad,
-    value_grad_and_stats,
 )
 from arbiter_jax.training._signals import with_zero_statistics
 

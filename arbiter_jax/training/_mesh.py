@@ -61,13 +61,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import (
-    DATA_AXIS,
-    Block,
-    check_data_axis,
-    interleave_block,
-    num_data_devices,
-)
+from arbiter_jax.batching import Block
+from arbiter_jax.batching._blocks import interleave_block
+from arbiter_jax.batching._rows import DATA_AXIS, check_data_axis, num_data_devices
 from arbiter_jax.training._state import Data
 
 Function = TypeVar("Function", bound=Callable[..., Any])

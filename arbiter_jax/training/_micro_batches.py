@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from arbiter_jax import _validate
-from arbiter_jax.batching import Block, num_groups
+from arbiter_jax.batching import Block
+from arbiter_jax.batching._groups import num_groups
 
 
 def check_micro_batch_size(micro_batch_size: Any, bucket_size: int) -> None:

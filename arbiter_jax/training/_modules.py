@@ -19,8 +19,8 @@ from flax import nnx
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, WeightedLoss, as_pure, takes_extra_args
-from arbiter_jax.batching import num_rows
 from arbiter_jax.batching._batch_norm import mask_batch_norms
+from arbiter_jax.batching._masking import num_rows
 
 
 class Unpacked(NamedTuple):

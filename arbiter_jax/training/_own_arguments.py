@@ -12,7 +12,7 @@ import numpy as np
 from arbiter_jax import _validate
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import VALIDATION_SIGNALS, PyTree, Requests, requests
-from arbiter_jax.batching import num_rows
+from arbiter_jax.batching._masking import num_rows
 from arbiter_jax.training._signals import first_entry
 
 _NUM_AGENT_INPUTS = 32  # as in `run_window`: what an agent costs grows with them

@@ -21,7 +21,8 @@ from arbiter_jax.base import (
     takes_extra_args,
     with_extra_args,
 )
-from arbiter_jax.batching import MaskedBatch, num_rows, replace_padding
+from arbiter_jax.batching import MaskedBatch
+from arbiter_jax.batching._masking import num_rows, replace_padding
 from arbiter_jax.gradients import Gradient
 from arbiter_jax.objectives import measure_persistence
 from arbiter_jax.training._check_functions import check_transformation

@@ -14,7 +14,9 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree, StepInfo, requests, the_rule
-from arbiter_jax.batching import batch_of_the_rest, next_bucket, num_data_devices
+from arbiter_jax.batching import next_bucket
+from arbiter_jax.batching._buckets import batch_of_the_rest
+from arbiter_jax.batching._rows import num_data_devices
 from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._compilations import Compilations
 from arbiter_jax.training._next_window import next_window

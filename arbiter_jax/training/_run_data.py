@@ -11,15 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import (
-    DATA_AXIS,
-    Block,
-    BlockSource,
-    check_next_block,
-    host_blocks,
-    is_loader,
-    read_examples,
-)
+from arbiter_jax.batching import Block, BlockSource, host_blocks
+from arbiter_jax.batching._blocks import check_next_block
+from arbiter_jax.batching._loaders import is_loader
+from arbiter_jax.batching._rows import DATA_AXIS
+from arbiter_jax.batching._take import read_examples
 from arbiter_jax.training._check_data import check_data
 from arbiter_jax.training._mesh import place, place_block
 from arbiter_jax.training._out_of_memory import OutOfMemoryError, is_out_of_memory

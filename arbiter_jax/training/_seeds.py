@@ -22,7 +22,8 @@ import optax
 from arbiter_jax import _validate
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.base import LossFn, PyTree, StepInfo, requests, the_rule
-from arbiter_jax.batching import BlockSource, batch_of_the_rest, next_bucket
+from arbiter_jax.batching import BlockSource, next_bucket
+from arbiter_jax.batching._buckets import batch_of_the_rest
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._call_errors import check_concrete
 from arbiter_jax.training._callbacks import Callback, Callbacks, as_callbacks

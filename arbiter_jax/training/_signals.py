@@ -23,14 +23,10 @@ from arbiter_jax.base import (
     Requests,
     requests,
 )
-from arbiter_jax.batching import (
-    SamplerState,
-    advance,
-    examples_ahead,
-    num_data_devices,
-    num_rows,
-    parts_ahead,
-)
+from arbiter_jax.batching import SamplerState
+from arbiter_jax.batching._masking import num_rows
+from arbiter_jax.batching._rows import num_data_devices
+from arbiter_jax.batching._sampling import advance, examples_ahead, parts_ahead
 from arbiter_jax.gradients import Gradient, GradientFn
 from arbiter_jax.objectives import measure_persistence
 

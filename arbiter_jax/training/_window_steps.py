@@ -22,7 +22,9 @@ from arbiter_jax.base import (
     requests,
     with_extra_args,
 )
-from arbiter_jax.batching import Block, SamplerState, check_block, halves_apart
+from arbiter_jax.batching import Block, SamplerState
+from arbiter_jax.batching._blocks import check_block
+from arbiter_jax.batching._shared_buckets import halves_apart
 from arbiter_jax.gradients import GradientFn
 from arbiter_jax.training._draw import draw
 from arbiter_jax.training._extra_args import ExtraArgs, loss_of_batch, with_made_extra_args

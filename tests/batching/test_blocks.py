@@ -4,16 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from arbiter_jax.batching import (
-    Block,
-    bit_reversed,
-    block_batch,
-    block_rows,
-    check_block,
-    group_rows,
-    interleave_block,
-    num_real_rows,
-)
+from arbiter_jax.batching import Block, bit_reversed, block_rows, group_rows
+from arbiter_jax.batching._blocks import block_batch, check_block, interleave_block, num_real_rows
 
 ROWS = np.arange(100, 124).reshape(2, 4, 3)  # [window, bucket_size, features]
 

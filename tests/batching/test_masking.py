@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.batching import batch_mask, masked_mean, num_rows, replace_padding, total_weight
+from arbiter_jax.batching import batch_mask, masked_mean
+from arbiter_jax.batching._masking import num_rows, replace_padding, total_weight
 
 NAN, INF = np.nan, np.inf
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.batching import advance, bit_reversed
-from arbiter_jax.batching._sampling import permuted_index
+from arbiter_jax.batching import bit_reversed
+from arbiter_jax.batching._sampling import advance, permuted_index
 
 SIZE, BUCKET = 19, 8  # one program for most of the tests
 

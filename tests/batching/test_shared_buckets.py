@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arbiter_jax.batching import halves_apart, init_sampler, sample_batch, sample_shared
+from arbiter_jax.batching import init_sampler, sample_batch
+from arbiter_jax.batching._shared_buckets import halves_apart, sample_shared
 
 DATA = jnp.arange(1, 12)
 BUCKET_SIZE = 16

@@ -160,7 +160,7 @@ def fit_seeds(keys, callbacks):
     return aj.fit(loss_fn, params, TX, aj.Data(SPLIT), **options)
 
 
-def test_a_process_that_is_not_the_first_writes_nothing(tmp_path, monkeypatch):
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     rows = aj.callbacks.csv(tmp_path / "run.csv")
     start = aj.training.RunStart([], 0, 150, None, (rows,))

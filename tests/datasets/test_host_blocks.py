@@ -16,14 +16,14 @@ from arbiter_jax import datasets
 from arbiter_jax.batching import (
     _block_maker,
     bit_reversed,
-    block_batch,
-    examples_ahead,
     init_sampler,
     interleaved,
     next_bucket,
     sample_batch,
 )
+from arbiter_jax.batching._blocks import block_batch
 from arbiter_jax.batching._loaders import chunks_of
+from arbiter_jax.batching._sampling import examples_ahead
 
 jitted_sample_batch = jax.jit(sample_batch, static_argnums=3)
 jitted_block_batch = jax.jit(block_batch, static_argnums=2)

@@ -114,7 +114,7 @@ def test_compression_of_other_programs_is_refused(tmp_path, compression):
         datasets.from_npz(tmp_path / "bad.npz")
 
 
-def test_a_truncated_archive_is_not_called_another_file(tmp_path):
+def test_a_truncated_archive_is_called_damaged(tmp_path):
     path = tmp_path / "cut.npz"
     np.savez(path, **MEMBERS)
     path.write_bytes(path.read_bytes()[:-30])

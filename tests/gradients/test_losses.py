@@ -7,12 +7,8 @@ import optax
 import pytest
 
 import arbiter_jax as aj
-from arbiter_jax.gradients import (
-    call_loss,
-    masked_value_and_grad,
-    per_example_grads,
-    value_grad_and_stats,
-)
+from arbiter_jax.gradients import masked_value_and_grad, per_example_grads, value_grad_and_stats
+from arbiter_jax.gradients._masked import call_loss
 
 BATCH = jnp.ones((4, 3)), jnp.ones(4)
 PARAMS = {"w": jnp.ones(3)}

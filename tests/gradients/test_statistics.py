@@ -11,11 +11,7 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax.batching import batch_mask
-from arbiter_jax.gradients import (
-    masked_value_and_grad,
-    per_example_grads,
-    value_grad_and_stats,
-)
+from arbiter_jax.gradients import masked_value_and_grad, per_example_grads, value_grad_and_stats
 from arbiter_jax.gradients._estimators import stats_from_pieces
 
 gradient_stats = jax.jit(

@@ -21,7 +21,7 @@ def test_noise_scale_equation():
     assert float(state.mean_sq_norm) == pytest.approx(4 / 3)
 
 
-def test_a_negative_estimate_counts_a_negative_mean_not():
+def test_negative_estimates_count_in_the_mean():
     """One |G|^2 below zero pulls the mean down, as it must; a mean below zero is pure noise."""
     steps = [
         {"grad_stats": grad_stats(variance_trace=100.0, mean_sq_norm=4.0)},

@@ -160,7 +160,8 @@ def test_a_sweep_of_rates_and_seeds_is_one_program():
 
 
 @pytest.mark.slow
-def test_a_sweep_of_several_rates_and_seeds_at_once_is_one_program():
+def test_a_sweep_over_rates_and_seeds_is_one_program():
+    """Several rates and seeds are trained at once."""
     tx, arrays = plain(), data()
 
     def run(rates, seed):
@@ -195,7 +196,8 @@ def test_a_loop_of_ones_own_compiles_once():
 
 
 @pytest.mark.slow
-def test_programs_of_a_transformation_that_is_gone_can_be_freed():
+def test_programs_of_a_deleted_chain_can_be_freed():
+    """Those of a transformation that nobody holds any longer."""
     aj.fit(loss_fn, jnp.zeros(3), plain(), data(), num_examples=48, window=2)
     assert aj.run_window._cache_size() > 0  # pyright: ignore
     aj.run_window.clear_cache()  # pyright: ignore

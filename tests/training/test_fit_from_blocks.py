@@ -13,7 +13,8 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.batching import Block, examples_ahead
+from arbiter_jax.batching import Block
+from arbiter_jax.batching._sampling import examples_ahead
 
 NUM_INPUTS, NUM_EXAMPLES, WINDOW = 4, 50, 4
 

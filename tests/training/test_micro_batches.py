@@ -12,10 +12,12 @@ import pytest
 
 import arbiter_jax as aj
 from arbiter_jax import datasets
-from arbiter_jax.batching import group_rows, init_sampler, num_groups, take_group
+from arbiter_jax.batching import group_rows, init_sampler
+from arbiter_jax.batching._groups import num_groups, take_group
 from arbiter_jax.gradients import masked_value_and_grad
 from arbiter_jax.gradients._estimators import stats_from_pieces
 from arbiter_jax.training import OutOfMemoryError, _auto_micro_batch, _fit
+from tests.rules import usual_in_ci
 
 S = aj.schedulers
 RNG = np.random.default_rng(0)
@@ -188,7 +190,7 @@ MEASURING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURING)
+@pytest.mark.parametrize("name", usual_in_ci(MEASURING))
 def test_rules_measure_in_groups(name):
     tx = optax.chain(optax.adam(0.02), MEASURING[name]())
     result = aj.fit(

@@ -103,7 +103,7 @@ def stacked(states):
 
 
 @pytest.mark.slow
-def test_seeds_that_stand_elsewhere_go_on_by_themselves():
+def test_seeds_go_on_from_where_each_of_them_is():
     """Each has its own budget left, windows, last batches (some of which wait) and end."""
     sizes = lambda step: jnp.where(step < 3, 8, 64)
     tx = optax.chain(optax.sgd(0.02), aj.schedulers.from_schedule(sizes, max_batch_size=64))
@@ -148,7 +148,8 @@ def test_draws_of_a_row_do_not_depend_on_the_bucket():
 
 
 @slow
-def test_a_gradient_of_ones_own_sees_the_rows_of_its_bucket():
+def test_own_gradient_sees_the_rows_of_its_bucket():
+    """A `gradient_fn` of one's own is called with the bucket of each seed."""
     tx = optax.chain(optax.sgd(0.02), aj.schedulers.gradient_noise_scale(decay=0.5, **LIMITS))
     check_seeds(tx, None, gradient_fn=aj.gradients.value_grad_and_stats(loss_fn))
 
