@@ -8,7 +8,7 @@ from jax import lax
 
 import arbiter_jax as aj
 from arbiter_jax._numerics import extract_patches, raw_key, tree_dot, typed_key
-from arbiter_jax.gradients import stats_from_gram
+from arbiter_jax.gradients._estimators import stats_from_gram
 
 
 def test_keys_of_both_kinds(key):
