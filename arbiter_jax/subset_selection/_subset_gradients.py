@@ -12,8 +12,8 @@ from arbiter_jax import _validate
 from arbiter_jax.base import GradStats, LossFn, PyTree
 from arbiter_jax.batching._masking import num_rows, replace_padding
 from arbiter_jax.gradients import GradientFn, Trainable
-from arbiter_jax.gradients._estimators import stats_from_gram
 from arbiter_jax.gradients._counted import counted_leaves
+from arbiter_jax.gradients._estimators import stats_from_gram
 from arbiter_jax.subset_selection import _gram, _prefixes
 from arbiter_jax.subset_selection._prefixes import Groups, Metric, Order
 from arbiter_jax.subset_selection._select_subset import check_arguments
