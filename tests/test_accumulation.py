@@ -64,7 +64,7 @@ def test_one_call_per_update_is_no_accumulation(name):
     assert sizes_after_updates(name, 1)[0] == sizes_after_updates(name, 1, accumulates=False)[0]
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(RULES)))
 def test_an_accumulated_update_is_as_large(name):
     sizes, expected = sizes_after_updates(name, K)[0], sizes_after_updates(name, 1)[0]
     if name in SCHEDULES:

@@ -30,6 +30,7 @@ from tests.rules import (
     loss_fn,
     params_like,
     signals_at,
+    usual_in_ci,
 )
 
 LOW, HIGH, START = LIMITS.values()
@@ -207,7 +208,7 @@ def test_ignores_unknown_extra_arguments(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL_RULES)
+@pytest.mark.parametrize("name", usual_in_ci(ALL_RULES))
 def test_works_without_batch_size(name):
     """In a loop of one's own nobody passes it: the latest decision counts as applied."""
     tx, (grads, signals), state = make(name), steps()[0], start_of(name)

@@ -151,7 +151,14 @@ def test_benchmark_without_torch_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    # That of the main job is a step of `.ci/run`.
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name == "standalone_scheduler" else ())
+        for name in NAMES
+    ],
+)
 def test_smoke_run_leaves_the_config_alone(name, tmp_path, capsys):
     configs = load(name).CONFIGS
     before = copy.deepcopy(configs)

@@ -73,6 +73,7 @@ def test_tables_follow_seesaw():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_shuffled_sizes_are_the_same_ones():
     made = cases.Experiment(cases.Case("digits", "momentum", "half cosine"), 0.1)
     rule = cases.rules("momentum")[0]

@@ -1,14 +1,20 @@
 """Of the tests themselves: names that one can type after `pytest -k`, and what they import."""
 
 import ast
+import functools
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parent
 FILES = sorted(FOLDER.rglob("test_*.py"))
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def nodes_of(path, kind):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind)]
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, kind)]
 
 
 def test_names_have_at_most_50_characters():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import arbiter_jax as aj
 from arbiter_jax import base
 from tests.factories import RATES, signals
-from tests.rules import ARBITERS, LIMITS, RULES, grads_at, params_like, signals_at
+from tests.rules import ARBITERS, LIMITS, RULES, grads_at, params_like, signals_at, usual_in_ci
 
 NUM_CALLS = 4
 CASES = RULES | ARBITERS
@@ -125,7 +125,7 @@ def test_any_chain_trains_or_refuses_at_init(name, chain):
 
 
 @pytest.mark.parametrize("wrapper", sorted(OTHERS))
-@pytest.mark.parametrize("name", sorted(set(CASES) - READS_TREES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(set(CASES) - READS_TREES)))
 def test_other_wrappers_change_no_decision(name, wrapper):
     tx = OTHERS[wrapper](make(name))
     traced(tx)
@@ -133,7 +133,7 @@ def test_other_wrappers_change_no_decision(name, wrapper):
 
 
 @pytest.mark.parametrize("wrapper", sorted(set(OTHERS) - {"empty group"}))
-@pytest.mark.parametrize("name", sorted(READS_TREES))
+@pytest.mark.parametrize("name", usual_in_ci(sorted(READS_TREES)))
 def test_rules_that_read_trees_trace_in_others(name, wrapper):
     traced(OTHERS[wrapper](make(name)))
 

@@ -83,7 +83,7 @@ def test_any_number_of_groups_in_one_program(num_groups):
     assert out.gradient_noise is None
 
 
-@pytest.mark.parametrize("sizes", [[4, 4], [3, 3, 3, 3], [4, 3, 4, 3, 3], [4, 2, 0, 0]])
+@pytest.mark.parametrize("sizes", [[4, 4], [4, 3, 4, 3, 3], [4, 2, 0, 0]])
 @pytest.mark.parametrize(("make", "loss"), [(measured, loss_fn), (weighted, weighted_loss)])
 def test_statistics_are_those_of_the_pieces(make, loss, sizes):
     sizes = np.array(sizes)
@@ -226,8 +226,9 @@ def test_auxiliary_output_is_averaged():
 
 @pytest.mark.slow
 def test_another_gradient_is_averaged_by_examples():
-    subset = aj.subset_gradients(loss_fn, min_size=8)  # the whole group
-    out = accumulated_gradient(subset)(PARAMS, in_groups([4, 3, 3]), 10)
+    subset = jax.jit(aj.subset_gradients(loss_fn, min_size=8))  # the whole group
+    sizes = jnp.array([4, 3, 3])
+    out = jax.jit(lambda sizes: accumulated_gradient(subset)(PARAMS, in_groups(sizes), 10))(sizes)
     whole = masked_value_and_grad(loss_fn)(PARAMS, X[:10], jnp.ones(10, bool))
     chex.assert_trees_all_close((out.value, out.grads), (whole.value, whole.grads), rtol=1e-5)
     np.testing.assert_allclose(out.selected_fraction, 1)

@@ -19,7 +19,7 @@ BATCH = TOKENS[:, :-1], jnp.where(jnp.arange(8)[None] < jnp.arange(8)[:, None], 
 
 def transformer():
     model = models.transformer(12, 8, num_layers=1, num_heads=2, width=8)
-    params, _ = model.init(jax.random.key(1))
+    params, _ = jax.jit(model.init)(jax.random.key(1))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     return models.make_losses(model, models.token_cross_entropy).loss_fn, params
 

@@ -70,7 +70,7 @@ def test_lenet_takes_images_of_any_size(key, input_shape):
 def small(make):
     """A model for 8x8 images and its parameters."""
     model = make((8, 8, 1))
-    return model, model.init(jax.random.PRNGKey(0))[0]
+    return model, jax.jit(model.init)(jax.random.PRNGKey(0))[0]
 
 
 @pytest.mark.parametrize("make", [models.mlp, models.lenet])

@@ -60,7 +60,7 @@ def test_state_goes_through_windows_and_buckets(key):
         aj.schedulers.shadow(arbiter(model, losses, mlp_agent(NUM_INPUTS)), name="arbiter"),
         aj.schedulers.from_schedule(schedule, initial_batch_size=5),
     )
-    params, model_state = model.init(key)
+    params, model_state = jax.jit(model.init)(key)
     data = aj.Data(draw(40), draw(30, seed=1))
     start = aj.init_state(params, tx, key, model_state)
     result = aj.fit(losses.loss_fn, None, tx, data, num_examples=32, window=2, state=start)
@@ -143,7 +143,7 @@ def test_weighted_and_auxiliary_losses(key, per_example_loss, with_statistics):
         rules = [arbiter(model, losses, mlp_agent(NUM_INPUTS))]
     tx = optax.chain(optax.sgd(0.5), *rules)
     data = aj.Data(draw(13), draw(30, seed=1))  # each batch is the whole data set
-    params, _ = model.init(key)
+    params, _ = jax.jit(model.init)(key)
     state = aj.init_state(params, tx, key)
     state, info = aj.run_window(
         state, data, loss_fn=losses.loss_fn, tx=tx, bucket_size=16, window=2
@@ -179,8 +179,9 @@ def test_a_loss_per_token_trains_with_arbiter(key):
     agent = mlp_agent(8)
     agent = agent._replace(apply=lambda p, x, apply=agent.apply: apply(p, x / 7))
     tx = optax.chain(optax.adam(1e-2), arbiter(model, losses, agent))
-    params, _ = model.init(key)
-    first = losses.loss_fn(params, examples)
+    loss_fn = jax.jit(losses.loss_fn)
+    params, _ = jax.jit(model.init)(key)
+    first = loss_fn(params, examples)
     # Each batch holds 13 of the 40 examples: compare with those that the sampler draws.
     state = aj.init_state(params, tx, key)
     _, drawn, mask = sample_batch(state.train_sampler, examples, 13, 16)
@@ -188,7 +189,7 @@ def test_a_loss_per_token_trains_with_arbiter(key):
         state, aj.Data(examples, examples), loss_fn=losses.loss_fn, tx=tx, bucket_size=16, window=60
     )
     real = jax.tree.map(lambda x: x[np.asarray(mask)], drawn)
-    expected = expected_value(losses.loss_fn(params, real))
+    expected = expected_value(loss_fn(params, real))
     np.testing.assert_allclose(info.loss[0], expected, rtol=1e-5)
     assert 0 < np.sum(first.weights) < first.weights.size
     assert np.mean(info.loss[-5:]) < 0.6 * np.mean(info.loss[:5])

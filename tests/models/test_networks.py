@@ -38,7 +38,12 @@ def images(num, *shape):
     ("make", "num_params", "num_features"),
     [
         (lambda: models.wide_resnet(CIFAR, 10, depth=16, widen_factor=4), 2_748_890, 256),
-        (lambda: models.wide_resnet(CIFAR, 10, depth=28, widen_factor=10), 36_479_194, 640),
+        pytest.param(
+            lambda: models.wide_resnet(CIFAR, 10, depth=28, widen_factor=10),
+            36_479_194,
+            640,
+            marks=pytest.mark.exhaustive,
+        ),
         (lambda: models.vgg11(CIFAR, 10), 9_231_114, 512),
     ],
     ids=["WRN-16-4", "WRN-28-10", "VGG11"],
@@ -88,7 +93,7 @@ def test_bfloat16_keeps_float32_variables(make, sample):
 @pytest.mark.slow
 def test_vgg_runs_and_normalizes(key):
     model = models.vgg11((8, 8, 1), num_classes=3)
-    variables = model.init(key)
+    variables = jax.jit(model.init)(key)
     x = images(4, 8, 8, 1)
 
     @jax.jit
@@ -146,7 +151,7 @@ def test_masked_statistics_equal_the_unpadded_ones(key):
 def small_wide_resnet():
     """With blocks of 16, 32 and 64 features."""
     model = models.wide_resnet((8, 8, 1), 4, depth=10, widen_factor=1)
-    return model, model.init(jax.random.PRNGKey(0))
+    return model, jax.jit(model.init)(jax.random.PRNGKey(0))
 
 
 @pytest.mark.slow
@@ -218,7 +223,7 @@ def test_wide_resnet_with_dropout_has_state():
 @functools.cache
 def small_transformer():
     model = models.transformer(11, 8, num_layers=1, num_heads=2, width=16)
-    params, model_state = model.init(jax.random.PRNGKey(0))
+    params, model_state = jax.jit(model.init)(jax.random.PRNGKey(0))
     assert model_state is None
     assert model.num_features == 16
     return model, params
@@ -279,7 +284,7 @@ def test_padding_tokens_weigh_nothing():
 def test_transformer_learns_a_sequence(key):
     model = models.transformer(7, 12, num_layers=1, num_heads=2, width=32, dropout_rate=0.1)
     losses = models.make_losses(model, models.token_cross_entropy)
-    params, model_state = model.init(key)
+    params, model_state = jax.jit(model.init)(key)
     assert model_state == {}
     tokens = (np.arange(13)[None] * np.arange(1, 5)[:, None]) % 7
     batch = (tokens[:, :-1], tokens[:, 1:])

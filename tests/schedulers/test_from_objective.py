@@ -96,7 +96,13 @@ def test_the_cost_of_a_step_is_measured(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [schedulers.noise_floor, schedulers.expected_gain])
+@pytest.mark.parametrize(
+    "make",
+    [
+        schedulers.noise_floor,
+        pytest.param(schedulers.expected_gain, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_smallest_size_of_one_is_taken_as_two(make):
     """One example carries no information about noise: a rule would stay there, and skip every step."""
     inputs = jax.random.normal(jax.random.PRNGKey(0), (64, 2))

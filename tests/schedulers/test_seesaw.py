@@ -114,7 +114,7 @@ def noisy(signal, tx, num_examples=D):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exponent", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exponent", [1.0, pytest.param(0.5, marks=pytest.mark.exhaustive)])
 def test_the_noise_scale_is_a_limit(exponent):
     tx = aj.seesaw(optax.sgd(1e-3), COSINE, exponent=exponent, limit="noise_scale", **SMALL)
     clear, hidden = noisy(10.0, tx), noisy(0.01, tx)

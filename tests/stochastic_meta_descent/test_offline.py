@@ -13,7 +13,9 @@ from tests.stochastic_meta_descent.problems import loss_fn, mean_loss, regressio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inner_optimizer", [optax.sgd, optax.adam])
+@pytest.mark.parametrize(
+    "inner_optimizer", [optax.sgd, pytest.param(optax.adam, marks=pytest.mark.exhaustive)]
+)
 def test_every_look_ahead_starts_after_pretraining(inner_optimizer, key):
     """And the loss at its end descends."""
     params, data = regression()

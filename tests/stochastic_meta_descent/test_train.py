@@ -73,7 +73,9 @@ def test_train_equals_run_window(key):
 
 
 @pytest.mark.slow
-@OPTIMIZERS
+@pytest.mark.parametrize(
+    "inner_optimizer", [pytest.param(optax.sgd, marks=pytest.mark.exhaustive), optax.adam]
+)
 def test_hypergradient_equals_differences_and_reverse(inner_optimizer, key):
     with jax.enable_x64(True):
         state, data = start(inner_optimizer, key)

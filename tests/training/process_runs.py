@@ -40,6 +40,31 @@ def loss_with_aux(params, batch):
     return losses, {"losses": losses, "largest": jnp.max(losses)}
 
 
+@functools.cache  # runs with the same rule share their programs
+def chain(rule):
+    return optax.chain(optax.sgd(0.02, momentum=0.5), rule)
+
+
+@functools.cache
+def constant(batch_size):
+    return aj.schedulers.constant(batch_size)
+
+
+@functools.cache
+def growing():
+    return aj.schedulers.from_schedule(optax.piecewise_constant_schedule(6, {8: 2}))
+
+
+@functools.cache
+def noise_scale():
+    return aj.schedulers.gradient_noise_scale(decay=0.8, **LIMITS)
+
+
+@functools.cache
+def throughput():
+    return aj.schedulers.goodput(initial_batch_size=16, **LIMITS)
+
+
 class Process:
     """Where this process stands, and a run on the devices of all."""
 
@@ -58,7 +83,7 @@ class Process:
         return jax.tree.map(whole, tree)
 
     def fit(self, rule, train=None, validation=None, num_examples=200, loss_fn=loss_fn, **options):
-        tx = optax.chain(optax.sgd(0.02, momentum=0.5), rule)
+        tx = chain(rule)
         state = self.put(aj.init_state(np.zeros(4, np.float32), tx, 0))
         train = self.put((INPUTS, LABELS), "data") if train is None else train
         options = {"num_examples": num_examples, "window": WINDOW, "state": state} | options
@@ -116,8 +141,7 @@ def timed(process, rule, clock=None):
 
 
 def goodput(process, clock=None):
-    rule = aj.schedulers.goodput(initial_batch_size=16, **LIMITS)
-    return timed(process, rule, clock)
+    return timed(process, throughput(), clock)
 
 
 def response_loss(params, response, meta_batch):
@@ -136,7 +160,7 @@ def stops(process):
     """The last process has a callback that ends the run after the second window."""
     mine = [lambda record, state: record.window_index == 1]
     callbacks = mine if process.index == process.count - 1 else []
-    return process.fit(aj.schedulers.constant(6), callbacks=callbacks)
+    return process.fit(constant(6), callbacks=callbacks)
 
 
 def killed(process):
@@ -172,19 +196,11 @@ def killed(process):
 def differs(process):
     """The last process has another budget."""
     end = 200 if process.index == 0 else 16
-    return process.fit(aj.schedulers.constant(6), stop_at=end)
-
-
-def growing():
-    return aj.schedulers.from_schedule(optax.piecewise_constant_schedule(6, {8: 2}))
-
-
-def noise_scale():
-    return aj.schedulers.gradient_noise_scale(decay=0.8, **LIMITS)
+    return process.fit(constant(6), stop_at=end)
 
 
 RUNS = {
-    "constant": lambda process: process.fit(aj.schedulers.constant(6)),
+    "constant": lambda process: process.fit(constant(6)),
     "noise_scale": lambda process: process.fit(noise_scale(), num_examples=1500),
     "goodput": goodput,
     "goodput_on_another_clock": lambda process: goodput(process, clock=7),
@@ -199,19 +215,17 @@ RUNS = {
     "arbiter": arbiter,
     "streamed": lambda process: process.stream(growing(), sizes=(6, 12)),
     # One process has 3 of 5 examples, the other 2, so the order is not that of one process.
-    "streamed_odd": lambda process: process.stream(aj.schedulers.constant(5), num_examples=60),
+    "streamed_odd": lambda process: process.stream(constant(5), num_examples=60),
     # Two steps of a bucket of 8 rows.
     "streamed_short": lambda process: process.stream(
         growing(), sizes=(6, 12), max_bytes=2 * 8 * ROW_BYTES // jax.device_count()
     ),
     # Groups of 8 rows: two of them hold a step of 12 examples.
     "streamed_groups": lambda process: process.stream(growing(), micro_batch_size=8),
-    "source_ends": lambda process: process.stream(
-        aj.schedulers.constant(8), (60, 40), sizes=(8, 8)
-    ),
-    "source_fails": lambda process: process.stream(aj.schedulers.constant(8), fails=True),
+    "source_ends": lambda process: process.stream(constant(8), (60, 40), sizes=(8, 8)),
+    "source_fails": lambda process: process.stream(constant(8), fails=True),
     "aux": lambda process: process.stream(
-        aj.schedulers.constant(6), num_examples=60, loss_fn=loss_with_aux, has_aux=True
+        constant(6), num_examples=60, loss_fn=loss_with_aux, has_aux=True
     ),
     "stops": stops,
     "killed": killed,

@@ -72,7 +72,8 @@ def by_hand_from(name, key):
     return params, np.array(values)
 
 
-SLOW = pytest.param("lbfgs", marks=pytest.mark.slow)  # two programs of a line search by zooming
+# Two programs of a line search by zooming.
+BEFORE_A_RELEASE = pytest.param("lbfgs", marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.slow
@@ -99,7 +100,7 @@ def test_in_a_loop_of_ones_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["backtracking", "sophia", SLOW])
+@pytest.mark.parametrize("name", ["backtracking", "sophia", BEFORE_A_RELEASE])
 def test_equals_a_loop_by_hand(name):
     params, values = by_hand(name)
     result = train(name)
@@ -109,7 +110,7 @@ def test_equals_a_loop_by_hand(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["backtracking", SLOW])
+@pytest.mark.parametrize("name", ["backtracking", BEFORE_A_RELEASE])
 def test_beside_rules_that_measure(name):
     """The line search refuses no signal that is there for others, and the steps stay the same."""
     scale = schedulers.gradient_noise_scale(min_batch_size=SIZE, max_batch_size=SIZE)
@@ -120,7 +121,7 @@ def test_beside_rules_that_measure(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["backtracking", "sophia", BEFORE_A_RELEASE])
 def test_several_seeds(name):
     keys = jax.random.split(jax.random.key(3), 2)
     starts = jax.tree.map(lambda x: jnp.stack([x, x]), START)

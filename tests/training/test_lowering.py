@@ -14,9 +14,10 @@ from tests import rules
 
 PLATFORMS = ("tpu", "cuda")
 LIMITS = {"min_batch_size": 4, "max_batch_size": 64, "initial_batch_size": 8}
+RULES = rules.RULES | rules.ARBITERS
 CHAINS = {
     name: lambda case=case: optax.chain(optax.adam(0.01), case.make(**LIMITS))
-    for name, case in (rules.RULES | rules.ARBITERS).items()
+    for name, case in RULES.items()
 } | {
     "MultiSteps": lambda: optax.MultiSteps(CHAINS["noise_floor"](), 2),
     "apply_if_finite": lambda: optax.apply_if_finite(CHAINS["noise_floor"](), 3),
@@ -27,6 +28,7 @@ CHAINS = {
 }
 # One that asks for nothing, and one for each kind of costly signal.
 FEW = {"constant", "gradient_noise_scale", "noise_floor", "arbiter"}
+WRAPPED = [pytest.param(name, marks=pytest.mark.slow) for name in CHAINS if name not in RULES]
 
 
 def lowered(tx, data, init, **options):
@@ -53,9 +55,7 @@ def arrays(*shapes, dtype=jnp.float32):
     return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in CHAINS]
-)
+@pytest.mark.parametrize("name", [*rules.usual_in_ci(RULES, usual=FEW), *WRAPPED])
 def test_a_rule_lowers_for_tpu_and_cuda(name):
     init = lambda: ({"w": jnp.zeros(rules.NUM_FEATURES)},)
     data = arrays((50, rules.NUM_FEATURES), (50,))
@@ -84,7 +84,9 @@ def transformer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [wide_resnet, lenet, transformer])
+@pytest.mark.parametrize(
+    "make", [pytest.param(wide_resnet, marks=pytest.mark.exhaustive), lenet, transformer]
+)
 def test_a_network_lowers_for_tpu_and_cuda(make):
     """Convolutions, running averages, dropout, attention, bfloat16; and per-example statistics."""
     model, loss_fn, data = make()

@@ -16,6 +16,7 @@ import arbiter_jax as aj
 from arbiter_jax import datasets
 from arbiter_jax.batching._sampling import sample_own_batch
 from arbiter_jax.gradients import value_grad_and_stats
+from tests.rules import usual_in_ci
 
 NUM_EXAMPLES, NUM_INPUTS, NUM_HIDDEN, NUM_CLASSES = 512, 16, 32, 4
 BUCKET, WINDOW = 64, 4
@@ -133,7 +134,9 @@ LARGEST_GRADIENT = NUM_INPUTS * NUM_HIDDEN
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize(
+    "rule", usual_in_ci(RULES, usual=("arbiter", "gradient_noise_scale", "noise_floor"))
+)
 def test_eight_devices_run_as_one(rule):
     ours, sizes = trained(rule)
     if rule != "constant":

@@ -17,6 +17,7 @@ from arbiter_jax.batching._groups import num_groups, take_group
 from arbiter_jax.gradients import masked_value_and_grad
 from arbiter_jax.gradients._estimators import stats_from_pieces
 from arbiter_jax.training import OutOfMemoryError, _auto_micro_batch, _fit
+from tests.rules import usual_in_ci
 
 S = aj.schedulers
 RNG = np.random.default_rng(0)
@@ -189,7 +190,7 @@ MEASURING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURING)
+@pytest.mark.parametrize("name", usual_in_ci(MEASURING))
 def test_rules_measure_in_groups(name):
     tx = optax.chain(optax.adam(0.02), MEASURING[name]())
     result = aj.fit(

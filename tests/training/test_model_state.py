@@ -69,8 +69,15 @@ def train(kind, tx, pieces, batches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "halves"])
-@pytest.mark.parametrize("kind", ["nnx", pytest.param("linen", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "pieces"),
+    [
+        ("nnx", False),
+        ("linen", True),
+        pytest.param("nnx", True, marks=pytest.mark.exhaustive),
+        pytest.param("linen", False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_bad_row_leaves_batch_norm_as_it_was(kind, pieces):
     good, bad, more = batch(0), batch(1, bad_row=6), batch(2)
     tx = optax.with_extra_args_support(optax.apply_if_finite(optax.sgd(0.1), 3))

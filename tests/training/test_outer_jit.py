@@ -55,7 +55,9 @@ NAMES = ["gradient_noise_scale", pytest.param("arbiter", marks=pytest.mark.slow)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["gradient_noise_scale", pytest.param("arbiter", marks=pytest.mark.exhaustive)]
+)
 def test_scan_equals_calls(name):
     tx = chain(name)
     state, infos = first_state(tx), []

@@ -100,13 +100,13 @@ def loop(tx, grad_fn, model, examples, **arguments):
     "name",
     [
         "gradient_noise_scale",
-        pytest.param("noise_floor", marks=pytest.mark.slow),
-        pytest.param("arbiter", marks=pytest.mark.slow),
+        "noise_floor",
+        pytest.param("arbiter", marks=pytest.mark.exhaustive),
     ],
 )
 def test_as_in_fit(name):
     tx, (attached_model, losses) = chain(name), attached()
-    params, model_state = attached_model.init(jax.random.key(0))
+    params, model_state = jax.jit(attached_model.init)(jax.random.key(0))
     with datasets.host_blocks(datasets.epochs(draw(64), chunk_size=BATCH_SIZE), window=1) as blocks:
         result = aj.fit(
             losses.loss_fn,

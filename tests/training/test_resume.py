@@ -17,7 +17,6 @@ from tests.training.resume_runs import KINDS, NAMES, arrays, assert_same_run, fi
 IN_CI = {
     ("arbiter", "resident"),
     ("constant", "streamed"),
-    ("expected_gain", "resident"),
     ("goodput", "streamed"),
     ("gradient_noise_scale", "batch_norm"),
     ("multi_steps", "resident"),
@@ -158,7 +157,9 @@ def test_a_new_range_drops_an_unfinished_window():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["goodput", pytest.param("expected_gain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["goodput", pytest.param("expected_gain", marks=pytest.mark.exhaustive)]
+)
 def test_the_measured_time_survives_a_leg(kind, monkeypatch):
     """The clock goes on by what a step of the bucket costs: the same, however a window is cut."""
     now = [0.0]

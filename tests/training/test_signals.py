@@ -297,8 +297,9 @@ def test_trainable_leaves_the_others_out(method, trainable):
 @pytest.mark.slow
 def test_trainable_of_subset_gradients():
     batch, params = (draw_rows(), jnp.ones(16)), params_like()
-    got = aj.subset_gradients(noisy_loss, trainable=TRAINED)(params, batch)
-    expected = aj.gradient_stats(noisy_loss, params, batch, num_pieces=16, trainable=TRAINED)
+    got = jax.jit(aj.subset_gradients(noisy_loss, trainable=TRAINED))(params, batch)
+    stats = lambda *args: aj.gradient_stats(noisy_loss, *args, num_pieces=16, trainable=TRAINED)
+    expected = jax.jit(stats)(params, batch)
     # The halves of a batch are other ones.
     others = dict.fromkeys(("half_cosine", "abs_deviation", "abs_signal"), 0)
     same = lambda stats: stats._replace(**others)
