@@ -145,9 +145,12 @@ def batches(
     [5, 6] [True, True]
     [7, 8] [True, True]
 
-    In a training loop::
+    The gradient function takes the pair as it is. Without the mask, padding would count as examples::
 
-        for batch, mask in datasets.batches(loader, lambda: aj.get_batch_size(opt_state)):
-            params, opt_state, loss = train_step(params, opt_state, batch, mask)
+        grad_fn = aj.value_grad_and_signals(loss_fn, tx)
+        for batch in datasets.batches(loader, lambda: aj.get_batch_size(opt_state)):
+            value, grads, signals = grad_fn(params, opt_state, batch)
+            updates, opt_state = tx.update(grads, opt_state, params, **signals)
+            params = optax.apply_updates(params, updates)
     """
     return Batches(source, batch_size, batched, repeat)
