@@ -31,12 +31,13 @@ class Rule(NamedTuple):
     exponent: float | str
     trade: float = 0.8
     limit: str | None = None
+    doubling: bool = False
 
     @property
     def label(self) -> str:
         """How a table calls it."""
-        limit = ", limit" if self.limit else ""
-        return f"seesaw, p = {self.exponent}, trade {self.trade:g}{limit}"
+        more = (", limit" if self.limit else "") + (", doubling" if self.doubling else "")
+        return f"seesaw, p = {self.exponent}, trade {self.trade:g}{more}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ def rules(optimizer: str) -> list[Rule]:
         Rule(p, trade=1.0)
         for p in dict.fromkeys((exponents[0], exponents[-2] if len(exponents) > 1 else 1.0))
     ]
-    return [*default, *whole, Rule(exponents[0], limit=LIMITS[optimizer])]
+    doubling = Rule(exponents[0], doubling=True)
+    return [*default, *whole, doubling, Rule(exponents[0], limit=LIMITS[optimizer])]
 
 
 def _images(dataset: str, model: str, epochs: float, batch_size: int, rates: dict[str, float]):

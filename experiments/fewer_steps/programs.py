@@ -105,6 +105,7 @@ class Experiment:
             batch_size=size,
             max_batch_size=GROWTH * size,
             trade=rule.trade,
+            doubling=rule.doubling,
         )
 
     def num_steps(self, rule: Rule) -> int:
@@ -291,6 +292,7 @@ def _seesaw(case: Case, share: float, rule: Rule, batch_size: int, rate: float) 
         max_batch_size=GROWTH * batch_size,
         exponent=rule.exponent,
         trade=rule.trade,
+        doubling=rule.doubling,
         limit=rule.limit,
     )
     return optax.chain(whole, scale_by_table(np.full(2, rate), num_examples))
