@@ -15,6 +15,18 @@ def applied_batch_size(batch_size: Any, state: Any) -> jax.Array:
 
     ``run_window`` applies a decision at the next window and ``shadow`` never does, so the caller
     passes `batch_size`. Without it we assume that the latest decision was applied.
+
+    Args:
+      batch_size: The extra argument of that name, an integer; None if the caller did not pass it.
+      state: State of the rule, which has a `batch_size`.
+
+    Returns:
+      int32[], in examples.
+
+    >>> from arbiter_jax import schedulers
+    >>> state = schedulers.constant(8).init({})
+    >>> int(applied_batch_size(None, state)), int(applied_batch_size(6, state))
+    (8, 6)
     """
     return state.batch_size if batch_size is None else jnp.asarray(batch_size).astype(jnp.int32)
 
@@ -90,7 +102,23 @@ def applied_update(
 def examples_after(
     seen: Count, state: Any, *, batch_size: Any = None, num_examples: Any = None, **extra_args: Any
 ) -> Count:
-    """Training examples after this call: the ledger's, or `seen` and this batch without one."""
+    """Training examples after this call, for a rule that counts them.
+
+    Args:
+      seen: What the rule itself has counted before this call.
+      state: State of the rule, which has a `batch_size`.
+      batch_size: The extra argument of that name; None for the latest decision.
+      num_examples: The extra argument of that name, which replaces `seen`; None if there is none.
+      **extra_args: The other extra arguments, which are not read.
+
+    Returns:
+      A :class:`Count`.
+
+    >>> from arbiter_jax import schedulers
+    >>> state = schedulers.constant(8).init({})
+    >>> int(examples_after(as_count(100), state)), int(examples_after(as_count(0), state, batch_size=4))
+    (108, 4)
+    """
     del extra_args
     before = seen if num_examples is None else as_count(num_examples)
     return before + applied_batch_size(batch_size, state)

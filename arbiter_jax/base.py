@@ -171,6 +171,10 @@ def as_pure(tree: PyTree) -> PyTree:
 
     It is how ``nnx.Optimizer`` hands its state on to ``tx.update``. Flax's own function has another
     name in each of the versions that we support.
+
+    >>> import jax.numpy as jnp
+    >>> float(as_pure({"w": nnx.Param(jnp.ones(()))})["w"])
+    1.0
     """
     is_variable = lambda x: isinstance(x, nnx.Variable)
     unwrap = lambda x: as_pure(x.get_raw_value()) if is_variable(x) else x
@@ -228,6 +232,10 @@ def measures_now(signals_due: jax.Array | None, signals_made: Any) -> jax.Array 
 
     Returns:
       A Python bool if it is known while tracing, else bool[].
+
+    >>> import jax.numpy as jnp
+    >>> measures_now(None, None), bool(measures_now(jnp.array(False), None))
+    (True, False)
     """
     if isinstance(signals_made, bool):
         return signals_made
@@ -236,7 +244,21 @@ def measures_now(signals_due: jax.Array | None, signals_made: Any) -> jax.Array 
 
 
 def require(rule: str, **signals: Any) -> None:
-    """Raises a TypeError for the first signal that `update` was not given, with how to supply it."""
+    """Refuses an `update` that was not given a signal, and says how to supply it.
+
+    Args:
+      rule: Name of the rule, for the message.
+      **signals: The signals that it needs, as they were passed; None if one was not.
+
+    Raises:
+      TypeError: For the first one that is None.
+
+    >>> require("my_rule", value=1.0)
+    >>> require("my_rule", value=None)
+    Traceback (most recent call last):
+      ...
+    TypeError: my_rule needs the signal `value`: call update(..., value=...). ...
+    """
     for name, value in signals.items():
         if value is None:
             raise TypeError(

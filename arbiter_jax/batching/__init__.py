@@ -25,12 +25,7 @@ from arbiter_jax.batching._host_blocks import HostBlocks, host_blocks
 from arbiter_jax.batching._masking import batch_mask, masked_mean
 
 # Each `as` below marks a helper that other packages of the library import from here.
-from arbiter_jax.batching._masking import check_integers as check_integers
-from arbiter_jax.batching._masking import num_rows as num_rows
-from arbiter_jax.batching._masking import replace_padding as replace_padding
-from arbiter_jax.batching._masking import total_weight as total_weight
 from arbiter_jax.batching._rows import bit_reversed, interleaved
-from arbiter_jax.batching._rows import num_data_devices as num_data_devices
 from arbiter_jax.batching._sampling import SamplerState, init_sampler, sample_batch
 from arbiter_jax.batching._take import take
 

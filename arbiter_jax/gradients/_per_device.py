@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from arbiter_jax._numerics import at_least_float32, tree_dot, tree_where
 from arbiter_jax.base import LossFn
-from arbiter_jax.batching import replace_padding
+from arbiter_jax.batching._masking import replace_padding
 from arbiter_jax.gradients._counted import Trainable, counted_leaves, only_counted
 from arbiter_jax.gradients._estimators import real_parts, scaled, stats_from_norms
 from arbiter_jax.gradients._joined import joined_aux_of_devices, mean_of_devices, times

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from arbiter_jax._numerics import at_least_float32, check_parameters, conjugate, tree_dot
 from arbiter_jax.base import LossFn, PyTree
-from arbiter_jax.batching import masked_mean, num_data_devices, replace_padding, total_weight
+from arbiter_jax.batching import masked_mean
+from arbiter_jax.batching._masking import replace_padding, total_weight
+from arbiter_jax.batching._rows import num_data_devices
 from arbiter_jax.gradients._counted import Trainable, counted_leaves, only_counted
 from arbiter_jax.gradients._estimators import real_parts, scaled, stats_from_norms
 from arbiter_jax.gradients._joined import times

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from arbiter_jax import _validate
 from arbiter_jax._numerics import at_least_float32, tree_where
 from arbiter_jax.base import GradStats, LossFn, PyTree
-from arbiter_jax.batching import num_data_devices, num_rows, replace_padding
+from arbiter_jax.batching._masking import num_rows, replace_padding
+from arbiter_jax.batching._rows import num_data_devices
 from arbiter_jax.gradients._counted import Trainable, counted_leaves, only_counted, zero_others
 from arbiter_jax.gradients._estimators import stats_from_pieces
 from arbiter_jax.gradients._joined import has_rows, joined_aux, times, weighted_mean
@@ -86,6 +87,11 @@ def value_grad_and_stats(
 
     *Guarantees*: a masked row changes no bit of the result; value and gradient are those of the
     whole batch.
+
+    >>> gradient_fn = value_grad_and_stats(lambda w, x: (w - x) ** 2 / 2)
+    >>> out = gradient_fn(jnp.zeros(()), jnp.array([1.0, 3.0]), jnp.ones(2, bool))
+    >>> float(out.grads), float(out.grad_stats.variance_trace), abs(float(out.gradient_noise))
+    (-2.0, 2.0, 1.0)
     """
     _validate.one_of(("pieces", "per_example", "per_device", "normalization"), method=method)
     if (axis_name is not None) != (method == "per_device"):

@@ -43,7 +43,7 @@ class PersistenceSignal(NamedTuple):
 
 
 def impulse_response(
-    tx: optax.GradientTransformation, num_steps: int = _NUM_STEPS, power: int = 1
+    tx: optax.GradientTransformation, power: int = 1, *, num_steps: int = _NUM_STEPS
 ) -> float:
     r"""Measures for how many steps an optimizer goes on applying the noise of one gradient.
 
@@ -55,12 +55,12 @@ def impulse_response(
 
     Args:
       tx: A differentiable optax chain.
-      num_steps: Steps over which the response is summed, an integer >= 1. It should be larger than
-        what the momentum remembers.
       power: p, 1 or 2. With 1, k is how far a gradient moves the parameters in total, in units of
         its first step: 1 / (1 - m) for momentum m, 1 / (1 - b1) for Adam. With 2, k is the standard
         deviation of an update's noise in units of that of the newest gradient in it: 1 / sqrt(1 -
         m^2).
+      num_steps: Steps over which the response is summed, an integer >= 1. It should be larger than
+        what the momentum remembers.
 
     Returns:
       k, a float; 1 if all updates are zero.

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from arbiter_jax.base import PyTree
-from arbiter_jax.batching import Block, BlockSource, check_integers, num_rows
+from arbiter_jax.batching import Block, BlockSource
+from arbiter_jax.batching._masking import check_integers, num_rows
 from arbiter_jax.training._leaves import called, is_array, leaves_of
 
 _FROM_HOST = (
