@@ -167,7 +167,8 @@ def parse_schedule(schedule: Pairs) -> BatchSchedule:
             "schedule must be pairs of a number of examples and a batch size, at least one, as "
             f"'0:64 100K:128' or [(0, 64), (100_000, 128)], got {schedule!r}."
         ) from None
-    starts = tuple(_validate.integer(schedule=start, minimum=0) for start in starts)
+    most = _validate.LARGEST_COUNT
+    starts = tuple(_validate.integer(schedule=s, minimum=0, maximum=most) for s in starts)
     sizes = tuple(_validate.integer(batch_size=s, minimum=1, maximum=_UNLIMITED) for s in sizes)
     if starts[0] != 0 or list(starts) != sorted(set(starts)):
         raise ValueError(
