@@ -154,13 +154,13 @@ def parse_schedule(schedule: Pairs) -> BatchSchedule:
     >>> parse_schedule([(0, 64), (100_000, 128)]).batch_sizes
     (64, 128)
     """
-    if isinstance(schedule, BatchSchedule):
-        return schedule
     if isinstance(schedule, str):
         pairs: Any = [_pair(word) for word in schedule.split()]
     else:
         pairs = schedule
     try:
+        if isinstance(schedule, BatchSchedule):  # which may have been made by hand
+            pairs = [*zip(schedule.starts, schedule.batch_sizes, strict=True)]
         starts, sizes = zip(*((start, size) for start, size in pairs), strict=True)
     except (TypeError, ValueError):
         raise ValueError(
@@ -174,7 +174,7 @@ def parse_schedule(schedule: Pairs) -> BatchSchedule:
         raise ValueError(
             f"schedule must begin at 0 examples and its counts must increase, got {starts!r}."
         )
-    return BatchSchedule(starts, sizes)
+    return schedule if isinstance(schedule, BatchSchedule) else BatchSchedule(starts, sizes)
 
 
 def _pair(word: str) -> tuple[int, int]:

@@ -73,8 +73,8 @@ def _check_no_list_of_batches(train: Any) -> None:
     kinds = [(jax.tree.structure(x), [*map(example, jax.tree.leaves(x))]) for x in train]
     if train and all(kind == kinds[0] for kind in kinds):
         raise ValueError(
-            f"data.train must be arrays or a loader, got a list of {len(train)} batches: pass an "
-            "iterator, iter(batches), or join them into arrays. A pytree of arrays may be a tuple."
+            f"data.train must be arrays or a loader, got a list of batches ({len(train)}): join them "
+            "into arrays, or pass an iterator, iter(batches). A pytree of arrays may be a tuple."
         )
 
 

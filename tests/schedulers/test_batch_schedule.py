@@ -130,6 +130,8 @@ def test_published_ramps(name, sizes, starts):
         ("0:0", "batch_size must be an integer >= 1"),
         ([(0, 2.5)], "batch_size must be an integer >= 1"),
         ([(0, True)], "batch_size must be an integer >= 1"),
+        (S.BatchSchedule((0, 100), (64,)), "schedule must be pairs"),
+        (S.BatchSchedule((0,), (0,)), "batch_size must be an integer >= 1"),
         ([(0, 64), (2**70, 128)], "schedule must be an integer >= 0 and <= 9223372036854775807"),
     ],
 )
