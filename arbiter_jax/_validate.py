@@ -226,9 +226,10 @@ def schedule_value(count: Any, dtype: Any, **argument: Any) -> jax.Array:
             raise TypeError(f"it returned {shown(found)}.")
         return jnp.asarray(found, dtype)
     except (TypeError, ValueError, jax.errors.JAXTypeError) as error:
+        reason = f"{error}".partition("\n")[0]  # JAX goes on for a page
         raise ValueError(
             f"{name} must be a function of one count that jax can trace and that returns a scalar, as "
-            f"optax schedules are, got {shown(schedule)}: {error}"
+            f"optax schedules are, got {shown(schedule)}: {reason}"
         ) from error
 
 
