@@ -190,9 +190,11 @@ def as_count(value: Any) -> Count:
     elif isinstance(value, jax.Array):
         is_count = value.ndim == 0 and not jnp.iscomplexobj(value)
     else:
-        is_number = isinstance(value, float | np.number | np.ndarray) and np.ndim(value) == 0
-        is_number = is_number and not np.iscomplexobj(value)
-        is_count = is_number and 0 <= value < _WORD**2 and value == np.floor(value)
+        is_scalar = isinstance(value, float | np.number | np.ndarray) and np.ndim(value) == 0
+        number = (
+            np.asarray(value).item() if is_scalar else None
+        )  # of Python: compared without overflow
+        is_count = isinstance(number, int | float) and 0 <= number < _WORD**2 and number % 1 == 0
     if not is_count:
         found = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
         raise ValueError(

@@ -58,6 +58,9 @@ def test_arrays_become_counts():
     assert int(as_count(jnp.int32(-5))) == int(as_count(jnp.float32(jnp.nan))) == 0
     assert int(as_count(jnp.float32(2**33 + 4096))) == 2**33 + 4096
     assert int(as_count(jnp.float16(2.5))) == 2
+    assert (
+        int(as_count(np.float16(3))) == int(as_count(np.array(3))) == int(as_count(np.int8(3))) == 3
+    )
     assert np.asarray(to_count(np.array([1, 2**40]))).tolist() == [1, 2**40]
     with jax.enable_x64(True):
         assert int(as_count(jnp.int64(2**40 + 1))) == 2**40 + 1

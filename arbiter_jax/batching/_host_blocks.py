@@ -281,7 +281,8 @@ def host_blocks(
 
     Raises:
       ValueError: If source is data itself or cannot be iterated over, or cannot be iterated over
-        again with ``repeat=True``, window or max_bytes is not an integer >= 1, or sharding is none.
+        again with ``repeat=True``, window or max_bytes is not an integer >= 1, or sharding is
+        neither a sharding nor None.
 
     *Guarantees*:
       * Each example is used exactly once, in the order of the source, however the sizes change;

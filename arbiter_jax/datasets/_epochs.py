@@ -57,7 +57,7 @@ class Epochs:
         return {"seed": self._seed, "num_rows": self._num_rows}
 
     def _go_to(self, start: int) -> None:
-        # The number of an epoch is half of a seed, which has 32 bits.
+        # The number of an epoch seeds its permutation, and a seed of NumPy has 32 bits.
         last = 2**32 * self._num_rows - 1
         num_examples = _validate.integer(start=start, minimum=0, maximum=last)
         self._num_examples = num_examples

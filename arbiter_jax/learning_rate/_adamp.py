@@ -27,7 +27,7 @@ class AdamPState(NamedTuple):
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate that the next step will use
     adam: Any  # optax.ScaleByAdamState: count, mu, nu
-    # Steps whose gradients, or after which the schedule, were not finite.
+    # Steps whose gradients were not finite, or after which the schedule was not.
     num_skipped: jax.Array  # shape=(), dtype=int32
 
     metrics = ("learning_rate",)
