@@ -47,7 +47,7 @@ class Count:
 
     def minus(self, number: Any) -> Count:
         """The count that a number >= 0 of examples comes before this one; at least 0."""
-        number = as_count(number)
+        number = to_count(number)
         behind, difference = _less(self, number), _minus(self, number)
         return Count(*(jnp.where(behind, 0, w) for w in (difference.high, difference.low)))
 
@@ -172,15 +172,40 @@ class Count:
 
 
 def as_count(value: Any) -> Count:
-    """A number >= 0 of any kind as a :class:`Count`; the whole part of a float, 0 for less than 0.
+    """A number of examples as a :class:`Count`, from an argument of a user.
 
     Args:
-      value: A :class:`Count`, a Python number of any size below 2^64, or an array of integers or
-        floats, traced or not.
+      value: A :class:`Count`, a whole number >= 0 of Python or NumPy below 2^64, or an array [] of
+        integers or floats, traced or not. The value of an array of JAX is not waited for: its whole
+        part is counted, and 0 for one that is less than 0 or not finite.
 
-    >>> int(as_count(10**13)), int(as_count(jnp.int32(7))), int(as_count(2.5))
+    Raises:
+      ValueError: If it is anything else.
+
+    >>> int(as_count(10**13)), int(as_count(jnp.int32(7))), int(as_count(jnp.float32(2.5)))
     (10000000000000, 7, 2)
     """
+    if isinstance(value, Count | int):
+        is_count = isinstance(value, Count) or 0 <= value < _WORD**2
+    elif isinstance(value, jax.Array):
+        is_count = value.ndim == 0 and not jnp.iscomplexobj(value)
+    else:
+        is_scalar = isinstance(value, float | np.number | np.ndarray) and np.ndim(value) == 0
+        number = (
+            np.asarray(value).item() if is_scalar else None
+        )  # of Python: compared without overflow
+        is_count = isinstance(number, int | float) and 0 <= number < _WORD**2 and number % 1 == 0
+    if not is_count:
+        found = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
+        raise ValueError(
+            "a count of examples, such as num_examples, must be one whole number >= 0 and < 2**64, got "
+            f"{found}."
+        )
+    return to_count(value)
+
+
+def to_count(value: Any) -> Count:
+    """A number, or an array of them, as a :class:`Count`: the whole part, 0 for less than 0 or nan."""
     if isinstance(value, Count):
         return value
     if isinstance(value, (float, np.floating)):
@@ -226,9 +251,9 @@ def _word(value: Any) -> jax.Array:
 def _exactly(other: Any) -> Any:
     """A whole number as a Count; anything else as it is."""
     if isinstance(other, (int, np.integer)):
-        return as_count(other)
+        return to_count(other)
     is_whole = hasattr(other, "dtype") and jnp.issubdtype(other.dtype, jnp.integer)
-    return as_count(other) if is_whole else other
+    return to_count(other) if is_whole else other
 
 
 def _compare(count: Count, other: Any, exact: Callable[..., Any], plain: Callable[..., Any]) -> Any:

@@ -43,8 +43,9 @@ def _sums(predict, per_example_loss, params, data, model_state, chunk_size):
         weight = total_weight(losses, mask)
         correct = count = jnp.nan
         if _are_classes(outputs, labels):
-            hits = (jnp.argmax(outputs, -1) == labels).astype(jnp.float32)
-            hits = WeightedLoss(hits, _label_weights(losses, labels))
+            # To argmax a nan is the largest of all.
+            hits = (jnp.argmax(outputs, -1) == labels) & ~jnp.isnan(outputs).any(-1)
+            hits = WeightedLoss(hits.astype(jnp.float32), _label_weights(losses, labels))
             count = total_weight(hits, mask)
             correct = masked_mean(hits, mask) * count
         return masked_mean(losses, mask) * weight, weight, correct, count
@@ -113,7 +114,7 @@ def evaluate(
 
     Labels are classes if they are one array of integers, [...], and the outputs one array [..., C];
     otherwise the accuracy is nan. A label counts in the accuracy with its weight in the loss: padding
-    tokens do not count.
+    tokens do not count. Outputs with a nan are wrong for every label.
 
     Args:
       predict: ``predict(params, inputs) -> outputs``, with a third argument `model_state` if that

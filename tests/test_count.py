@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arbiter_jax._count import compensated_sum
+from arbiter_jax._count import compensated_sum, to_count
 from arbiter_jax.base import Count, as_count
 
 LARGEST = 2**31 - 1
@@ -55,17 +55,32 @@ def test_numbers_of_the_host_become_counts(make):
 
 
 def test_arrays_become_counts():
-    assert (
-        int(as_count(-5))
-        == int(as_count(jnp.int32(-5)))
-        == int(as_count(jnp.float32(jnp.nan)))
-        == 0
-    )
+    assert int(as_count(jnp.int32(-5))) == int(as_count(jnp.float32(jnp.nan))) == 0
     assert int(as_count(jnp.float32(2**33 + 4096))) == 2**33 + 4096
     assert int(as_count(jnp.float16(2.5))) == 2
-    assert np.asarray(as_count(np.array([1, 2**40]))).tolist() == [1, 2**40]
+    assert (
+        int(as_count(np.float16(3))) == int(as_count(np.array(3))) == int(as_count(np.int8(3))) == 3
+    )
+    assert np.asarray(to_count(np.array([1, 2**40]))).tolist() == [1, 2**40]
     with jax.enable_x64(True):
         assert int(as_count(jnp.int64(2**40 + 1))) == 2**40 + 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(float("nan"), float("inf"), 2.5, -3, -3.0, 2**64, 1j, "3", None),
+        *(np.float32("nan"), np.float32(2.5), np.int64(-3), np.array(2.5), np.array([1, 2])),
+        *(jnp.zeros(3), jnp.ones(1, jnp.int32), jnp.complex64(1)),
+    ],
+)
+def test_what_counts_no_examples_is_refused(value):
+    with pytest.raises(ValueError, match=r"a count of examples, .* must be one whole number >= 0"):
+        as_count(value)
+
+
+def test_a_traced_count_is_not_checked():
+    assert int(jax.jit(as_count)(-3)) == int(jax.jit(as_count)(jnp.nan)) == 0
 
 
 def test_a_count_is_a_number_to_others():
@@ -76,7 +91,6 @@ def test_a_count_is_a_number_to_others():
     assert (float(count), np.asarray(count).item()) == (2**33 + 5, 2**33 + 5)
     assert jnp.asarray(count).dtype == jnp.float32
     assert float(jnp.minimum(count, 7)) == 7
-    assert int(as_count(float("nan"))) == 0
     assert float(count / 2) == float(1 / (2 / count)) == 2**32
     assert float(2**33 + 6 - count) == 1
     assert float(jnp.float32(3) * as_count(4)) == float(as_count(4) * 3) == 12

@@ -116,13 +116,22 @@ class TestEvaluate:
     def test_what_is_not_finite_is_reported(self):
         bad = INPUTS.copy()
         bad[5, 2] = np.nan
-        assert math.isnan(
-            metrics.evaluate(predict, squares, PARAMS, (bad, LABELS), chunk_size=3)[0]
-        )
+        result = metrics.evaluate(predict, squares, PARAMS, (bad, LABELS), chunk_size=3)
+        assert math.isnan(result.loss)
         nothing = lambda outputs, labels: aj.WeightedLoss(jnp.ones(7), jnp.zeros(7))
         result = metrics.evaluate(predict, nothing, PARAMS, (INPUTS, LABELS))
         assert math.isnan(result.loss)
         assert math.isnan(result.accuracy)
+
+    def test_outputs_that_are_not_numbers_are_wrong(self):
+        """argmax finds the nan: at the label in row 2, and at label 0 in a row of them."""
+        outputs = np.eye(4, dtype=np.float32)[LABELS]
+        outputs[2, LABELS[2]] = outputs[4] = np.nan
+        assert LABELS[4] == 0
+        result = metrics.evaluate(predict, squares, PARAMS, (outputs, LABELS), chunk_size=3)
+        assert result.accuracy == pytest.approx(5 / 7)
+        whole = metrics.evaluate(predict, squares, 2, (np.eye(4, dtype=int), LABELS[:4]))
+        assert whole.accuracy == 1
 
     @pytest.mark.parametrize(
         ("loss", "message"),

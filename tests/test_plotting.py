@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import sys
 import types
 
@@ -222,6 +223,9 @@ EMPTY = types.SimpleNamespace(history=[])
         (lambda: plotting.shadow([]), "run must be a FitResult or a sequence .* got 0 entries"),
         (lambda: plotting.shadow([{"a": 8}, {"b": 8}]), "each with the same names"),
         (lambda: plotting.shadow([{"a": 8}] * 3, batch_sizes=[8, 8]), "each of the 3 steps"),
+        (lambda: plotting.shadow([{"a": math.nan}]), r"a must be finite sizes .* got \[nan\]"),
+        (lambda: plotting.shadow([{"a": "x"}]), r"a must be finite sizes .* got \['x'\]"),
+        (lambda: plotting.shadow([{"a": 8}], batch_sizes=[math.nan]), "batch_sizes must be finite"),
         (lambda: plotting.shadow({"a": 8}), "fit must be a FitResult, got dict"),
     ],
 )

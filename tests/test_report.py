@@ -314,6 +314,26 @@ def test_other_files_are_refused(tmp_path, capsys):
     assert "holds 2 runs instead of one" in refused(capsys, path)
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            "1,160,10,8,abc",
+            "has a damaged row in line 3, whose loss is no number, 'abc': remove it",
+        ),
+        ("1,l60,10,8,1.0", "in line 3, whose num_examples is no number, 'l60'"),
+        ("1,160,10", "has a damaged row in line 3, with more or fewer cells than the first line"),
+        ("1,160,10,8,1.0,5", "has a damaged row in line 3, with more or fewer cells"),
+    ],
+)
+def test_a_damaged_row_is_named(row, words, tmp_path, capsys):
+    path, header = tmp_path / "run.csv", "window_index,num_examples,num_steps,batch_size,loss"
+    path.write_text(f"{header}\n0,80,10,8,nan\n{row}\n2,240,10,8,1.0\n")
+    error = refused(capsys, path)
+    assert "run.csv' " in error
+    assert words in error
+
+
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
     good = write(tmp_path / "good", training("a", 0, 8))
     before = sorted(good.iterdir())

@@ -15,7 +15,7 @@ from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._block_maker import Buffer
 from arbiter_jax.batching._buckets import next_bucket
-from arbiter_jax.batching._loaders import chunks_of
+from arbiter_jax.batching._loaders import checked_position, chunks_of
 
 
 class MaskedBatch(NamedTuple):
@@ -80,8 +80,13 @@ class Batches:
         return {**position, "num_examples": self.num_examples}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where :meth:`get_state` was called, perhaps in another process."""
+        """Goes on where :meth:`get_state` was called, perhaps in another process.
+
+        Raises:
+          ValueError: As :meth:`get_state`, or if it has not returned this state.
+        """
         self.get_state()  # raises
+        state = checked_position(state, "skip", "num_examples", others=("source",))
         self._buffer.go_to({"source": state["source"], "skip": state["skip"]})
         self.num_examples = state["num_examples"]
 

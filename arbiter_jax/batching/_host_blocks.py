@@ -20,7 +20,7 @@ from arbiter_jax._processes import check_equal, gather, spans_processes
 from arbiter_jax.base import PyTree
 from arbiter_jax.batching._block_maker import BlockMaker, Request
 from arbiter_jax.batching._blocks import Block, num_real_rows
-from arbiter_jax.batching._loaders import chunks_of
+from arbiter_jax.batching._loaders import checked_position, chunks_of
 from arbiter_jax.batching._placement import process_rows
 from arbiter_jax.batching._prefetch import serve
 
@@ -45,6 +45,11 @@ class HostBlocks:
         batched: bool = True,
         repeat: bool = False,
     ):
+        if not isinstance(sharding, jax.sharding.Sharding | jax.Device | None):
+            raise ValueError(
+                "sharding must be a jax.sharding.Sharding, such as NamedSharding(mesh, "
+                f'PartitionSpec(None, "data")), or None, got {_validate.shown(sharding)}.'
+            )
         self.num_examples = 0  # examples in all blocks so far, without padding
         self.num_local_examples = 0  # of them, those from the source of this process
         self.sharding = sharding
@@ -175,8 +180,14 @@ class HostBlocks:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where :meth:`get_state` was called, perhaps in another process."""
+        """Goes on where :meth:`get_state` was called, perhaps in another process.
+
+        Raises:
+          ValueError: As :meth:`get_state`, or if it has not returned this state.
+        """
         self.get_state()  # raises
+        counts = "skip", "num_examples", "num_local_examples"
+        state = checked_position(state, *counts, others=("source",))
         self._position = {"source": state["source"], "skip": state["skip"]}
         self.num_examples = state["num_examples"]
         self.num_local_examples = state["num_local_examples"]
@@ -270,7 +281,8 @@ def host_blocks(
 
     Raises:
       ValueError: If source is data itself or cannot be iterated over, or cannot be iterated over
-        again with ``repeat=True``, or window or max_bytes is not an integer >= 1.
+        again with ``repeat=True``, window or max_bytes is not an integer >= 1, or sharding is
+        neither a sharding nor None.
 
     *Guarantees*:
       * Each example is used exactly once, in the order of the source, however the sizes change;

@@ -63,6 +63,24 @@ def chunks_of(source: Any, *, batched: bool = True, repeat: bool = False) -> Chu
     return kind(source, iterator, batched, repeat)
 
 
+def checked_position(state: Any, *counts: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The argument of a ``set_state``, or a ValueError if no ``get_state()`` has returned it.
+
+    Args:
+      state: The argument.
+      *counts: Its entries that are integers >= 0.
+      others: Its other entries.
+    """
+    names = (*others, *counts)
+    if not isinstance(state, Mapping) or not set(names) <= set(state):
+        raise ValueError(
+            "state must be what get_state() has returned, a dict with "
+            f"{', '.join(map(repr, names))}, got {_validate.shown(state)}."
+        )
+    numbers = {n: _validate.integer(minimum=0, **{f"state[{n!r}]": state[n]}) for n in counts}
+    return {**state, **numbers}
+
+
 class Chunks:
     """Chunks of NumPy arrays [n, ...] of one structure, shape and dtype; cannot say where it stands."""
 
@@ -133,6 +151,7 @@ class _WithState(Chunks):
     def set_state(self, state: Any) -> None:
         iterator: Any = self._iterator
         if self._repeat:
+            state = checked_position(state, "epoch", others=("source",))
             if not self._is_new:
                 self._start(0)
             iterator, self._epoch, state = self._iterator, state["epoch"], state["source"]
@@ -151,6 +170,7 @@ class _WithStateDict(Chunks):
         return {"epoch": self._epoch, "source": _without_tensors(self._source.state_dict())}
 
     def set_state(self, state: Any) -> None:
+        state = checked_position(state, "epoch", others=("source",))
         self._source.load_state_dict(_with_tensors(state["source"]))
         self._start(state["epoch"])
         self._is_new = False  # its epoch may end at once
@@ -178,6 +198,7 @@ class _Replayed(Chunks):
         return {"epoch": self._epoch, "num_chunks": self._num_chunks, "checksum": self._last}
 
     def set_state(self, state: dict[str, int]) -> None:
+        state = checked_position(state, "epoch", "num_chunks", "checksum")
         # An iterator that was not used stays: to make one may draw a random number.
         if self._epoch or self._num_chunks:
             self._start(0)

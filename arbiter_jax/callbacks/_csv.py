@@ -115,7 +115,9 @@ class Csv:
             return
         history = start.history
         before = start.num_examples - sum(r.num_steps * r.batch_size for r in history)
-        rows = [row for row in _read(self.path) if int(row["num_examples"]) <= before]
+        rows = (
+            [row for row in _read(self.path) if _seen(row, self.path) <= before] if before else []
+        )
         self._num_windows = len(history)
         self._write([*rows, *map(scalars, history)])
 
@@ -165,6 +167,18 @@ class Csv:
         self._file = open(self.path, "r+b")  # noqa: SIM115
         self._last = self._file.seek(0, os.SEEK_END) - (len(lines[-1]) if lines else 0)
         self._last_row = rows[-1] if rows else {}
+
+
+def _seen(row: _Row, path: str) -> int:
+    """The examples of a row of an earlier run, or a ValueError if it is damaged."""
+    try:
+        return int(row["num_examples"])
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"path must be a file that callbacks.csv has written, got {path}, in which the row of "
+            f"window_index {row.get('window_index', '(none)')} has no whole number as num_examples, "
+            f"{row.get('num_examples', '')!r}: remove that row, or pass another path."
+        ) from None
 
 
 def _line(cells: Iterable[Any]) -> bytes:

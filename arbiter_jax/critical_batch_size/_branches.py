@@ -82,7 +82,8 @@ def measure_critical_batch_size(
       tolerance: By how much the loss of a branch may exceed those of smaller sizes, >= 0.
 
     Returns:
-      A :class:`CriticalBatchSize`. A branch whose loss is not finite is worse than any.
+      A :class:`CriticalBatchSize`. A branch whose loss is not finite is worse than any. If that of
+      size B is one, nothing can be measured: the size is B, with a warning.
 
     Raises:
       ValueError: If an argument is out of its range, or the training data is smaller than needed.
@@ -135,13 +136,22 @@ def measure_critical_batch_size(
             )
         sizes.append(k * size)
         losses.append(_smoothed(result, _SMOOTHING ** (k / 2**doublings)))
+    if not math.isfinite(losses[0]):
+        _validate.warn(
+            f"the branch with the smallest batch size, {size}, had a loss that is not finite, so that "
+            "no size could be measured: lower the learning rate, or measure at an earlier state."
+        )
+    # One that is not finite is never as good, not even as others that are not.
+    as_good = [
+        math.isfinite(loss) and loss <= min(losses[:i]) + slack
+        for i, loss in enumerate(losses)
+        if i
+    ]
     return CriticalBatchSize(
-        batch_size=max(
-            s for i, s in enumerate(sizes) if i == 0 or losses[i] <= min(losses[:i]) + slack
-        ),
+        batch_size=max(s for s, good in zip(sizes, [True, *as_good], strict=True) if good),
         batch_sizes=tuple(sizes),
         losses=tuple(losses),
-        is_bounded=not losses[-1] <= min(losses[:-1]) + slack,
+        is_bounded=not as_good[-1],
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from arbiter_jax import _validate
 from arbiter_jax.base import PyTree
+from arbiter_jax.batching._loaders import checked_position
 from arbiter_jax.batching._masking import num_rows
 
 
@@ -41,8 +42,10 @@ class Epochs:
         """Goes to where ``get_state()`` was called, perhaps in another process.
 
         Raises:
-          ValueError: If that was over other data, or with another seed.
+          ValueError: If that was over other data, or with another seed, or it has not returned this
+            state.
         """
+        state = checked_position(state, "num_examples", "seed", "num_rows")
         for name, here in self._fixed().items():
             if state[name] != here:
                 raise ValueError(
@@ -53,7 +56,10 @@ class Epochs:
     def _fixed(self) -> dict[str, int]:
         return {"seed": self._seed, "num_rows": self._num_rows}
 
-    def _go_to(self, num_examples: int) -> None:
+    def _go_to(self, start: int) -> None:
+        # The number of an epoch seeds its permutation, and a seed of NumPy has 32 bits.
+        last = 2**32 * self._num_rows - 1
+        num_examples = _validate.integer(start=start, minimum=0, maximum=last)
         self._num_examples = num_examples
         self._epoch, offset = divmod(num_examples, self._num_rows)
         self._rest = self._order(self._epoch)[offset:]
@@ -71,7 +77,7 @@ def epochs(data: PyTree, *, chunk_size: int = 1024, seed: int = 0, start: int = 
       chunk_size: Number of examples per chunk, an integer >= 1. A chunk may cross the end of an
         epoch.
       seed: An integer in [0, 2**32). Seed and epoch number determine the permutation of an epoch.
-      start: Number of examples to skip, an integer >= 0.
+      start: Number of examples to skip, an integer >= 0 in the first 2**32 epochs.
 
     Returns:
       An iterator over pytrees of arrays [chunk_size, ...]. Its ``get_state()`` says where it stands,
@@ -89,5 +95,4 @@ def epochs(data: PyTree, *, chunk_size: int = 1024, seed: int = 0, start: int = 
     num_rows(data)
     chunk_size = _validate.integer(chunk_size=chunk_size, minimum=1)
     seed = _validate.integer(seed=seed, minimum=0, maximum=2**32 - 1)
-    start = _validate.integer(start=start, minimum=0)
     return Epochs(data, chunk_size, seed, start)

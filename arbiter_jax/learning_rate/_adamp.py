@@ -27,7 +27,8 @@ class AdamPState(NamedTuple):
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate that the next step will use
     adam: Any  # optax.ScaleByAdamState: count, mu, nu
-    num_skipped: jax.Array  # shape=(), dtype=int32, steps whose gradients were not finite
+    # Steps whose gradients were not finite, or after which the schedule was not.
+    num_skipped: jax.Array  # shape=(), dtype=int32
 
     metrics = ("learning_rate",)
 
@@ -114,7 +115,8 @@ def adamp(
       :class:`AdamPState`.
 
     Raises:
-      ValueError: If an argument is outside its range.
+      ValueError: If an argument is outside its range; in `init`, if the schedule does not return a
+        scalar, or one that is not finite at 0.
       TypeError: If ``update`` is called without the parameters.
 
     Reference:
@@ -124,7 +126,8 @@ def adamp(
     *Guarantees*:
       * Orthogonal: a projected step is orthogonal to its weights, per channel or as a layer.
       * Is AdamW without projection: with `delta` 0 the updates are those of ``optax.adamw``.
-      * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`.
+      * Skips and counts: a step with a gradient that is not finite only increments `num_skipped`. A
+        rate of the schedule that is not finite is counted there as well, and the last one kept.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp
     >>> tx = aj.adamp(0.1)
@@ -137,6 +140,7 @@ def adamp(
     follows = isinstance(learning_rate, jax.Array)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
+        _validate.first_rate(learning_rate, learning_rate=learning_rate)
     _validate.boolean(nesterov=nesterov)
     b1 = _validate.in_range(0, 1, closed="left", b1=b1)
     b2 = _validate.in_range(0, 1, closed="left", b2=b2)
@@ -149,12 +153,13 @@ def adamp(
         channel_axis = _validate.one_of((0, -1), channel_axis=channel_axis)
     adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
 
+    def rate_at(step):
+        return _validate.schedule_value(step, jnp.float32, learning_rate=learning_rate)
+
     def init_fn(params):
-        start = (
-            learning_rate(jnp.asarray(0, jnp.int32)) if callable(learning_rate) else learning_rate
-        )
+        start = rate_at(jnp.asarray(0, jnp.int32)) if callable(learning_rate) else learning_rate
         return AdamPState(
-            learning_rate=jnp.asarray(start, jnp.float32),
+            learning_rate=_validate.first_rate(start, learning_rate=learning_rate),
             adam=adam.init(params),
             num_skipped=jnp.asarray(0, jnp.int32),
         )
@@ -177,8 +182,12 @@ def adamp(
         steps = jax.tree.map(step, params, updates, directions)
         proposed = state._replace(adam=adam_state)
         if callable(learning_rate):
-            next_rate = learning_rate(proposed.adam.count)
-            proposed = proposed._replace(learning_rate=jnp.asarray(next_rate, jnp.float32))
+            rate = rate_at(proposed.adam.count)
+            finite = jnp.isfinite(rate)
+            proposed = proposed._replace(
+                learning_rate=jnp.where(finite, rate, state.learning_rate),
+                num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
+            )
         # Also check the state: squares of finite gradients may overflow although the step is finite.
         usable = all_finite(steps, proposed)
         steps = tree_where(usable, steps, jax.tree.map(jnp.zeros_like, steps))

@@ -27,7 +27,7 @@ class AdaScaleState(NamedTuple):
     mean_sq_norm: jax.Array  # shape=(), dtype=float, average of m^2, likewise
     num_updates: jax.Array  # shape=(), dtype=int32, tells whether an update was made; may wrap
     ledger: Count  # training examples up to the last update, if they are counted; see base
-    num_skipped: jax.Array  # shape=(), dtype=int32, statistics that were not finite
+    num_skipped: jax.Array  # shape=(), dtype=int32, statistics or rates that were not finite
 
     requires = ("grad_stats",)
     metrics = ("gain", "progress")
@@ -70,7 +70,8 @@ def adascale(
       state has the `gain` of the last step and the `progress`, :math:`\tau`.
 
     Raises:
-      ValueError: If an argument is outside its range.
+      ValueError: If an argument is outside its range; in `init`, if the schedule does not return a
+        scalar, or one that is not finite at 0.
       TypeError: If ``update`` is called without a signal.
 
     Reference:
@@ -80,8 +81,9 @@ def adascale(
     *Guarantees*:
       * Between 1 and S: the gain never leaves [min(1, S), max(1, S)].
       * The reference is neutral: at B = B_0 the gain is 1.
-      * Skips and counts: statistics that are not finite do not enter the averages; `num_skipped`
-        counts them.
+      * Skips and counts: statistics that are not finite do not enter the averages, and at a step at
+        which the schedule is not finite the factor of the step before is kept; `num_skipped` counts
+        both.
 
     >>> import arbiter_jax as aj, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1), aj.adascale(reference=64))
@@ -95,13 +97,23 @@ def adascale(
     reference = _validate.int32(reference=reference, minimum=1)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
+        _validate.first_rate(learning_rate, learning_rate=learning_rate)
     if decay is not None:
         decay = _validate.in_range(0, 1, closed="left", decay=decay)
 
+    def rate_at(progress):
+        if not callable(learning_rate):
+            return jnp.asarray(learning_rate)
+        return _validate.schedule_value(progress, float, learning_rate=learning_rate)
+
     def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
         del params
+        first = rate_at(jnp.asarray(0, jnp.int32))
+        if callable(learning_rate):
+            _validate.first_rate(first, learning_rate=learning_rate)
         return AdaScaleState(
-            learning_rate=jnp.ones((), jnp.float32),
+            # What is kept if the first rate is not finite, as only a traced one may be: no step.
+            learning_rate=jnp.isfinite(first).astype(jnp.float32),
             gain=jnp.ones((), jnp.float32),
             progress=jnp.zeros((), float),
             variance=jnp.zeros((), float),
@@ -146,8 +158,10 @@ def adascale(
         gain = (variance + mean_sq_norm) / jnp.where(known, denominator, 1.0)
         gain = jnp.clip(jnp.where(known, gain, 1.0), jnp.minimum(scale, 1), jnp.maximum(scale, 1))
         progress = jnp.floor(state.progress).astype(jnp.int32)
-        rate = learning_rate(progress) if callable(learning_rate) else learning_rate
-        factor = (gain * jnp.asarray(rate)).astype(jnp.float32)
+        factor = (gain * rate_at(progress)).astype(jnp.float32)
+        finite = jnp.isfinite(factor)
+        skipped = state.num_skipped + (~finite).astype(jnp.int32)
+        factor = jnp.where(finite, factor, state.learning_rate)
         total, error = compensated_sum(state.progress, state.progress_error, gain)
         state = state._replace(
             learning_rate=factor,
@@ -156,6 +170,7 @@ def adascale(
             progress_error=error.astype(state.progress.dtype),
             num_updates=state.num_updates + 1,
             ledger=update.ledger,
+            num_skipped=skipped,
         )
         return scale_updates(updates, factor), state
 

@@ -236,6 +236,7 @@ def autowu(
     num_epochs = _validate.integer(num_epochs=num_epochs, minimum=1)
     low = _validate.positive(min_learning_rate=min_learning_rate)
     high = _validate.positive(max_learning_rate=max_learning_rate)
+    _validate.first_rate(high, max_learning_rate=high)
     traced = _validate.is_traced(low) or _validate.is_traced(high)
     if not traced and high < low:
         raise ValueError(

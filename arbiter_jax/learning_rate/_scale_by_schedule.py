@@ -15,7 +15,7 @@ import optax
 
 from arbiter_jax import _validate
 from arbiter_jax._count import as_count
-from arbiter_jax._numerics import scale_updates
+from arbiter_jax._numerics import scale_updates, update_or_skip
 from arbiter_jax.base import require
 
 
@@ -23,6 +23,7 @@ class ScaleByScheduleState(NamedTuple):
     """State of :func:`scale_by_schedule`."""
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the rate of the last step
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the schedule was not finite
 
     metrics = ("learning_rate",)
 
@@ -45,12 +46,13 @@ def scale_by_schedule(
       A transformation with a :class:`ScaleByScheduleState`.
 
     Raises:
-      ValueError: If `count` is not one of the three, or `schedule` is not a function.
+      ValueError: If `count` is not one of the three, or `schedule` is not a function; in `init`, if it
+        does not return a scalar, or one that is not finite at 0 (inside `jax.jit` the rate is then 0).
       TypeError: If ``update`` is called without the count.
 
     *Guarantees*:
       * Keeps the last rate: a step at which the schedule is not finite uses the rate of the step
-        before.
+        before; `num_skipped` counts such steps.
 
     >>> tx = optax.chain(optax.sgd(1.0), scale_by_schedule(optax.linear_schedule(0.5, 0.0, 100)))
     >>> updates, _ = tx.update({"w": 1.0}, tx.init({"w": 0.0}), num_examples=50)
@@ -65,15 +67,18 @@ def scale_by_schedule(
 
     def init_fn(params):
         del params
-        return ScaleByScheduleState(jnp.asarray(schedule(position(0)), jnp.float32))
+        first = _validate.schedule_value(position(0), jnp.float32, schedule=schedule)
+        rate = _validate.first_rate(first, schedule=schedule)
+        return ScaleByScheduleState(rate, num_skipped=jnp.asarray(0, jnp.int32))
 
     def update_fn(updates, state, params=None, *, probe=None, **extra_args):
         del params
         if probe is not None:
             return updates, state
         require("scale_by_schedule", **{count: extra_args.get(count)})
-        rate = jnp.asarray(schedule(position(extra_args[count])), jnp.float32)
-        rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate)
-        return scale_updates(updates, rate), ScaleByScheduleState(rate)
+        seen = position(extra_args[count])
+        rate = _validate.schedule_value(seen, jnp.float32, schedule=schedule)
+        state = update_or_skip(jnp.isfinite(rate), state._replace(learning_rate=rate), state)
+        return scale_updates(updates, state.learning_rate), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -126,13 +126,28 @@ def _of_records(
             "names, as aj.schedulers.shadow_batch_sizes(opt_state) returns them, got "
             f"{len(records)} entries{f', the first one {records[0]!r}' if records else ''}."
         )
-    sizes = {name: np.array([float(record[name]) for record in records]) for name in records[0]}
+    sizes = {name: _sizes([record[name] for record in records], name) for name in records[0]}
     if batch_sizes is None:
         return sizes, None
-    applied = np.asarray(batch_sizes, float)
+    applied = _sizes(batch_sizes, "batch_sizes")
     if applied.ndim > 1 or applied.shape not in ((), (len(records),)):
         raise ValueError(
             f"batch_sizes must be one number, or one for each of the {len(records)} steps, got shape "
             f"{list(applied.shape)}."
         )
     return sizes, np.broadcast_to(applied, (len(records),))
+
+
+def _sizes(values: Any, name: str) -> np.ndarray:
+    """The values as floats, or a ValueError if one is no size."""
+    try:
+        sizes = np.asarray(
+            [float(x) for x in values] if isinstance(values, list) else values, float
+        )
+    except (TypeError, ValueError):
+        sizes = np.asarray(np.nan)
+    if not (np.isfinite(sizes) & (sizes >= 0)).all():
+        raise ValueError(
+            f"{name} must be finite sizes >= 0, one for each step, got {_validate.shown(values)}."
+        )
+    return sizes

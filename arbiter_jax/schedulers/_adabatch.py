@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import as_count
+from arbiter_jax._count import to_count
 from arbiter_jax.schedulers._from_schedule import scheduled
 
 
@@ -105,7 +105,7 @@ def adabatch_learning_rate(
     start = _validate.non_negative(learning_rate=learning_rate)
     interval = _interval(dataset_size, epochs)
     ratio = _validate.positive(factor=factor)
-    return lambda num_examples: start * ratio ** (as_count(num_examples) // interval)
+    return lambda num_examples: start * ratio ** (to_count(num_examples) // interval)
 
 
 def _interval(dataset_size: int, epochs: float) -> Any:

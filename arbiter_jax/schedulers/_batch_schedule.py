@@ -154,26 +154,27 @@ def parse_schedule(schedule: Pairs) -> BatchSchedule:
     >>> parse_schedule([(0, 64), (100_000, 128)]).batch_sizes
     (64, 128)
     """
-    if isinstance(schedule, BatchSchedule):
-        return schedule
     if isinstance(schedule, str):
         pairs: Any = [_pair(word) for word in schedule.split()]
     else:
         pairs = schedule
     try:
+        if isinstance(schedule, BatchSchedule):  # which may have been made by hand
+            pairs = [*zip(schedule.starts, schedule.batch_sizes, strict=True)]
         starts, sizes = zip(*((start, size) for start, size in pairs), strict=True)
     except (TypeError, ValueError):
         raise ValueError(
             "schedule must be pairs of a number of examples and a batch size, at least one, as "
             f"'0:64 100K:128' or [(0, 64), (100_000, 128)], got {schedule!r}."
         ) from None
-    starts = tuple(_validate.integer(schedule=start, minimum=0) for start in starts)
+    most = _validate.LARGEST_COUNT
+    starts = tuple(_validate.integer(schedule=s, minimum=0, maximum=most) for s in starts)
     sizes = tuple(_validate.integer(batch_size=s, minimum=1, maximum=_UNLIMITED) for s in sizes)
     if starts[0] != 0 or list(starts) != sorted(set(starts)):
         raise ValueError(
             f"schedule must begin at 0 examples and its counts must increase, got {starts!r}."
         )
-    return BatchSchedule(starts, sizes)
+    return schedule if isinstance(schedule, BatchSchedule) else BatchSchedule(starts, sizes)
 
 
 def _pair(word: str) -> tuple[int, int]:

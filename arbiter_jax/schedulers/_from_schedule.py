@@ -49,7 +49,7 @@ def from_schedule(
         ``table[(n // 1000).astype(int)]``. A value that is not a number keeps the last size.
         Or what people write in place of a function: a list of pairs ``[(0, 64), (100_000, 128)]`` of
         a number of examples and the size from there on, the same as a string,
-        ``"0:64 100K:128"``, or a :class:`BatchSchedule`.
+        ``"0:64 100K:128"``, or a :class:`BatchSchedule`. Sizes outside the range are clipped.
       count: What a function is given: "num_steps", the updates of this rule, the default;
         "num_examples", which makes a schedule in epochs independent of the sizes it passes through;
         or "progress" (scale-invariant steps, rounded down). Pairs always count examples. `aj.fit`
@@ -65,7 +65,8 @@ def from_schedule(
       A transformation that returns the updates unchanged.
 
     Raises:
-      ValueError: If an argument is out of its range, or the schedule is neither a function nor pairs.
+      ValueError: If an argument is out of its range, or the schedule is neither a function nor pairs;
+        in `init`, if the function does not return a scalar.
       TypeError: If `update` is not given the `progress` that a schedule of it needs.
 
     *Guarantees*:
@@ -97,8 +98,9 @@ def from_schedule(
         plan = parse_schedule(schedule)
         _validate.static(min_batch_size=min_batch_size, max_batch_size=max_batch_size)
         low, high, _ = _validate.batch_size_range(min_batch_size, max_batch_size)
-        low, high = max(low, min(plan.batch_sizes)), min(high, max(plan.batch_sizes))
-        return planned(plan, min(low, high), max(low, high))
+        # The sizes that the plan can take; they lie within the range, which may hold none of it.
+        sizes = [min(max(size, low), high) for size in plan.batch_sizes]
+        return planned(plan, min(sizes), max(sizes))
     _validate.function("of a count", schedule=schedule)
     count = "num_steps" if count is None else count
     _validate.one_of(("num_steps", "num_examples", "progress"), count=count)
@@ -127,16 +129,15 @@ def scheduled(
     )
 
     def size_at(position, fallback):
-        value = jnp.asarray(schedule(position), float)
+        value = _validate.schedule_value(position, float, schedule=schedule)
         size = _rule.to_size(jnp.where(jnp.isnan(value), low, value), low, high)
         return jnp.where(jnp.isnan(value), fallback, size), ~jnp.isnan(value)
 
     def init_fn(params):
         del params
         seen = as_count(0) if count == "num_examples" else _rule.int32()
-        if initial_batch_size is None:
-            size, _ = size_at(seen, _rule.int32(low))
-        else:
+        size, _ = size_at(seen, _rule.int32(low))  # also where another one is given: it checks
+        if initial_batch_size is not None:
             size = _rule.int32(start)
         return ScheduleState(**_rule.sizes(low, high, size), count=seen, num_skipped=_rule.int32())
 

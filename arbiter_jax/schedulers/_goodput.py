@@ -104,8 +104,8 @@ def goodput(
     low, high, start = _validate.batch_size_range(
         min_batch_size, max_batch_size, initial_batch_size
     )
+    given = _candidates(candidates, low, high)
     low, high, start = _numerics.measurable_range(low, high, start)
-    given = _candidates(candidates, min_batch_size, high)
     if isinstance(low, jax.Array) or isinstance(high, jax.Array):
         options = jnp.sort(jnp.clip(jnp.asarray(given, jnp.int32), low, high))
     else:

@@ -18,6 +18,7 @@ class RateState(NamedTuple):
 
     learning_rate: jax.Array  # shape=(), dtype=float32, the factor of the last step
     noise: Any  # state of the rule that measures the noise scale; None without one
+    num_skipped: jax.Array  # shape=(), dtype=int32, steps at which the factor was not finite
     decides = False
     metrics = ("learning_rate",)
 
@@ -43,7 +44,7 @@ def scale_by_rate(
     def init_fn(params):
         first = 1.0 if schedule is None else schedule(0)
         noise = None if noise_scale is None else noise_scale.init(params)
-        return RateState(jnp.asarray(first, jnp.float32), noise)
+        return RateState(jnp.asarray(first, jnp.float32), noise, jnp.asarray(0, jnp.int32))
 
     def relative_rate(noise, signals):
         size = jnp.maximum(jnp.asarray(signals["batch_size"]), 1)
@@ -66,10 +67,12 @@ def scale_by_rate(
             base.require("seesaw", num_examples=signals.get("num_examples"))
             seen = as_count(signals["num_examples"]).astype(float)
             rate = rate * jnp.asarray(schedule(seen), jnp.float32)
-        rate = jnp.where(jnp.isfinite(rate), rate, state.learning_rate).astype(jnp.float32)
+        finite = jnp.isfinite(rate)
+        rate = jnp.where(finite, rate, state.learning_rate).astype(jnp.float32)
+        num_skipped = state.num_skipped + (~finite).astype(jnp.int32)
         noise = state.noise
         if noise_scale is not None and updates_only is None:
             _, noise = noise_scale.update(updates, noise, params, **signals)
-        return scale_updates(updates, rate), RateState(rate, noise)
+        return scale_updates(updates, rate), RateState(rate, noise, num_skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from arbiter_jax import _validate
-from arbiter_jax._count import as_count
+from arbiter_jax._count import to_count
 from arbiter_jax.schedulers._from_schedule import scheduled
 
 
@@ -128,7 +128,7 @@ def smith_learning_rate(
 
 
 def _passed(milestones: tuple[int, ...], count: Any) -> jax.Array:
-    return jnp.sum(as_count(count) >= np.asarray(milestones, np.int64))
+    return jnp.sum(to_count(count) >= np.asarray(milestones, np.int64))
 
 
 def _smith_plan(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from arbiter_jax import _validate
@@ -297,3 +298,28 @@ def meta_step(config: LookAheadConfig, meta: MetaState, gradient: LogValues) -> 
         finite, (moved, opt_state), (meta.log_values, meta.opt_state)
     )
     return MetaState(log_values, opt_state, meta.num_skipped + ~finite)
+
+
+def warn_of_steps(losses: jax.Array, num_skipped: Any = 0, num_meta_steps: int = 0) -> None:
+    """Warns, at the end of a call, of what was not finite in it; says nothing where it is traced.
+
+    Args:
+      losses: One per step.
+      num_skipped: Meta steps whose hypergradient was not finite.
+      num_meta_steps: Of how many.
+    """
+    if _validate.is_traced(losses) or _validate.is_traced(num_skipped):
+        return
+    hint = "look for such numbers in data and params, or lower the learning rate."
+    if int(num_skipped):
+        _validate.warn(
+            f"{int(num_skipped)} of {num_meta_steps} meta steps had a hypergradient that was not "
+            f"finite and changed nothing: {hint}"
+        )
+        return
+    (bad,) = np.nonzero(~np.isfinite(np.asarray(losses, float)))
+    if bad.size:
+        _validate.warn(
+            f"{bad.size} of {losses.size} steps had a loss that was not finite, the first was step "
+            f"{bad[0]}: {hint}"
+        )

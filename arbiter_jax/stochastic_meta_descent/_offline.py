@@ -31,6 +31,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     meta_step,
     skip_examples,
     train_steps,
+    warn_of_steps,
 )
 from arbiter_jax.training import TrainState, init_state
 from arbiter_jax.training._check_state import check_key
@@ -99,7 +100,7 @@ def offline(
       model_state: State of the model that is not trained by gradients, or None.
 
     Returns:
-      An :class:`OfflineResult`.
+      An :class:`OfflineResult`. Warns at the end if a meta step was skipped.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -134,7 +135,8 @@ def offline(
     if not config.learned:
         raise ValueError("learned must name at least one hyperparameter, got ().")
     check_arguments(params, data)
-    return _offline(
+    num_meta_steps = _validate.integer(num_meta_steps=num_meta_steps, minimum=1)
+    result = _offline(
         params,
         model_state,
         data,
@@ -142,11 +144,13 @@ def offline(
         as_hyperparameters(hyperparameters),
         as_hyperparameters(pretraining),
         config=config,
-        num_meta_steps=_validate.integer(num_meta_steps=num_meta_steps, minimum=1),
+        num_meta_steps=num_meta_steps,
         num_pretraining_steps=_validate.integer(
             num_pretraining_steps=num_pretraining_steps, minimum=0
         ),
     )
+    warn_of_steps(result.losses, result.num_skipped, num_meta_steps)
+    return result
 
 
 @partial(jax.jit, static_argnames=("config", "num_meta_steps", "num_pretraining_steps"))

@@ -34,6 +34,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     meta_step,
     skip_examples,
     train_steps,
+    warn_of_steps,
 )
 from arbiter_jax.training import TrainState, init_state
 from arbiter_jax.training._check_state import check_key
@@ -117,7 +118,7 @@ def online(
       model_state: As in :func:`offline`.
 
     Returns:
-      An :class:`OnlineResult`.
+      An :class:`OnlineResult`. Warns at the end if a meta step was skipped, or a loss not finite.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -162,7 +163,7 @@ def online(
         final_learning_rate=_validate.positive(final_learning_rate=final_learning_rate),
     )
     check_arguments(params, data)
-    return _online(
+    result = _online(
         params,
         model_state,
         data,
@@ -171,6 +172,9 @@ def online(
         config=config,
         plan=plan,
     )
+    num_adjustments = len(range(0, plan.num_learning_steps, plan.meta_every))
+    warn_of_steps(result.losses, result.num_skipped, num_adjustments * plan.num_meta_steps)
+    return result
 
 
 @partial(jax.jit, static_argnames=("config", "plan"))

@@ -22,6 +22,7 @@ from arbiter_jax.stochastic_meta_descent._look_ahead import (
     check_arguments,
     look_ahead_gradient,
     train_steps,
+    warn_of_steps,
 )
 from arbiter_jax.training import TrainState
 
@@ -53,7 +54,8 @@ def train(
       time_constant: K, in steps, > 0.
 
     Returns:
-      (state, losses): the state after the last step and the batch losses float[num_steps].
+      (state, losses): the state after the last step and the batch losses float[num_steps]. Warns if
+      one of them is not finite.
 
     Raises:
       ValueError: If an argument is outside its range.
@@ -71,7 +73,9 @@ def train(
     num_steps = _validate.integer(num_steps=num_steps, minimum=1)
     config = LookAheadConfig(loss_fn, inner_optimizer, batch_size, time_constant)
     check_arguments(state.params, data)
-    return _train(state, data, as_hyperparameters(hyperparameters), config, num_steps)
+    state, losses = _train(state, data, as_hyperparameters(hyperparameters), config, num_steps)
+    warn_of_steps(losses)
+    return state, losses
 
 
 @partial(jax.jit, static_argnames=("config", "num_steps"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from arbiter_jax import _validate
@@ -86,11 +87,10 @@ class Callbacks:
 
     def after_window(self, record: Any, state: TrainState) -> bool:
         """Calls all of them, each with containers of its own; whether one of them ends the run."""
-        stops = [
-            _is_true(callback(record, jax.tree.map(lambda x: x, state)))
-            for callback in self._callbacks
-        ]
-        _check_evaluations(record)
+        stops = []
+        for callback in self._callbacks:
+            stops.append(_is_true(callback(record, jax.tree.map(lambda x: x, state))))
+            _check_evaluations(record)  # before the next one reads them
         return any(stops)
 
     def end(self, record: Any, state: TrainState) -> None:
@@ -99,7 +99,7 @@ class Callbacks:
             end = _method(callback, "end")
             if end is not None:
                 end(record, jax.tree.map(lambda x: x, state))
-        _check_evaluations(record)
+                _check_evaluations(record)
 
     def close(self) -> None:
         """Closes all of them, in reverse order."""
@@ -127,9 +127,11 @@ def _check_evaluations(record: Any) -> None:
         evaluation = {} if one is None else one.evaluation
         for name, value in evaluation.items():
             number = np.asarray(value) if isinstance(value, np.generic | jax.Array) else value
-            if not isinstance(name, str) or not (
-                isinstance(number, numbers.Real) or getattr(number, "shape", None) == ()
-            ):
+            is_number = isinstance(number, numbers.Real)
+            if isinstance(number, np.ndarray):
+                kinds = jnp.bool_, jnp.integer, jnp.floating
+                is_number = not number.ndim and any(jnp.issubdtype(number.dtype, k) for k in kinds)
+            if not isinstance(name, str) or not is_number:
                 raise ValueError(
                     "record.evaluation must hold text -> one number, got "
                     f"{_validate.shown(name)}: {_validate.shown(value)} from a callback."

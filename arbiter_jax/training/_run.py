@@ -188,9 +188,13 @@ def check_lengths(
 ) -> tuple[int, int, int]:
     """(num_examples, end, window) of a call of `fit`, or a ValueError if one is out of its range."""
     num_examples = end = _validate.integer(num_examples=num_examples, minimum=1)
+    if num_examples > _validate.LARGEST_COUNT:
+        _validate.integer(num_examples=num_examples, maximum=_validate.LARGEST_COUNT)
     if stop_at is not None:
         end = _validate.integer(stop_at=stop_at, minimum=1, maximum=num_examples)
     window = _validate.integer(window=window, minimum=1)
+    if window > _validate.LARGEST_INT32:
+        _validate.integer(window=window, maximum=_validate.LARGEST_INT32)
     _validate.integer(num_agent_inputs=num_agent_inputs, minimum=1)
     return num_examples, end, window
 

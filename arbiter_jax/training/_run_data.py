@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from arbiter_jax.base import PyTree
@@ -25,6 +26,7 @@ from arbiter_jax.training._state import Data
 def on_device(data: Any, window: int, mesh: jax.sharding.Mesh | None = None) -> Data:
     """The data as arrays on the device, except for what comes in blocks."""
     data = _from_loaders(data, window, mesh)
+    _check_no_list_of_batches(getattr(data, "train", None))
     check_data(data)
     data = Data(data.train, getattr(data, "validation", None))
     if isinstance(data.train, Block):
@@ -57,6 +59,19 @@ def _from_loaders(data: Any, window: int, mesh: jax.sharding.Mesh | None) -> Any
         repeat = not isinstance(train, Iterator)  # as arrays are, until the budget is used up
         train = host_blocks(data.train, window=window, repeat=repeat, sharding=sharding)
     return Data(train, validation)
+
+
+def _check_no_list_of_batches(train: Any) -> None:
+    """Raises a ValueError for a list of batches, which as a pytree is one batch of many arrays."""
+    if not isinstance(train, list) or not all(isinstance(x, tuple | list | dict) for x in train):
+        return
+    example = lambda x: (np.shape(x)[1:], getattr(x, "dtype", None))
+    kinds = [(jax.tree.structure(x), [*map(example, jax.tree.leaves(x))]) for x in train]
+    if train and all(kind == kinds[0] for kind in kinds):
+        raise ValueError(
+            f"data.train must be arrays or a loader, got a list of batches ({len(train)}): join them "
+            "into arrays, or pass an iterator, iter(batches). A pytree of arrays may be a tuple."
+        )
 
 
 def closing(data: Data, given: Any) -> contextlib.AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from arbiter_jax import _validate
 from arbiter_jax.training._call_errors import check_static_integers
 from arbiter_jax.training._check_data import check_data, check_on_device
 from arbiter_jax.training._check_functions import check_functions, check_transformation
@@ -39,6 +40,9 @@ def check_arguments(
     """Raises a ValueError if an argument of :func:`run_window` is not what it should be."""
     del others  # traced, or checked where they are used
     check_static_integers(bucket_size=bucket_size, window=window, num_agent_inputs=num_agent_inputs)
+    for name, value in (("bucket_size", bucket_size), ("window", window)):
+        if value > _validate.LARGEST_INT32:  # counted in int32
+            _validate.integer(maximum=_validate.LARGEST_INT32, **{name: value})
     check_micro_batch_size(micro_batch_size, bucket_size)
     check_sampling(sampling, micro_batch_size)
     check_transformation(tx)

@@ -82,8 +82,9 @@ def make_training(
             losses = loss_fn(carry[0], examples)
             outputs = predict(carry[0], validation[0])
             validation_loss = jnp.mean(task.per_example_loss(outputs, validation[1]))
-            accuracy = jnp.mean(jnp.argmax(outputs, axis=1) == validation[1])
-            return carry, (losses, validation_loss, accuracy, jnp.mean(fraction, axis=0))
+            hits = jnp.argmax(outputs, axis=1) == validation[1]
+            hits &= ~jnp.isnan(outputs).any(axis=1)  # to argmax a nan is the largest of all
+            return carry, (losses, validation_loss, jnp.mean(hits), jnp.mean(fraction, axis=0))
 
         counts = jnp.zeros(n), jnp.zeros((num_layers, n))
         carry = (params, tx.init(params), aj.init_sampler(key), *counts)

@@ -131,22 +131,43 @@ def _file(path: Path, label: str) -> Source:
 
 
 def _table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, a half-written last one left out."""
+    """The rows of a CSV file, a half-written last one left out; another damaged one is an error."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            lines = [(row, reader.line_num) for row in reader]
     except OSError as error:
         raise _unreadable(path, error) from None
     except (UnicodeDecodeError, csv.Error):
         raise UsageError(f"{str(path)!r} is not a CSV file.") from None
-    rows = [row for row in rows if None not in row and None not in row.values()]
-    if not rows:
+    is_whole = lambda row: None not in row and None not in row.values()
+    if lines and not is_whole(lines[-1][0]):
+        lines.pop()
+    if not lines:
         raise UsageError(f"{str(path)!r} has no rows.")
-    return rows
+    columns = lines[0][0]
+    axis = [name for name in AXES if name in columns][:1]
+    for row, line in lines:
+        if not is_whole(row):
+            raise UsageError(
+                f"{str(path)!r} has a damaged row in line {line}, with more or fewer cells than the "
+                "first line: remove it."
+            )
+        for name in (*axis, *LOSSES, "batch_size"):
+            if row.get(name) and not _is_number(row[name]):
+                raise UsageError(
+                    f"{str(path)!r} has a damaged row in line {line}, whose {name} is no number, "
+                    f"{row[name]!r}: remove it."
+                )
+    return [row for row, _ in lines]
 
 
 def _unreadable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"{str(path)!r} cannot be read: {error.strerror or error}.")
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().lower() in ("nan", "-nan", "+nan") or not math.isnan(_number(text))
 
 
 def _number(text: str) -> float:

@@ -84,6 +84,20 @@ def test_a_run_from_a_state_appends_a_new_one_does_not(tmp_path):
     assert seen(tmp_path / "run.csv") == [24, 48]
 
 
+@pytest.mark.parametrize("cell", ["", "abc", "4.5"])
+def test_a_damaged_row_is_named_where_it_matters(tmp_path, cell):
+    path = tmp_path / "run.csv"
+    first = fit(aj.callbacks.csv(path), stop_at=72)
+    path.write_text(path.read_text().replace("\n1,48,", f"\n1,{cell},"))
+    damaged = path.read_text()
+    message = f"the row of window_index 1 has no whole number as num_examples, '{cell}': remove"
+    with pytest.raises(ValueError, match=message):
+        fit(aj.callbacks.csv(path), state=first.state)
+    assert path.read_text() == damaged
+    fit(aj.callbacks.csv(path), stop_at=48)  # a new run replaces the file
+    assert seen(path) == [24, 48]
+
+
 def test_new_columns_leave_empty_cells(tmp_path):
     def note(record, state):
         if record.window_index in (2, 4):

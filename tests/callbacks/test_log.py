@@ -53,6 +53,16 @@ def test_a_function_without_a_step_gets_none(kind):
     assert [numbers["num_examples"] for numbers in calls] == [24, 48]
 
 
+@pytest.mark.parametrize("value", ["text", None, [1.0], np.str_("text"), np.ones(2), 1j])
+def test_a_note_that_is_no_number_is_named(value):
+    def note(record, state):
+        record.evaluation["odd"] = value
+
+    message = r"record.evaluation must hold text -> one number, got 'odd': .* from a callback"
+    with pytest.raises(ValueError, match=message):
+        fit([note, aj.callbacks.log(lambda numbers: None)], stop_at=24)
+
+
 def test_a_resumed_run_logs_new_windows_only(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     steps = []

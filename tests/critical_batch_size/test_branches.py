@@ -50,6 +50,26 @@ def test_a_branch_that_diverges_is_lost():
     assert np.inf in found.losses
 
 
+def test_a_run_that_diverges_has_no_critical_size():
+    tx, state = start(rate=1e20)
+    options = {"max_batch_size": 16, "num_steps": 3}
+    with pytest.warns(
+        UserWarning, match="the smallest batch size, 4, had a loss that is not finite"
+    ):
+        found = measure_critical_batch_size(loss_fn, state, tx, DATA, **options)
+    assert found.batch_size == 4
+    assert found.losses == (np.inf,) * 3
+    assert found.is_bounded
+
+
+def test_a_warm_up_does_not_grow_on_a_run_that_diverges():
+    tx, _ = start(rate=1e20)
+    plan = {"num_examples": 400, "measure_at": (0,), "max_batch_size": 8, "num_steps": 2}
+    with pytest.warns(UserWarning, match="no size could be measured"):
+        schedule = measured_warm_up(loss_fn, jnp.zeros(4), tx, DATA, **plan)
+    assert schedule.batch_sizes == (4,)
+
+
 def test_leaves_the_run_alone():
     tx, state = start()
     before = jax.device_get(state)

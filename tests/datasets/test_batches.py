@@ -45,6 +45,29 @@ def test_a_source_that_cannot_say_where_it_is():
         datasets.batches(iter(chunks(3)), 2).get_state()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {},
+            r"state must be what get_state\(\) has returned, .*'num_examples', got \{\}",
+        ),
+        (lambda state: None, r"state must be what get_state\(\) has returned, .* got None"),
+        (lambda state: {**state, "skip": -1}, r"state\['skip'\] must be an integer >= 0, got -1"),
+        (
+            lambda state: {**state, "num_examples": 2.5},
+            r"state\['num_examples'\] must be an integer",
+        ),
+    ],
+)
+def test_a_place_that_it_has_not_saved(change, message):
+    source = datasets.batches(datasets.epochs(np.arange(10), chunk_size=4), 3)
+    next(source)
+    with pytest.raises(ValueError, match=message):
+        source.set_state(change(source.get_state()))
+    assert source.num_examples == 3
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, np.zeros(2, np.int32)])
 def test_sizes_that_no_batch_has(size):
     with pytest.raises(ValueError, match="batch_size must be an integer"):

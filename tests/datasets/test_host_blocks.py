@@ -124,6 +124,12 @@ class TestBlocks:
             dtypes = [str(leaf.dtype) for leaf in blocks.next_block(4, 4).batches]
         assert dtypes == ["float32", "int32", "uint8"]
 
+    def test_what_is_no_sharding(self):
+        with pytest.raises(
+            ValueError, match=r"sharding must be a jax.sharding.Sharding, .* got 'x'"
+        ):
+            datasets.host_blocks([np.zeros(3)], window=1, sharding="x")
+
     def test_sharding(self):
         mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
         sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -464,8 +470,32 @@ class TestEpochs:
             ({"data": np.zeros(3), "chunk_size": 0}, "chunk_size must be an integer >= 1"),
             ({"data": np.zeros(3), "seed": -1}, "seed must be an integer >= 0"),
             ({"data": np.zeros(3), "start": -1}, "start must be an integer >= 0"),
+            (
+                {"data": np.zeros(10), "start": 10 * 2**32},
+                "start must be an integer >= 0 and <= 42949672959, got 42949672960",
+            ),
         ],
     )
     def test_bad_arguments_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             datasets.epochs(**options)
+
+    def test_the_last_epoch_of_all_has_an_order(self):
+        chunks = datasets.epochs(np.arange(10), chunk_size=10, start=10 * (2**32 - 1))
+        assert sorted(next(chunks).tolist()) == list(range(10))
+
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            (
+                {"num_examples": 3},
+                r"state must be what get_state\(\) has returned, .* 'num_rows', got",
+            ),
+            (None, "state must be what get_state.* got None"),
+            ({"num_examples": -3, "seed": 0, "num_rows": 3}, "must be an integer >= 0, got -3"),
+            ({"num_examples": 3, "seed": 1, "num_rows": 3}, "epochs must have the seed"),
+        ],
+    )
+    def test_a_place_that_it_has_not_saved(self, state, message):
+        with pytest.raises(ValueError, match=message):
+            datasets.epochs(np.zeros(3)).set_state(state)

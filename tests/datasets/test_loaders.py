@@ -436,6 +436,12 @@ class TestFit:
         params = [np.asarray(result.state.params) for result in results]
         np.testing.assert_allclose(*params, rtol=1e-5)
 
+    @pytest.mark.parametrize("batches", [[(X, Y)], [(X[:8], Y[:8]), (X[8:13], Y[8:13])]])
+    def test_a_list_is_no_loader(self, batches):
+        message = r"data.train must be arrays or a loader, got a list of batches \(.\): join them"
+        with pytest.raises(ValueError, match=message):
+            fit(aj.Data(batches))
+
     def test_several_seeds_share_arrays_alone(self):
         keys = jax.random.split(jax.random.key(0), 2)
         with pytest.raises(ValueError, match=r"data\.train must be arrays if key holds several"):

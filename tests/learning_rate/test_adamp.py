@@ -227,3 +227,20 @@ def test_the_parameters_are_required():
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         adamp(**{"learning_rate": 0.1} | arguments)
+
+
+def test_a_rate_that_is_not_finite_is_not_taken():
+    tx = adamp(lambda n: jnp.where(n == 1, jnp.nan, 1.0 + n))
+    params, rates = jnp.ones(2), []
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jnp.ones(2), state, params)
+        rates.append(float(-updates[0]))
+    np.testing.assert_allclose(rates, [1.0, 1.0, 3.0], rtol=1e-4)
+    assert int(state.num_skipped) == 1
+    with pytest.raises(
+        ValueError, match=r"learning_rate must be finite at the count 0, .* got inf"
+    ):
+        adamp(lambda n: 0.1 / jnp.sqrt(n)).init(params)
+    with pytest.raises(ValueError, match=r"learning_rate must be finite in float32, got 1e\+300"):
+        adamp(1e300)

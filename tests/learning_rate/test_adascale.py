@@ -166,3 +166,25 @@ def test_a_probe_passes_through():
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_rate_that_is_not_finite_is_not_taken():
+    tx = adascale(8, lambda n: jnp.where(n == 1, jnp.nan, 2.0 + n))
+    state, factors = tx.init(None), []
+    for _ in range(3):
+        updates, state = tx.update(
+            jnp.ones(()), state, grad_stats=make_stats(1.0, 1.0), batch_size=8
+        )
+        factors.append(float(updates))
+    assert factors == [2.0, 2.0, 4.0]
+    assert int(state.num_skipped) == 1
+    rate = lambda n: 0.1 / jnp.sqrt(n)
+    with pytest.raises(
+        ValueError, match=r"learning_rate must be finite at the count 0, .* got inf"
+    ):
+        adascale(8, rate).init(None)
+    state = jax.jit(adascale(8, rate).init)({})
+    updates, _ = adascale(8, rate).update(
+        jnp.ones(()), state, grad_stats=make_stats(1.0, 1.0), batch_size=8
+    )
+    assert float(updates) == 0

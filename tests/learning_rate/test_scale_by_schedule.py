@@ -35,6 +35,28 @@ def test_keeps_the_last_rate():
         np.testing.assert_allclose(updates["w"], state.learning_rate * UPDATES["w"])
         rates.append(float(state.learning_rate))
     assert rates == [2.0, 2.0, 4.0]
+    assert int(state.num_skipped) == 1
+
+
+def test_a_schedule_without_a_first_rate():
+    """It is refused where the rate is known, and the updates are 0 where it is not."""
+    tx = scale_by_schedule(lambda n: 0.1 / jnp.sqrt(n))
+    with pytest.raises(ValueError, match=r"schedule must be finite at the count 0, .* got inf"):
+        tx.init(UPDATES)
+    state = jax.jit(tx.init)(UPDATES)
+    assert float(state.learning_rate) == 0
+    updates, state = tx.update(UPDATES, state, num_examples=0)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, UPDATES))
+    _, state = tx.update(UPDATES, state, num_examples=4)
+    np.testing.assert_allclose(state.learning_rate, 0.05)
+    assert int(state.num_skipped) == 1
+
+
+def test_a_schedule_that_returns_no_scalar_is_refused():
+    with pytest.raises(
+        ValueError, match=r"that returns a scalar, .* returned an array float32\[2\]"
+    ):
+        scale_by_schedule(lambda n: jnp.ones(2)).init(UPDATES)
 
 
 def test_stable_types_one_program_scan_equals_loop():

@@ -77,6 +77,23 @@ def test_limits_clip_a_schedule():
     assert (int(state.min_batch_size), int(state.max_batch_size)) == (8, 64)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "limits", "size"),
+    [
+        ("0:64", {"max_batch_size": 16}, 16),
+        ([(0, 8), (100, 16)], {"min_batch_size": 32, "max_batch_size": 64}, 32),
+        (S.published_ramp("gpt3"), {"max_batch_size": 512}, 512),
+    ],
+)
+def test_limits_hold_for_a_schedule_that_lies_beyond_them(schedule, limits, size):
+    rule = S.from_schedule(schedule, **limits)
+    state = rule.init(None)
+    _, later = rule.update(None, state, num_examples=10**6, batch_size=8)
+    for found in (state, later):
+        sizes = found.batch_size, found.min_batch_size, found.max_batch_size
+        assert [int(n) for n in sizes] == [size] * 3
+
+
 @pytest.mark.parametrize(("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
 def test_the_rate_follows_the_size(scaling, factor):
     scale = S.parse_schedule("0:64 100K:256").rate_scale(scaling)
@@ -120,6 +137,9 @@ def test_published_ramps(name, sizes, starts):
         ("0:0", "batch_size must be an integer >= 1"),
         ([(0, 2.5)], "batch_size must be an integer >= 1"),
         ([(0, True)], "batch_size must be an integer >= 1"),
+        (S.BatchSchedule((0, 100), (64,)), "schedule must be pairs"),
+        (S.BatchSchedule((0,), (0,)), "batch_size must be an integer >= 1"),
+        ([(0, 64), (2**70, 128)], "schedule must be an integer >= 0 and <= 9223372036854775807"),
     ],
 )
 def test_a_bad_schedule_is_refused(schedule, message):

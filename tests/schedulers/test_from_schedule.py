@@ -81,6 +81,22 @@ def test_a_schedule_without_a_value_keeps_the_size():
     assert int(state.count) == 4
 
 
+@pytest.mark.parametrize("initial_batch_size", [None, 8])
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    [
+        (lambda n: jnp.array([8, 8]), r"it returned an array int32\[2\]"),
+        (lambda n: None, "it returned None"),
+        (lambda n: 8 + 1j, r"it returned \(8\+1j\)"),
+        (lambda: 8, "takes 0 positional arguments"),
+    ],
+)
+def test_a_schedule_that_returns_no_scalar_is_refused(schedule, found, initial_batch_size):
+    rule = schedulers.from_schedule(schedule, initial_batch_size=initial_batch_size)
+    with pytest.raises(ValueError, match=f"schedule must be a function of one count .*{found}"):
+        rule.init(None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -165,6 +165,14 @@ def test_candidates_fill_their_bucket():
     assert _goodput._candidates((10, 20), 8, 100) == (10, 20)
 
 
+@pytest.mark.parametrize("make", [np.int64, np.int32, np.uint8])
+def test_a_size_may_be_a_number_of_numpy(make):
+    sizes = {"min_batch_size": make(8), "max_batch_size": make(64), "initial_batch_size": make(16)}
+    state = schedulers.goodput(**sizes).init(None)
+    found = state.batch_size, state.min_batch_size, state.max_batch_size
+    assert [int(size) for size in found] == [16, 8, 64]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -136,7 +136,7 @@ def test_the_measured_exponent_is_between_both_ends():
         np.testing.assert_allclose(np.median(powers), power, atol=0.1)
 
 
-def test_a_rate_that_is_not_finite_keeps_the_last():
+def test_a_rate_that_is_not_finite_keeps_the_last_and_is_counted():
     broken = lambda n: jnp.where(n > 1_000, jnp.nan, 0.1)
     scale = scale_by_rate(broken, 32, 1.0)
     state = scale.init(None)
@@ -144,6 +144,7 @@ def test_a_rate_that_is_not_finite_keeps_the_last():
     assert float(updates) == pytest.approx(0.2)
     updates, state = scale.update(jnp.ones(()), state, batch_size=64, num_examples=2_000)
     assert float(updates) == pytest.approx(0.2)
+    assert int(state.num_skipped) == 1
 
 
 def test_a_rate_that_rises_again_takes_its_batch_back():

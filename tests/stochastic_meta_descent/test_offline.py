@@ -154,3 +154,19 @@ def test_arguments_of_another_kind(arguments, message, key):
             smd.train(**given, num_steps=1)
         with pytest.raises(ValueError, match=message):
             smd.hypergradient(**given, evaluation=given["data"], horizon=1)
+
+
+def test_data_that_is_not_finite_is_told(key):
+    message = "3 of 3 meta steps had a hypergradient that was not finite and changed nothing"
+    with pytest.warns(UserWarning, match=message):
+        result = smd.offline(
+            lambda w, x: (w - x) ** 2 / 2,
+            jnp.zeros(()),
+            jnp.full(10, jnp.nan),
+            key,
+            horizon=2,
+            num_meta_steps=3,
+            num_pretraining_steps=1,
+            batch_size=2,
+        )
+    assert int(result.num_skipped) == 3

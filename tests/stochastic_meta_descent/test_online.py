@@ -78,3 +78,18 @@ def test_arguments_out_of_range(options, message, key):
     params, data = regression()
     with pytest.raises(ValueError, match=message):
         smd.online(loss_fn, params, data, key, **({"num_steps": 10} | options))
+
+
+def test_data_that_is_not_finite_is_told(key):
+    message = "3 of 3 meta steps had a hypergradient that was not finite and changed nothing"
+    with pytest.warns(UserWarning, match=message):
+        result = smd.online(
+            lambda w, x: (w - x) ** 2 / 2,
+            jnp.zeros(()),
+            jnp.full(10, jnp.nan),
+            key,
+            num_steps=20,
+            batch_size=2,
+            num_meta_steps=3,
+        )
+    assert int(result.num_skipped) == 3

@@ -131,3 +131,18 @@ def test_memory_does_not_depend_on_the_horizon():
     assert long == short
     # The same measurement sees what reverse mode stores.
     assert gradient_memory(1000, reverse=True) > 10 * gradient_memory(10, reverse=True)
+
+
+def test_a_loss_that_is_not_finite_is_told(key):
+    state = aj.init_state(jnp.zeros(()), optax.sgd(0.1, 0.0), key)
+    train = lambda data: smd.train(
+        lambda w, x: (w - x) ** 2 / 2,
+        state,
+        data,
+        smd.Hyperparameters(0.1, 0.0, 0.0),
+        num_steps=3,
+        batch_size=2,
+    )[1]
+    with pytest.warns(UserWarning, match="3 of 3 steps had a loss that was not finite, the first"):
+        train(jnp.full(10, jnp.nan))
+    assert not jnp.isfinite(jax.jit(train)(jnp.full(10, jnp.nan))).any()  # traced: no warning

@@ -313,6 +313,12 @@ def test_another_model_state_is_named(returned):
 # Numbers
 
 
+@pytest.mark.parametrize(("name", "largest"), [("num_examples", 2**63 - 1), ("window", 2**31 - 1)])
+def test_more_than_can_be_counted(name, largest):
+    with pytest.raises(ValueError, match=f"{name} must be an integer <= {largest}, got {10**30}"):
+        fit(**{name: 10**30})
+
+
 @pytest.mark.parametrize("name", ["num_examples", "stop_at", "window", "num_agent_inputs"])
 @pytest.mark.parametrize("value", [True, 1e3, np.float32(4), "40", 0, -1, (4,), jnp.ones(2, int)])
 def test_numbers_are_integers(name, value):

@@ -557,6 +557,8 @@ def test_multi_steps_decides_once_per_whole_batch(as_transformation):
     [
         ({"bucket_size": 12}, "bucket_size must be a power of two >= 1, got 12"),
         ({"bucket_size": 0}, "bucket_size must be a power of two >= 1, got 0"),
+        ({"bucket_size": 2**40}, "bucket_size must be an integer <= 2147483647, got 1099511627776"),
+        ({"window": 2**40}, "window must be an integer <= 2147483647, got 1099511627776"),
         ({"window": 0}, "window must be an integer >= 1, got 0"),
         ({"num_agent_inputs": 0}, "num_agent_inputs must be an integer >= 1, got 0"),
         (
