@@ -23,7 +23,7 @@ from arbiter_jax.training._compile_log import log_trace
 from arbiter_jax.training._extra_args import ExtraArgs
 from arbiter_jax.training._mesh import check_bucket_of_mesh, on_auto_axes
 from arbiter_jax.training._state import Data, TrainState
-from arbiter_jax.training._window_arguments import check_arguments, explain
+from arbiter_jax.training._window_arguments import check_arguments, check_whole_numbers, explain
 from arbiter_jax.training._window_steps import begin_window, maybe_step
 
 
@@ -173,6 +173,7 @@ def run_window(
         "sampling": sampling,
     }
     check_arguments(state, data, **options)
+    check_whole_numbers(num_steps=num_steps, batch_size=batch_size, own_bucket_size=own_bucket_size)
     check_bucket_of_mesh(bucket_size)
     log_trace(state, data, **options)
     state, plan = begin_window(

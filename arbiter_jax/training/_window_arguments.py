@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from arbiter_jax import _validate
 from arbiter_jax.training._call_errors import check_static_integers
 from arbiter_jax.training._check_data import check_data, check_on_device
@@ -18,6 +20,14 @@ def explain(state: Any, data: Any, **options: Any) -> None:
     """Raises a ValueError if a call of :func:`run_window` failed because of an argument."""
     check_arguments(state, data, **options)
     check_on_device(data)
+
+
+def check_whole_numbers(**arguments: Any) -> None:
+    """Raises a ValueError for a number that is traced and not an integer; its value is not known."""
+    for name, value in arguments.items():
+        dtype = jnp.result_type(0 if value is None else value)
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{name} must be an integer, got a number of type {dtype}.")
 
 
 def check_arguments(

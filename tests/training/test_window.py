@@ -560,6 +560,8 @@ def test_multi_steps_decides_once_per_whole_batch(as_transformation):
         ({"bucket_size": 2**40}, "bucket_size must be an integer <= 2147483647, got 1099511627776"),
         ({"window": 2**40}, "window must be an integer <= 2147483647, got 1099511627776"),
         ({"window": 0}, "window must be an integer >= 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps must be an integer, got a number of type float32"),
+        ({"batch_size": np.nan}, "batch_size must be an integer, got a number of type float32"),
         ({"num_agent_inputs": 0}, "num_agent_inputs must be an integer >= 1, got 0"),
         (
             {"loss_fn": None},
