@@ -44,12 +44,14 @@ def pytest_xdist_auto_num_workers():
 
 @pytest.fixture
 def no_cached_programs(tmp_path):
-    """For tests that count compilations: nothing has been compiled before, on disk or in memory.
+    """For tests that count compilations: no window was compiled before, on disk or in memory.
 
     In memory another test of the module may have compiled the same program, if this process was
     given that one first.
     """
-    jax.clear_caches()
+    from arbiter_jax import run_window
+
+    run_window.clear_cache()
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -62,7 +62,7 @@ def test_a_run_that_diverges_has_no_critical_size():
     assert found.is_bounded
 
 
-def test_a_warm_up_does_not_grow_on_a_run_that_diverges():
+def test_no_warm_up_of_a_run_that_diverges():
     tx, _ = start(rate=1e20)
     plan = {"num_examples": 400, "measure_at": (0,), "max_batch_size": 8, "num_steps": 2}
     with pytest.warns(UserWarning, match="no size could be measured"):

@@ -85,7 +85,7 @@ def test_limits_clip_a_schedule():
         (S.published_ramp("gpt3"), {"max_batch_size": 512}, 512),
     ],
 )
-def test_limits_hold_for_a_schedule_that_lies_beyond_them(schedule, limits, size):
+def test_limits_hold_for_a_schedule_beyond_them(schedule, limits, size):
     rule = S.from_schedule(schedule, **limits)
     state = rule.init(None)
     _, later = rule.update(None, state, num_examples=10**6, batch_size=8)

@@ -136,7 +136,7 @@ def test_the_measured_exponent_is_between_both_ends():
         np.testing.assert_allclose(np.median(powers), power, atol=0.1)
 
 
-def test_a_rate_that_is_not_finite_keeps_the_last_and_is_counted():
+def test_a_rate_that_is_not_finite_is_counted():
     broken = lambda n: jnp.where(n > 1_000, jnp.nan, 0.1)
     scale = scale_by_rate(broken, 32, 1.0)
     state = scale.init(None)
@@ -277,7 +277,7 @@ def test_a_rate_of_1_is_no_mistake(optimizer):
     aj.seesaw(optimizer, COSINE, **PLAN)  # a warning is an error
 
 
-def test_a_schedule_of_factors_has_the_rate_in_the_optimizer():
+def test_a_schedule_may_be_a_factor_of_the_rate():
     aj.seesaw(optax.sgd(0.1), lambda n: 10 * COSINE(n), **PLAN)
 
 
