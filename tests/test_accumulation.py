@@ -253,6 +253,7 @@ def test_a_skipped_batch_makes_no_progress(with_gain):
         assert float(state.progress) == 2
 
 
+@pytest.mark.slow
 def test_progress_does_not_stand_still():
     """Beyond 2^24, where 1 no longer adds to a float32."""
     tx = optax.chain(optax.sgd(0.01), S.constant(8), aj.adascale(8))

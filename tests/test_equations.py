@@ -202,6 +202,7 @@ def test_fixture_a_response(precision):
         assert_close(outputs, FIXTURE["A_net_logits_first4"], precision, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", A_TOLERANCE)
 def test_fixture_a_gradients(precision):
     before, after, _ = evaluate(precision)
@@ -246,6 +247,7 @@ def test_fixtures_b_and_c_parameters(case, precision, step):
     assert_close(state.mixture_logits, FIXTURE[f"{case}_step{step}_alpha"], precision)
 
 
+@pytest.mark.slow
 def test_the_default_optimizers_are_those_of_fixture_b():
     with jax.enable_x64(True):
         tx = make()

@@ -410,6 +410,7 @@ def test_matrices_of_adamp_under_a_traced_axis():
     assert not jnp.allclose(updates[0]["w"], updates[-1]["w"])
 
 
+@pytest.mark.slow
 def test_fit_takes_a_size_from_its_state():
     """A whole run: the limit that a schedule moves is the size that the loop applies."""
     data = aj.Data((jnp.ones((64, 1)), jnp.zeros(64)))

@@ -56,6 +56,7 @@ def test_the_gradient_points_uphill():
     np.testing.assert_allclose(jnp.stack([got["z"].real, got["z"].imag]), rows, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pieces", "per_example", "per_device"])
 def test_statistics_of_complex_parameters(method):
     scale = {"z": jnp.array([1.0, 2.0, 0.5])}

@@ -202,6 +202,7 @@ def test_the_meta_batch_counts_up_to_its_size(inputs, garbage, other, size):
     chex.assert_trees_all_equal(*states)
 
 
+@pytest.mark.slow
 @given(rows(FLOATS), rows(FLOATS), hnp.arrays(np.float32, 4, elements=FLOATS))
 def test_arbiter_stays_in_range_on_any_input(inputs, labels, alpha):
     update, start = arbiter()

@@ -216,6 +216,7 @@ def test_a_count_that_is_no_number_is_left_out(tmp_path):
     assert cells[columns.index("examples")] == "80"
 
 
+@pytest.mark.slow
 def test_files_of_the_callback_are_runs(tmp_path):
     paths = tmp_path / "small.csv", tmp_path / "large.csv"
     fits = [train(path, size) for path, size in zip(paths, (8, 16), strict=True)]

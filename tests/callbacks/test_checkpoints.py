@@ -56,6 +56,7 @@ def at_window(number, do):
 # When a run is saved
 
 
+@pytest.mark.slow
 def test_every_and_keep_count_windows(tmp_path):
     fit(tmp_path / "a", every=2, keep=2)
     assert numbers(tmp_path / "a") == [4, 6]
@@ -102,6 +103,7 @@ def test_legs_go_on_from_the_checkpoints(tmp_path):
 # Signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "ends_as"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )

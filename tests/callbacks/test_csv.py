@@ -49,6 +49,7 @@ def test_a_row_is_in_the_file_when_its_window_ends(tmp_path):
     assert found == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_resumed_run_has_the_rows_of_a_whole_one(tmp_path, every):
     pytest.importorskip("orbax.checkpoint")

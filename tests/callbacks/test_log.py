@@ -63,6 +63,7 @@ def test_a_note_that_is_no_number_is_named(value):
         fit([note, aj.callbacks.log(lambda numbers: None)], stop_at=24)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_new_windows_only(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     steps = []

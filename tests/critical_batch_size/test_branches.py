@@ -50,6 +50,7 @@ def test_a_branch_that_diverges_is_lost():
     assert np.inf in found.losses
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_has_no_critical_size():
     tx, state = start(rate=1e20)
     options = {"max_batch_size": 16, "num_steps": 3}
@@ -62,6 +63,7 @@ def test_a_run_that_diverges_has_no_critical_size():
     assert found.is_bounded
 
 
+@pytest.mark.slow
 def test_no_warm_up_of_a_run_that_diverges():
     tx, _ = start(rate=1e20)
     plan = {"num_examples": 400, "measure_at": (0,), "max_batch_size": 8, "num_steps": 2}

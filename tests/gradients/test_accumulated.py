@@ -83,6 +83,7 @@ def test_any_number_of_groups_in_one_program(num_groups):
     assert out.gradient_noise is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[4, 4], [4, 3, 4, 3, 3], [4, 2, 0, 0]])
 @pytest.mark.parametrize(("make", "loss"), [(measured, loss_fn), (weighted, weighted_loss)])
 def test_statistics_are_those_of_the_pieces(make, loss, sizes):

@@ -402,6 +402,7 @@ def test_per_example_refuses_a_model_with_state():
         fn(1.0, np.ones(4), np.ones(4, bool), {"mean": 0.0})
 
 
+@pytest.mark.slow
 def test_per_example_refuses_rows_that_fill_no_group():
     stats = functools.partial(aj.gradient_stats, gaussian_loss, jnp.zeros(3), method="per_example")
     x = np.random.default_rng(0).normal(size=(43, 3)).astype(np.float32)

@@ -80,6 +80,7 @@ def test_re_anchor_starts_over_around_another_size():
     assert once == [1]
 
 
+@pytest.mark.slow
 def test_re_anchor_keeps_injected_hyperparameters():
     # The state of this optimizer is not all zeros at the start: it holds the learning rate.
     adam = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)

@@ -133,6 +133,7 @@ def test_it_sees_the_parameters_after_the_whole_update():
     assert int(aj.get_batch_size(state)) == 32
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16():
     params, grads, signals = problem(dtype=jnp.bfloat16)
     tx = make()
@@ -150,6 +151,7 @@ def test_parameters_in_bfloat16():
 # The end of a window
 
 
+@pytest.mark.slow
 def test_the_window_end_takes_the_heaviest_proposal():
     update, start = compiled(window=2, anchor="none")
     params, grads, signals = problem()
@@ -246,6 +248,7 @@ def test_hyper_every_learns_at_every_nth_update():
             chex.assert_trees_all_equal(after, before._replace(**clock))
 
 
+@pytest.mark.slow
 def test_hyper_every_takes_the_same_steps():
     often, rarely = step()[1], step(window=5, hyper_every=3)[1]
     chex.assert_trees_all_close(rarely._replace(signals_due=None), often, rtol=1e-6)

@@ -67,6 +67,7 @@ def test_an_agent_tracks_the_closed_form(start, target, spread):
     assert np.median(np.abs(np.log(sizes[after] / target))) < spread
 
 
+@pytest.mark.slow
 def test_an_agent_follows_a_closed_form_that_moves():
     targets = np.geomspace(30, 240, 600)
     _, mixtures, _ = follow(targets, 30)

@@ -193,6 +193,7 @@ def results(name):
     return run(*variables, response)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_features_and_head_equal_the_model(name):
     got, (_, model_state) = results(name), attached(name)[1]

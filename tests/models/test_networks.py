@@ -69,6 +69,7 @@ def test_images_of_any_size(make, input_shape):
     assert jax.eval_shape(predict, params, x, model_state).shape == (3, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "sample"),
     [
@@ -206,6 +207,7 @@ def test_wide_resnet_is_a_residual_network():
     chex.assert_trees_all_close(features, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_wide_resnet_with_dropout_has_state():
     """It trains with a key, and its state keeps its types."""
     model = models.wide_resnet((8, 8, 1), 4, depth=10, widen_factor=1, dropout_rate=0.3)
@@ -248,6 +250,7 @@ def test_transformer_is_causal_with_positions():
         jax.eval_shape(predict, params, np.zeros((3, 9), np.int32))
 
 
+@pytest.mark.slow
 def test_padding_tokens_weigh_nothing():
     model, params = small_transformer()
     losses = models.make_losses(model, models.token_cross_entropy)

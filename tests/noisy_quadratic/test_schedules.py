@@ -130,6 +130,7 @@ def test_greedy_costs_a_factor_of_2_3(x64, rtol):
         np.testing.assert_allclose(ratio, 2.287, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_greedy_is_optimal_if_all_curvatures_are_equal():
     with jax.enable_x64(True):
         problem = problem_of("dyn")._replace(curvature=jnp.full(4, 0.7))
@@ -225,6 +226,7 @@ def sample_runs(problem, rates, momenta, num_runs, key):
     return jax.lax.scan(body, (start, jnp.zeros(shape)), (rates, momenta, keys))[1]
 
 
+@pytest.mark.slow
 def test_moments_equal_those_of_sampled_runs(key):
     problem = problem_of("dyn")
     rates = jnp.asarray(recorded("dyn", "learning_rates"), jnp.float32)

@@ -61,6 +61,7 @@ WATCHED = {
 }
 
 
+@pytest.mark.slow
 def test_one_run_ranks_many_rules():
     """Beside a constant size, all rules watch; each finds the size that theory names."""
     shadows = [schedulers.shadow(rule, name=name) for name, (rule, _) in WATCHED.items()]

@@ -156,6 +156,7 @@ def test_ready_set_watches_a_chain_without_a_rule(watched):
     chex.assert_trees_all_close(state.params, after.params, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_watched_rule_measures_when_it_is_due(watched):
     """The noise floor measures at each of the first 20 steps, the others then only at the 10th."""
     changes = {name: set(np.flatnonzero(np.diff(x)) + 1) for name, x in watched[0].items()}

@@ -156,6 +156,7 @@ def test_arguments_of_another_kind(arguments, message, key):
             smd.hypergradient(**given, evaluation=given["data"], horizon=1)
 
 
+@pytest.mark.slow
 def test_data_that_is_not_finite_is_told(key):
     message = "3 of 3 meta steps had a hypergradient that was not finite and changed nothing"
     with pytest.warns(UserWarning, match=message):

@@ -80,6 +80,7 @@ def test_arguments_out_of_range(options, message, key):
         smd.online(loss_fn, params, data, key, **({"num_steps": 10} | options))
 
 
+@pytest.mark.slow
 def test_data_that_is_not_finite_is_told(key):
     message = "3 of 3 meta steps had a hypergradient that was not finite and changed nothing"
     with pytest.warns(UserWarning, match=message):

@@ -128,6 +128,7 @@ def test_runs_vmap_over_seeds():
 # In training
 
 
+@pytest.mark.slow
 def test_fit_reports_the_selected_fraction():
     """With a batch-size rule; the loss falls."""
     loss_fn, params, batch = mlp_problem()

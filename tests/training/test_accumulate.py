@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import arbiter_jax as aj
 
@@ -12,6 +13,7 @@ def loss_fn(w, x, model_state, mask, key):
     return (w - x) ** 2 / 2 + jax.random.normal(key, x.shape), model_state, {"x": x, "sum": x.sum()}
 
 
+@pytest.mark.slow
 def test_aux_with_a_key_and_no_model_state():
     tx = optax.chain(optax.sgd(0.1), aj.schedulers.gradient_noise_scale(measure_every=2))
     params = jnp.zeros(())

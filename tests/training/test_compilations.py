@@ -145,6 +145,7 @@ def set_rate(state, rate):
     return state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=rate))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_rates_and_seeds_is_one_program():
     tx, arrays = plain(), data()
 

@@ -171,6 +171,7 @@ def test_refuses_a_leg_out_of_range(stop_at):
 # The history
 
 
+@pytest.mark.slow
 def test_the_history_says_what_happened_in_each_window():
     result = fit(with_arbiter(), num_examples=300)
     assert isinstance(result, aj.FitResult)

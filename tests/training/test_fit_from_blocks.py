@@ -101,6 +101,7 @@ def test_equals_training_from_the_device(growing):
             np.testing.assert_allclose(result.per_step(name), expected.per_step(name), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_cached_programs")
 @pytest.mark.parametrize(
     "growing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["arbiter", "growing"]

@@ -226,6 +226,7 @@ def test_local_samples_are_each_devices_own():
     assert seen[:size] != seen[size:]
 
 
+@pytest.mark.slow
 def test_halves_are_those_of_one_device():
     rows, sampler = np.arange(40), aj.init_sampler(0)
     _, batch, mask = aj.sample_batch(sampler, rows, 11, 16)
@@ -298,6 +299,7 @@ def test_a_small_bucket_has_a_row_for_each_device():
     assert [(record.batch_size, record.bucket_size) for record in result.history] == [(3, 8)]
 
 
+@pytest.mark.slow
 def test_the_mesh_of_any_kind_of_data_is_found():
     placed = put(data(), make_mesh(8))
     other = types.SimpleNamespace(train=placed.train, validation=placed.validation)

@@ -312,6 +312,7 @@ def test_from_blocks():
     assert {(r.batch_size, r.num_steps) for r in grouped.history} >= {(40, 1), (100, 1), (8, 3)}
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_batch():
     def wide(w, batch):
         hidden = jnp.sin((batch[0] @ w)[:, None] * jnp.arange(256.0)[None])

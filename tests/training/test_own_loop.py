@@ -366,6 +366,7 @@ def test_accumulate():
         np.testing.assert_allclose(signals["grad_stats"].variance_trace, variance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulate_not_due_and_masked():
     tx, grad_fn = floor_chain()
     accumulator = aj.accumulate(loss_fn, tx)

@@ -142,6 +142,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_any_chain_in_nnx_optimizer(name):
     """Equals the loop of plain functions."""
@@ -263,6 +264,7 @@ def test_inside_jax_jit_with_a_masked_batch_norm():
         assert dtypes == {"float32"}
 
 
+@pytest.mark.slow
 def test_traced_once_outside_of_jit():
     traces = []
 

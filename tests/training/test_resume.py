@@ -116,6 +116,7 @@ def test_a_window_cut_by_a_leg_is_finished():
     np.testing.assert_array_equal(losses, whole.per_step("loss"))
 
 
+@pytest.mark.slow
 def test_a_leg_ends_where_its_window_is_cut():
     """The rule would decide on a size that still fits, but only after the window."""
     tx = sizes_of_steps(16, 1, 1)
@@ -138,6 +139,7 @@ def test_a_window_cut_by_the_budget_is_left():
     chex.assert_trees_all_equal(rest.state, run(tx).state)
 
 
+@pytest.mark.slow
 def test_an_unfinished_window_can_be_dropped():
     tx = sizes_of_steps(8, 3, 20, 1, 5)
     state = run(tx, stop_at=20).state
@@ -145,6 +147,7 @@ def test_an_unfinished_window_can_be_dropped():
     assert sizes(run(tx, state=state))[0] == (20, 32, 4)
 
 
+@pytest.mark.slow
 def test_a_new_range_drops_an_unfinished_window():
     def tx(high):
         rule = aj.schedulers.gradient_noise_scale(max_batch_size=high, initial_batch_size=high)

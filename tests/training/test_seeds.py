@@ -162,6 +162,7 @@ def constant():
     return optax.chain(optax.sgd(0.02), aj.schedulers.constant(8))
 
 
+@pytest.mark.slow
 def test_one_program_for_all_seeds(no_cached_programs):
     weak = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), STARTS)  # weakly typed, as `full` makes
     tx = optax.chain(optax.sgd(0.02), aj.schedulers.constant(8))

@@ -176,6 +176,7 @@ def test_steps_not_taken_change_nothing():
     assert not info.batch_size.any()
 
 
+@pytest.mark.slow
 def test_windows_in_pieces_are_the_whole_bit_for_bit():
     tx = adam_and_arbiter()
     run = functools.partial(aj.run_window, loss_fn=loss_fn, tx=tx, bucket_size=32, window=8)
