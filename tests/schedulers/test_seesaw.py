@@ -124,6 +124,7 @@ def test_the_noise_scale_is_a_limit(exponent):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_measured_exponent_is_between_both_ends():
     tx = aj.seesaw(optax.sgd(1.0), TINY, trade=1.0, exponent="measured", **SMALL)
     for signal, power in ((10.0, 1.0), (1e-3, 0.5)):

@@ -1,4 +1,4 @@
-"""The runs of one of several processes: `python process_runs.py RESULTS PORT COUNT INDEX`.
+"""The runs of one of several processes: `python process_runs.py RESULTS PORT COUNT INDEX RUN...`.
 
 With a count of 1 they are the runs on one device that the others are compared with.
 """
@@ -240,12 +240,12 @@ def outcome(run, process):
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main(results, port, count, index):
+def main(results, port, count, index, *names):
     count, index = int(count), int(index)
     if count > 1:
         jax.distributed.initialize(f"localhost:{port}", count, index)
     process = Process(count, index, pathlib.Path(results).parent)
-    found = {name: outcome(functools.partial(run), process) for name, run in RUNS.items()}
+    found = {name: outcome(functools.partial(RUNS[name]), process) for name in names}
     with open(results, "w") as file:
         json.dump(found, file)
 

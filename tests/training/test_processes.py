@@ -16,9 +16,18 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = pathlib.Path(__file__).with_name("process_runs.py")
 SECONDS = 900  # after which it is a deadlock
+SAME = ["constant", "noise_scale", "arbiter", "streamed"]  # on two processes as on one
+MORE_OF_THE_SAME = [
+    "noise_floor",
+    "expected_gain",
+    "goodput",
+    "streamed_short",
+    "streamed_groups",
+    "aux",
+]
 
 
-def start(folder, name, port, count, index, num_devices):
+def start(folder, name, port, count, index, num_devices, runs):
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={num_devices}"
     package = pathlib.Path(arbiter_jax.__file__).parents[1]
     environment = os.environ | {
@@ -28,7 +37,7 @@ def start(folder, name, port, count, index, num_devices):
     }
     environment.pop("JAX_NUM_CPU_DEVICES", None)
     results = folder / f"{name}.json"
-    arguments = [sys.executable, SCRIPT, results, port, count, index]
+    arguments = [sys.executable, SCRIPT, results, port, count, index, *runs]
     with (folder / f"{name}.log").open("w") as log:
         command = [str(argument) for argument in arguments]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -37,15 +46,27 @@ def start(folder, name, port, count, index, num_devices):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The results of all runs: on one process, and on each of two."""
-    folder = tmp_path_factory.mktemp("processes")
+    """The results of the runs that CI makes."""
+    others = ["source_fails", "stops", "killed", "differs", "streamed_odd"]
+    return results_of([*SAME, *others], tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def more_runs(tmp_path_factory):
+    """The results of the others."""
+    others = ["goodput_on_another_clock", "source_ends"]
+    return results_of([*MORE_OF_THE_SAME, *others], tmp_path_factory.mktemp("processes"))
+
+
+def results_of(names, folder):
+    """The results of some runs: on one process, and on each of two."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = [
-        start(folder, "one", port, 1, 0, 1),
-        start(folder, "first", port, 2, 0, 2),
-        start(folder, "second", port, 2, 1, 2),
+        start(folder, "one", port, 1, 0, 1, names),
+        start(folder, "first", port, 2, 0, 2, names),
+        start(folder, "second", port, 2, 1, 2, names),
     ]
     try:
         codes = [process.wait(SECONDS) for process, _ in processes]
@@ -63,22 +84,18 @@ def of(runs, name):
     return one, first, second
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "constant",
-        "noise_scale",
-        "noise_floor",
-        "expected_gain",
-        "arbiter",
-        "goodput",
-        "streamed",
-        "streamed_short",
-        "streamed_groups",
-        "aux",
-    ],
-)
+@pytest.mark.parametrize("name", SAME)
 def test_two_processes_equal_one(runs, name):
+    assert_same(runs, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MORE_OF_THE_SAME)
+def test_more_runs_of_two_processes_equal_one(more_runs, name):
+    assert_same(more_runs, name)
+
+
+def assert_same(runs, name):
     one, *both = of(runs, name)
     for found in both:
         assert found["windows"] == one["windows"]
@@ -89,14 +106,16 @@ def test_two_processes_equal_one(runs, name):
                 np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_time_of_a_step_is_that_of_process_0(runs):
-    one, first, second = of(runs, "goodput")
-    other = runs[0]["goodput_on_another_clock"]
+@pytest.mark.exhaustive
+def test_the_time_of_a_step_is_that_of_process_0(more_runs):
+    one, first, second = of(more_runs, "goodput")
+    other = more_runs[0]["goodput_on_another_clock"]
     assert first["windows"] == second["windows"] == one["windows"] != other["windows"]
 
 
-def test_blocks_are_short_of_few_bytes(runs):
-    for found in of(runs, "streamed_short"):
+@pytest.mark.exhaustive
+def test_blocks_are_short_of_few_bytes(more_runs):
+    for found in of(more_runs, "streamed_short"):
         assert {(8, 2), (16, 1)} >= {(bucket, steps) for _, bucket, steps in found["windows"]}
         assert len(found["windows"]) > 8
 
@@ -106,9 +125,10 @@ def test_each_process_draws_its_share(runs):
     assert (one, first, second) == ([60, 60], [60, 36], [60, 24])
 
 
-def test_a_source_that_ends_ends_the_run_of_all(runs):
+@pytest.mark.exhaustive
+def test_a_source_that_ends_ends_the_run_of_all(more_runs):
     """After the 10 steps of 4 examples that the shorter of the two sources has."""
-    one, *both = of(runs, "source_ends")
+    one, *both = of(more_runs, "source_ends")
     for found in both:
         assert found["windows"] == [[8, 8, 4], [8, 8, 4], [8, 8, 2]]
         np.testing.assert_allclose(found["losses"], one["losses"][:10], atol=1e-5)

@@ -20,7 +20,7 @@ IN_CI = {
     ("goodput", "streamed"),
     ("gradient_noise_scale", "batch_norm"),
     ("multi_steps", "resident"),
-    ("noise_floor", "streamed"),
+    ("noise_floor", "resident"),
     ("seesaw", "resident"),
 }
 MATRIX = [
