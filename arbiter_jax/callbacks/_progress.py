@@ -83,7 +83,7 @@ def _is_notebook() -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether this is a notebook, or a terminal outside of tests and CI."""
+    """Whether this is a notebook, or a terminal outside tests and CI."""
     if os.environ.get("CI") or "PYTEST_CURRENT_TEST" in os.environ:
         return False
     if _is_notebook():

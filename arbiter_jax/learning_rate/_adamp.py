@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _schedules, _validate
 from arbiter_jax._numerics import all_finite, tree_where, update_or_skip
 from arbiter_jax.base import require
 
@@ -140,7 +140,7 @@ def adamp(
     follows = isinstance(learning_rate, jax.Array)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
-        _validate.first_rate(learning_rate, learning_rate=learning_rate)
+        _schedules.first_rate(learning_rate, learning_rate=learning_rate)
     _validate.boolean(nesterov=nesterov)
     b1 = _validate.in_range(0, 1, closed="left", b1=b1)
     b2 = _validate.in_range(0, 1, closed="left", b2=b2)
@@ -154,12 +154,12 @@ def adamp(
     adam = optax.scale_by_adam(b1, b2, eps, nesterov=nesterov)
 
     def rate_at(step):
-        return _validate.schedule_value(step, jnp.float32, learning_rate=learning_rate)
+        return _schedules.schedule_value(step, jnp.float32, learning_rate=learning_rate)
 
     def init_fn(params):
         start = rate_at(jnp.asarray(0, jnp.int32)) if callable(learning_rate) else learning_rate
         return AdamPState(
-            learning_rate=_validate.first_rate(start, learning_rate=learning_rate),
+            learning_rate=_schedules.first_rate(start, learning_rate=learning_rate),
             adam=adam.init(params),
             num_skipped=jnp.asarray(0, jnp.int32),
         )

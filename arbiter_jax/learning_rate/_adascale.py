@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _schedules, _validate
 from arbiter_jax._count import Count, as_count, compensated_sum
 from arbiter_jax._numerics import scale_updates, update_or_skip
 from arbiter_jax.base import applied_update, require
@@ -97,20 +97,20 @@ def adascale(
     reference = _validate.int32(reference=reference, minimum=1)
     if not callable(learning_rate):
         learning_rate = _validate.non_negative(learning_rate=learning_rate)
-        _validate.first_rate(learning_rate, learning_rate=learning_rate)
+        _schedules.first_rate(learning_rate, learning_rate=learning_rate)
     if decay is not None:
         decay = _validate.in_range(0, 1, closed="left", decay=decay)
 
     def rate_at(progress):
         if not callable(learning_rate):
             return jnp.asarray(learning_rate)
-        return _validate.schedule_value(progress, float, learning_rate=learning_rate)
+        return _schedules.schedule_value(progress, float, learning_rate=learning_rate)
 
     def init_fn(params) -> Any:  # optax's own type of a state knows arrays alone
         del params
         first = rate_at(jnp.asarray(0, jnp.int32))
         if callable(learning_rate):
-            _validate.first_rate(first, learning_rate=learning_rate)
+            _schedules.first_rate(first, learning_rate=learning_rate)
         return AdaScaleState(
             # What is kept if the first rate is not finite, as only a traced one may be: no step.
             learning_rate=jnp.isfinite(first).astype(jnp.float32),

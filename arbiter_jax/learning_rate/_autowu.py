@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _schedules, _validate
 from arbiter_jax._numerics import loop_if, raw_key, scale_updates
 from arbiter_jax.base import require
 from arbiter_jax.learning_rate import _gaussian_process as gp
@@ -236,7 +236,7 @@ def autowu(
     num_epochs = _validate.integer(num_epochs=num_epochs, minimum=1)
     low = _validate.positive(min_learning_rate=min_learning_rate)
     high = _validate.positive(max_learning_rate=max_learning_rate)
-    _validate.first_rate(high, max_learning_rate=high)
+    _schedules.first_rate(high, max_learning_rate=high)
     traced = _validate.is_traced(low) or _validate.is_traced(high)
     if not traced and high < low:
         raise ValueError(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _schedules, _validate
 from arbiter_jax._numerics import (
     all_finite,
     scale_updates,
@@ -62,7 +62,7 @@ def _hypergradient_descent(
     high = _validate.in_range(low, math.inf, max_learning_rate=max_learning_rate)
     learning_rate = _validate.non_negative(learning_rate=learning_rate)
     learning_rate = _validate.in_range(low, high, learning_rate=learning_rate)
-    _validate.first_rate(learning_rate, learning_rate=learning_rate)
+    _schedules.first_rate(learning_rate, learning_rate=learning_rate)
     meta_rate = _validate.non_negative(hypergradient_learning_rate=hypergradient_learning_rate)
 
     def init_fn(params):

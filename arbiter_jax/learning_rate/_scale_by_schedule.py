@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _schedules, _validate
 from arbiter_jax._count import as_count
 from arbiter_jax._numerics import scale_updates, update_or_skip
 from arbiter_jax.base import require
@@ -67,8 +67,8 @@ def scale_by_schedule(
 
     def init_fn(params):
         del params
-        first = _validate.schedule_value(position(0), jnp.float32, schedule=schedule)
-        rate = _validate.first_rate(first, schedule=schedule)
+        first = _schedules.schedule_value(position(0), jnp.float32, schedule=schedule)
+        rate = _schedules.first_rate(first, schedule=schedule)
         return ScaleByScheduleState(rate, num_skipped=jnp.asarray(0, jnp.int32))
 
     def update_fn(updates, state, params=None, *, probe=None, **extra_args):
@@ -77,7 +77,7 @@ def scale_by_schedule(
             return updates, state
         require("scale_by_schedule", **{count: extra_args.get(count)})
         seen = position(extra_args[count])
-        rate = _validate.schedule_value(seen, jnp.float32, schedule=schedule)
+        rate = _schedules.schedule_value(seen, jnp.float32, schedule=schedule)
         state = update_or_skip(jnp.isfinite(rate), state._replace(learning_rate=rate), state)
         return scale_updates(updates, state.learning_rate), state
 

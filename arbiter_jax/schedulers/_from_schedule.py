@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from arbiter_jax import _numerics, _validate, base
+from arbiter_jax import _numerics, _schedules, _validate, base
 from arbiter_jax._count import Count, as_count
 from arbiter_jax.schedulers import _rule
 from arbiter_jax.schedulers._batch_schedule import Pairs, parse_schedule
@@ -129,7 +129,7 @@ def scheduled(
     )
 
     def size_at(position, fallback):
-        value = _validate.schedule_value(position, float, schedule=schedule)
+        value = _schedules.schedule_value(position, float, schedule=schedule)
         size = _rule.to_size(jnp.where(jnp.isnan(value), low, value), low, high)
         return jnp.where(jnp.isnan(value), fallback, size), ~jnp.isnan(value)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arbiter_jax import _validate
+from arbiter_jax import _schedules, _validate
 from arbiter_jax.schedulers import _rule
 from arbiter_jax.schedulers._batch_schedule import BatchSchedule
 from arbiter_jax.schedulers._gradient_noise_scale import gradient_noise_scale
@@ -184,16 +184,9 @@ def rates_of(schedule: optax.Schedule, num_examples: int) -> tuple[np.ndarray, n
     counts = np.unique(
         np.linspace(0, num_examples - 1, min(num_examples, _GRID)).round().astype(np.int64)
     )
-    try:
-        with jax.ensure_compile_time_eval():  # also where a caller traces
-            rates = np.asarray(jax.vmap(schedule)(jnp.asarray(counts, float)), np.float64)
-        if rates.shape != counts.shape:
-            raise TypeError
-    except (TypeError, ValueError, jax.errors.JAXTypeError):
-        raise ValueError(
-            "schedule must be a function of one count, in examples, that jax can trace and that "
-            f"returns a scalar, as optax schedules are, got {schedule!r}."
-        ) from None
+    rate_at = lambda count: _schedules.schedule_value(count, float, schedule=schedule)
+    with jax.ensure_compile_time_eval():  # also where a caller traces
+        rates = np.asarray(jax.vmap(rate_at)(jnp.asarray(counts, float)), np.float64)
     bad = ~np.isfinite(rates) | (rates < 0)
     if bad.any() or not rates.any():
         found = (

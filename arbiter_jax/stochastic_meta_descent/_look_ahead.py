@@ -301,7 +301,7 @@ def meta_step(config: LookAheadConfig, meta: MetaState, gradient: LogValues) -> 
 
 
 def warn_of_steps(losses: jax.Array, num_skipped: Any = 0, num_meta_steps: int = 0) -> None:
-    """Warns, at the end of a call, of what was not finite in it; says nothing where it is traced.
+    """Warns of losses and meta steps that were not finite; does nothing while tracing.
 
     Args:
       losses: One per step.

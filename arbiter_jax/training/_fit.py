@@ -28,7 +28,7 @@ from arbiter_jax.training._extra_args import ExtraArgs, check_extra_args
 from arbiter_jax.training._interrupts import Interrupts
 from arbiter_jax.training._mesh import in_mesh, place
 from arbiter_jax.training._micro_batches import check_sampling
-from arbiter_jax.training._records import FitResult, what_went_wrong
+from arbiter_jax.training._records import FitResult
 from arbiter_jax.training._resume import resume_state
 from arbiter_jax.training._run import Run, check_budget, check_lengths
 from arbiter_jax.training._run_data import closing, on_device
@@ -272,8 +272,6 @@ def fit(
     ):
         train_windows(run, tx, keeper, ahead, interrupts, called, shared)
     interrupts.end()  # a signal that came while the last checkpoint was written
-    for message in what_went_wrong(
-        run.history, run.state, run.source_ended, run.seen, end, num_examples
-    ):
+    for message in run.what_went_wrong():
         _validate.warn(message)
     return run.result(run.now() - start, ahead.compilations())

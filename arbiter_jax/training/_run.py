@@ -20,7 +20,7 @@ from arbiter_jax.batching._rows import num_data_devices
 from arbiter_jax.training._auto_micro_batch import MicroBatch
 from arbiter_jax.training._compilations import Compilations
 from arbiter_jax.training._next_window import next_window
-from arbiter_jax.training._records import FitResult, WindowRecord
+from arbiter_jax.training._records import FitResult, WindowRecord, what_went_wrong
 from arbiter_jax.training._state import Data, TrainState, Unfinished, no_unfinished_window
 
 
@@ -170,6 +170,12 @@ class Run:
             unfinished = Unfinished(*(jnp.asarray(x, jnp.int32) for x in self.rest))
             state = state._replace(unfinished=unfinished)
         return state
+
+    def what_went_wrong(self) -> list[str]:
+        """What a user should know of the run besides its result."""
+        return what_went_wrong(
+            self.history, self.state, self.source_ended, self.seen, self.end, self.num_examples
+        )
 
     def result(self, seconds: float, ahead: Compilations) -> FitResult:
         """What :func:`fit` returns; `ahead`: what was compiled besides the windows that ran."""
